@@ -1,0 +1,48 @@
+# Every target works from a clean clone: the environment is created on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := -c constraints.txt
+
+.PHONY: demo test check typing bench gpu-test gpu-bench clean
+
+demo: $(VENV)/export.stamp
+	$(BIN)/internvl-edge demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/pytest -n auto
+
+check: $(VENV)/test.stamp typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/pytest -n auto -m "not slow and not gpu"
+
+bench: $(VENV)/export.stamp
+	$(BIN)/internvl-edge demo --repeat 5
+
+gpu-test: $(VENV)/test.stamp
+	$(BIN)/pytest -m gpu -rs
+
+gpu-bench: $(VENV)/export.stamp
+	$(BIN)/internvl-edge demo --device cuda --repeat 5
+
+# Type checkers do not follow the editable install's import hook: give them a tree of links.
+typing:
+	mkdir -p build/typing/internvl_edge
+	for room in export runtime; do ln -sfn ../../../$$room build/typing/internvl_edge/$$room; done
+
+$(VENV)/export.stamp: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(CONSTRAINTS) -e ".[export]"
+	touch $@
+
+# torch by its exact version: a range may bring the CUDA build and several gigabytes with it.
+$(VENV)/test.stamp: $(VENV)/export.stamp
+	$(BIN)/pip install -q $(CONSTRAINTS) torch==2.13.0
+	$(BIN)/pip install -q $(CONSTRAINTS) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: graphs built directly, weights streamed layer by layer."""

@@ -1,0 +1,187 @@
+"""Checkpoint to bundle: both graphs, the embedding table, the tokenizer, the manifest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from internvl_edge.export.checkpoint import Checkpoint, WeightSource
+from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graph import GraphBuilder, Progress
+from internvl_edge.export.language import build_language
+from internvl_edge.export.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.vision import build_vision
+from internvl_edge.export.weights import Weight, WeightReader
+from internvl_edge.runtime.bundle import FileEntry, Manifest, sha256_file
+from internvl_edge.runtime.contract import EMBEDDING_TABLE, FLOAT_DTYPE, MANIFEST, Precision
+from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError
+from internvl_edge.runtime.prompt import IMAGE_CONTEXT, get_template
+from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.tokenizer import Tokenizer, tokenizer_files
+
+#: Room asked for beyond the weights: graphs, tokenizer, manifest, file system overhead.
+SLACK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will write."""
+
+    vision: GraphBuilder
+    language: GraphBuilder
+    embedding: Weight
+
+    @property
+    def weight_bytes(self) -> int:
+        parts = [*self.vision.weights, *self.language.weights, self.embedding]
+        return sum(weight.nbytes for weight in parts)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.vision.data_bytes + self.language.data_bytes + self.embedding.nbytes
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    vision: Precision = "fp32",
+    language: Precision = "fp32",
+    overwrite: bool = False,
+    progress: Callable[[int], Progress] | None = None,
+) -> Path:
+    """Convert a checkpoint directory into a bundle.
+
+    Args:
+        checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout.
+        output: directory to create; written beside its place and renamed when complete.
+        vision: precision of the vision tower and projector.
+        language: precision of the decoder, its KV cache and the embedding table.
+        overwrite: replace an existing bundle at `output`.
+        progress: called with the total of bytes; returns a function called with each increment.
+
+    Returns:
+        Path of the bundle.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ExportError: the bundle cannot be written.
+    """
+    source = Checkpoint(checkpoint)
+    target = Path(output)
+    _check_target(target, overwrite)
+    tokenizer = _check_tokenizer(source.directory, source.spec)
+    plan = plan_export(source, vision, language)
+    _check_space(target, plan.file_bytes)
+    advance = progress(plan.weight_bytes) if progress else _no_progress
+    with _written_aside(target) as aside:
+        files = plan.vision.save(aside, advance) | plan.language.save(aside, advance)
+        files[EMBEDDING_TABLE] = _save_embedding(aside / EMBEDDING_TABLE, plan.embedding, advance)
+        for path in tokenizer:
+            shutil.copyfile(path, aside / path.name)
+            files[path.name] = FileEntry(path.stat().st_size, sha256_file(aside / path.name))
+        manifest = Manifest(source.spec, OnnxRuntimeDialect.name, vision, language, files)
+        (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+    return target
+
+
+def plan_export(source: WeightSource, vision: Precision, language: Precision) -> Plan:
+    """Build both graphs; no weight beyond the vision embeddings is read yet."""
+    vision_graph, language_graph = GraphBuilder("vision"), GraphBuilder("language")
+    vision_reader = WeightReader(source, FLOAT_DTYPE[vision])
+    language_reader = WeightReader(source, FLOAT_DTYPE[language])
+    build_vision(source.spec, OnnxRuntimeDialect(vision_graph), vision_reader, vision)
+    build_language(
+        source.spec.language, OnnxRuntimeDialect(language_graph), language_reader, language
+    )
+    return Plan(vision_graph, language_graph, language_reader.tensor(TOK_EMBEDDINGS))
+
+
+def _save_embedding(path: Path, weight: Weight, progress: Progress) -> FileEntry:
+    """A plain .npy file, so that the runtime can map it and gather rows on the host."""
+    with path.open("wb") as stream:
+        header = {"descr": np.dtype(weight.dtype).str, "fortran_order": False}
+        npy_format.write_array_header_1_0(stream, header | {"shape": weight.shape})
+        for block in weight.cast_blocks():
+            stream.write(np.ascontiguousarray(block).data)
+            progress(block.nbytes)
+    return FileEntry(path.stat().st_size, sha256_file(path))
+
+
+def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
+    """The tokenizer files, once they are known to serve this checkpoint."""
+    try:
+        tokenizer = Tokenizer.load(directory)
+        tokenizer.token_id(IMAGE_CONTEXT)
+        tokenizer.token_id(get_template(spec.prompt.template).stop)
+    except BundleError as error:
+        raise CheckpointError(f"tokenizer: {error}") from error
+    if tokenizer.size > spec.language.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.size} ids, the embedding table only"
+            f" {spec.language.vocab_size} rows; its files belong to another checkpoint"
+        )
+    return list(tokenizer_files(directory))
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{target} exists; choose another output or pass --overwrite")
+    if not (target / MANIFEST).exists():
+        raise ExportError(f"{target} is not a bundle, so it will not be replaced; remove it first")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
+    if free < needed + SLACK_BYTES:
+        raise ExportError(
+            f"{parent} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB;"
+            " free some space or choose another disk"
+        )
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that takes its place on success and vanishes otherwise."""
+    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _replace(aside, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(
+                f"no space left while writing {target}: {error.strerror}; nothing was kept"
+            ) from error
+        raise ExportError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = target.with_name(f"{target.name}.partial-old-{os.getpid()}")
+    target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old)
+
+
+def _no_progress(_: int) -> None:
+    pass

@@ -1,0 +1,160 @@
+"""Reading a Hugging Face checkpoint: config and safetensors, lazily, refusing what is unsafe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from internvl_edge.export.config import parse_config
+from internvl_edge.export.mapping import check_names, check_shapes, expected_shapes
+from internvl_edge.runtime.errors import CheckpointError
+from internvl_edge.runtime.specs import ModelSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+#: Bytes read at a time. Keeps the resident part of a memory-mapped shard small: the output head
+#: of the 26B model alone is 1.1 GB.
+BLOCK_BYTES = 64 << 20
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class WeightSource(Protocol):
+    """Where `export` takes weights from: a checkpoint directory, or anything of this shape."""
+
+    spec: ModelSpec
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """The tensor in order, as runs of rows of its first axis."""
+
+
+class Checkpoint:
+    """A checkpoint directory in the InternVL-Chat-V1-5 layout, checked against its own config.
+
+    Args:
+        directory: holds config.json and one or many safetensors files.
+
+    Raises:
+        CheckpointError: not readable, unsafe, of an unknown kind, or tensors that are missing,
+            unmapped or of the wrong shape.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.spec = parse_config(_read_json(self.directory / "config.json"))
+        self._files = _tensor_files(self.directory)
+        expected = expected_shapes(self.spec)
+        check_names(self._files, expected)
+        self._shapes = self._read_shapes()
+        check_shapes(self._shapes, expected)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """The tensor in order, as runs of rows of at most about `BLOCK_BYTES` bytes."""
+        shape = self._shapes[name]
+        row_bytes = max(1, int(np.prod(shape[1:]))) * 4
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            yield self._read(name, start, min(start + step, shape[0]))
+
+    def _read(self, name: str, start: int, stop: int) -> NDArray[np.generic]:
+        # The shard is mapped anew for every block: closing it is what returns its pages.
+        try:
+            with safe_open(self._files[name], "numpy") as shard:
+                return np.array(shard.get_slice(name)[start:stop])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._files[name].name}: cannot read {name}: {error}"
+            ) from error
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for path in sorted(set(self._files.values())):
+            with _open(path) as shard:
+                held = set(shard.keys())
+                for name in [name for name, file in self._files.items() if file == path]:
+                    if name not in held:
+                        raise CheckpointError(f"{path.name} lacks {name}, which {INDEX} puts there")
+                    view = shard.get_slice(name)
+                    if view.get_dtype() not in _FLOATS:
+                        raise CheckpointError(
+                            f"{path.name}: {name} is {view.get_dtype()}; supported: {_FLOATS}"
+                        )
+                    shapes[name] = tuple(view.get_shape())
+        return shapes
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    if (directory / INDEX).exists():
+        return _indexed_files(directory)
+    single = directory / SINGLE
+    if not single.exists():
+        raise CheckpointError(_no_weights(directory))
+    with _open(single) as shard:
+        return dict.fromkeys(shard.keys(), single)
+
+
+def _indexed_files(directory: Path) -> dict[str, Path]:
+    weight_map = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX} has no 'weight_map'")
+    files = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{INDEX} puts {name} into {file!r}; a shard must be a file of the same directory"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX} puts {name} into {file!r}, not a .safetensors file")
+        files[name] = directory / file
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file: {error}; download it again"
+        ) from error
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for p in directory.glob("*.bin")) or sorted(
+        p.name for suffix in ("*.pt", "*.pth", "*.ckpt") for p in directory.glob(suffix)
+    )
+    if pickles:
+        return (
+            f"{directory} holds only pickled weights ({pickles[0]}); loading a pickle can run any"
+            " code, so it is refused: convert to safetensors first"
+        )
+    if (directory / "adapter_config.json").exists():
+        return f"{directory} is a LoRA adapter; merge it into its base model and export that"
+    return f"{directory} has neither {SINGLE} nor {INDEX}"
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a checkpoint directory: it has no {path.name}"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data

@@ -1,0 +1,39 @@
+"""The runtime: load a bundle, ask about images, stream the answer.
+
+from internvl_edge.runtime import InternVL
+
+model = InternVL.load("bundle")
+print(model.generate("What is the total?", images=["receipt.jpg"]).text)
+"""
+
+from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.errors import (
+    BundleError,
+    CheckpointError,
+    DeviceError,
+    ExportError,
+    ImageError,
+    InternVLEdgeError,
+    LimitError,
+    PromptError,
+)
+from internvl_edge.runtime.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.sampling import Sampling
+
+__all__ = [
+    "BundleError",
+    "Chat",
+    "CheckpointError",
+    "DeviceError",
+    "ExportError",
+    "ImageError",
+    "InternVL",
+    "InternVLEdgeError",
+    "LimitError",
+    "PromptError",
+    "Reply",
+    "Sampling",
+    "Timings",
+    "TokenStream",
+]

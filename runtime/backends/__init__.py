@@ -1,0 +1,49 @@
+"""Execution backends behind one protocol."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime.kv_cache import CacheState
+
+
+class Cache(Protocol):
+    """A KV cache: the state the loop reads, beside storage only its backend knows."""
+
+    state: CacheState
+
+
+class Backend(Protocol):
+    """Runs the two graphs of a bundle."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: library, version, provider, threads."""
+
+    def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        """Allocate keys and values for `capacity` positions, once."""
+
+    def forward(
+        self,
+        cache: Cache,
+        embeddings: NDArray[np.floating],
+        base: float,
+        logit_rows: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Append rows `(tokens, hidden)` to `cache`; the caller extends the state afterwards.
+
+        Args:
+            cache: from this backend's `new_cache`; written in place.
+            embeddings: the new rows, in the language graph's dtype.
+            base: rotary base of this pass.
+            logit_rows: which of the new rows want logits, `(rows,)`.
+
+        Returns:
+            logits `(rows, vocab)`.
+        """

@@ -1,0 +1,156 @@
+"""ONNX Runtime on the CPU (the embedded default) or through its CUDA provider."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime import contract
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.bundle import Bundle
+from internvl_edge.runtime.errors import BundleError, DeviceError
+from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.rope import RopeTable
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDER = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass
+class OrtCache:
+    """Keys and values on the device, bound once as input and as output of the same address."""
+
+    state: CacheState
+    rope: RopeTable
+    binding: Any  # onnxruntime.IOBinding
+    storage: list[Any]  # onnxruntime.OrtValue; kept alive while bound
+
+
+class OnnxRuntimeBackend:
+    """Runs vision.onnx and language.onnx with ONNX Runtime.
+
+    Args:
+        bundle: a verified bundle of the onnxruntime dialect.
+        device: "cpu" or "cuda".
+        threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core).
+
+    Raises:
+        DeviceError: the provider is not in this installation, or fell back to another one.
+        BundleError: a graph does not load, or its inputs are not the contract's.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        if _PROVIDER[device] not in ort.get_available_providers():
+            raise DeviceError(
+                f"device {device!r} needs {_PROVIDER[device]}, this onnxruntime {ort.__version__}"
+                f" has {ort.get_available_providers()}; install internvl-edge[gpu] or use"
+                " device='cpu'"
+            )
+        self._spec = bundle.spec
+        self._device = device
+        self._dtype = contract.FLOAT_DTYPE[bundle.manifest.language]
+        self._threads = threads
+        self._ort_value = ort.OrtValue
+        self._version = ort.__version__
+        self._vision = self._session(bundle, contract.VISION_GRAPH)
+        self._language = self._session(bundle, contract.LANGUAGE_GRAPH)
+        _check_contract(
+            self._language, contract.language_inputs(self._spec.language, bundle.manifest.language)
+        )
+        _check_contract(self._vision, contract.vision_inputs(self._spec.vision))
+
+    @property
+    def description(self) -> str:
+        threads = self._threads or "all"
+        return f"onnxruntime {self._version}, {_PROVIDER[self._device]}, {threads} threads"
+
+    def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
+        outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})
+        return np.asarray(outputs[0])
+
+    def new_cache(self, capacity: int) -> OrtCache:
+        """Allocate `2 * layers` buffers. On the CPU, pages are committed when first written."""
+        language = self._spec.language
+        shape = contract.cache_shape(language, capacity)
+        binding = self._language.io_binding()
+        storage = []
+        for layer in range(language.num_hidden_layers):
+            for past, present in (
+                (contract.past_key(layer), contract.present_key(layer)),
+                (contract.past_value(layer), contract.present_value(layer)),
+            ):
+                buffer = self._ort_value.ortvalue_from_numpy(
+                    np.zeros(shape, self._dtype), self._device, 0
+                )
+                binding.bind_ortvalue_input(past, buffer)
+                binding.bind_ortvalue_output(present, buffer)
+                storage.append(buffer)
+        rope = RopeTable(language, capacity, self._dtype)
+        return OrtCache(CacheState(capacity), rope, binding, storage)
+
+    def forward(
+        self,
+        cache: Cache,
+        embeddings: NDArray[np.floating],
+        base: float,
+        logit_rows: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """One pass over new rows; see `Backend.forward`."""
+        assert isinstance(cache, OrtCache)
+        start = cache.state.length
+        total = start + len(embeddings)
+        cache.rope.prepare(start, total, base)
+        binding = cache.binding
+        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
+        binding.bind_cpu_input(contract.ROPE_COS, cache.rope.cos)
+        binding.bind_cpu_input(contract.ROPE_SIN, cache.rope.sin)
+        binding.bind_cpu_input(contract.LAST_POSITION, np.array([total - 1], np.int32))
+        binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
+        binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
+        logits = np.empty((len(logit_rows), self._spec.language.vocab_size), np.float32)
+        binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
+        self._language.run_with_iobinding(binding)
+        return logits
+
+    def _session(self, bundle: Bundle, graph: str) -> ort.InferenceSession:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        provider = _PROVIDER[self._device]
+        try:
+            session = ort.InferenceSession(
+                str(bundle.file(graph)),
+                options,
+                providers=list(dict.fromkeys([provider, _PROVIDER["cpu"]])),
+            )
+        except Exception as error:
+            raise BundleError(f"{bundle.file(graph)} does not load: {error}") from error
+        if session.get_providers()[0] != provider:
+            raise DeviceError(
+                f"{provider} is installed but did not start (got {session.get_providers()});"
+                " check the driver and CUDA libraries, or use device='cpu'"
+            )
+        return session
+
+
+def _check_contract(session: ort.InferenceSession, expected: list[contract.Tensor]) -> None:
+    got = {node.name for node in session.get_inputs()}
+    wanted = {tensor.name for tensor in expected}
+    if got != wanted:
+        raise BundleError(
+            f"graph inputs do not match the contract: {sorted(got ^ wanted)[:5]}; export the"
+            " checkpoint with this version of internvl-edge"
+        )

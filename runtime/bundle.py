@@ -1,0 +1,179 @@
+"""Reading and checking a bundle: the directory `export` writes and the runtime loads.
+
+bundle.json says what the model is, how each part is stored and the size and sha256 of every file.
+It is written last, so a directory without it is not a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from internvl_edge.runtime.contract import (
+    EMBEDDING_TABLE,
+    FLOAT_DTYPE,
+    LANGUAGE_GRAPH,
+    MANIFEST,
+    VISION_GRAPH,
+    Precision,
+)
+from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.specs import ModelSpec
+
+FORMAT = "internvl-edge bundle"
+FORMAT_VERSION = 1
+
+Verify = Literal["hash", "size"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of bundle.json."""
+
+    spec: ModelSpec
+    dialect: str
+    vision: Precision
+    language: Precision
+    files: Mapping[str, FileEntry]
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "dialect": self.dialect,
+                "precision": {"vision": self.vision, "language": self.language},
+                "spec": self.spec.to_dict(),
+                "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle directory."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
+    """Open and check a bundle.
+
+    Args:
+        path: directory holding bundle.json.
+        verify: "hash" reads every file and compares its sha256; "size" compares sizes only
+            (milliseconds, whatever the model's size).
+
+    Raises:
+        BundleError: not a bundle, newer format, missing, resized or altered file.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        _check_file(directory / name, entry, verify)
+    return Bundle(directory, manifest)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Parse bundle.json without touching the other files."""
+    source = directory / MANIFEST
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{directory} is not a bundle: it has no {MANIFEST}; write one with"
+            " 'internvl-edge export CHECKPOINT -o BUNDLE'"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"cannot read {source}: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f"{source} does not describe an {FORMAT}")
+    version = data.get("version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{source} has format version {version!r}, this runtime reads {FORMAT_VERSION};"
+            " update internvl-edge or export the checkpoint again"
+        )
+    return Manifest(
+        spec=ModelSpec.from_dict(_object(data, "spec")),
+        dialect=str(data.get("dialect")),
+        vision=_precision(data, "vision"),
+        language=_precision(data, "language"),
+        files=_files(data),
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, entry: FileEntry, verify: Verify) -> None:
+    remedy = "copy the bundle again or export it anew"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{path} is missing ({error.strerror}); {remedy}") from error
+    if size != entry.bytes:
+        raise BundleError(f"{path} has {size} bytes, expected {entry.bytes}; {remedy}")
+    if verify == "hash" and (got := sha256_file(path)) != entry.sha256:
+        raise BundleError(
+            f"{path} was altered: sha256 {got[:12]}..., expected {entry.sha256[:12]}...; {remedy}"
+        )
+
+
+def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    if not isinstance(value, dict):
+        raise BundleError(f"{MANIFEST} has no object '{key}'")
+    return value
+
+
+def _precision(data: Mapping[str, Any], part: str) -> Precision:
+    value = _object(data, "precision").get(part)
+    if value not in FLOAT_DTYPE:
+        raise BundleError(
+            f"{MANIFEST}: precision.{part} is {value!r}, expected one of {list(FLOAT_DTYPE)}"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
+    files = {}
+    for name, entry in _object(data, "files").items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
+        try:
+            files[name] = FileEntry(bytes=int(entry["bytes"]), sha256=str(entry["sha256"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{MANIFEST}: bad entry for file {name!r}: {entry!r}") from error
+    for needed in (VISION_GRAPH, LANGUAGE_GRAPH, EMBEDDING_TABLE):
+        if needed not in files:
+            raise BundleError(f"{MANIFEST} does not list {needed}; export the checkpoint again")
+    return files

@@ -1,0 +1,107 @@
+"""Multi-turn conversation over one KV cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from internvl_edge.runtime.engine import EncodedImage
+from internvl_edge.runtime.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.preprocess import ImageLike
+from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.model import InternVL, TiledImage
+
+
+class Chat:
+    """A conversation: each turn computes only what it adds.
+
+    The prompt of a turn is the whole conversation, rendered and tokenised as the reference does;
+    of it, the leading part that is already in the KV cache is kept. An image is encoded once, by
+    the hash of its content, whenever and however often it is shown.
+    """
+
+    def __init__(
+        self, model: InternVL, *, system_message: str | None = None, max_tiles: int | None = None
+    ) -> None:
+        self._model = model
+        self._system_message = system_message
+        self._max_tiles = max_tiles
+        self._cache = model.engine.backend.new_cache(model.max_context)
+        self._images: list[TiledImage] = []
+        self._encoded: dict[bytes, EncodedImage] = {}
+        self._active: TokenStream | None = None
+        self.history: list[tuple[str, str]] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions of the KV cache in use."""
+        return self._cache.state.length
+
+    def send(
+        self,
+        prompt: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int = 1024,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """One turn, whole; see `InternVL.stream` for the arguments."""
+        return self.stream(
+            prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+        ).finish()
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int = 1024,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> TokenStream:
+        """One turn, piece by piece. An answer still running is ended first, as it stands.
+
+        The turn enters the history when its answer ends, cancelled ones included; a turn that
+        raises an error leaves the conversation as it was.
+        """
+        if self._active is not None:
+            self._active.close()
+        started = time.perf_counter()
+        timings = Timings()
+        model = self._model
+        new = [model.tile_with_identity(image, self._max_tiles) for image in images]
+        timings.preprocess_s = time.perf_counter() - started
+        question = place_images(prompt, len(new), earlier_images=len(self._images))
+        shown = [*self._images, *new]
+        ids = model.encode_conversation(
+            [*self.history, (question, None)], shown, self._system_message
+        )
+
+        def encode(image: TiledImage, check: Callable[[], None]) -> EncodedImage:
+            if image.key not in self._encoded:
+                self._encoded[image.key] = model.encode_tiled(image, timings, check)
+            return self._encoded[image.key]
+
+        def finish(reply: Reply) -> None:
+            self.history.append((question, reply.text))
+            self._images = shown
+            self._active = None
+
+        self._active = model.start(
+            ids,
+            shown,
+            self._cache,
+            encode=encode,
+            finish=finish,
+            timings=timings,
+            started=started,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stop=stop,
+        )
+        return self._active

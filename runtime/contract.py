@@ -1,0 +1,108 @@
+"""The contract between `export`, which writes graphs, and the backends, which run them.
+
+Every tensor name, shape and dtype that crosses the boundary is defined here and nowhere else.
+A dimension given as a string is symbolic (any size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from internvl_edge.runtime.specs import LanguageSpec, VisionSpec
+
+Precision = Literal["fp32", "fp16"]
+
+#: NumPy dtype name of each floating-point precision a graph can compute in.
+FLOAT_DTYPE: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
+
+VISION_GRAPH = "vision.onnx"
+LANGUAGE_GRAPH = "language.onnx"
+EMBEDDING_TABLE = "embedding.npy"
+MANIFEST = "bundle.json"
+
+TILES = "tiles"
+IMAGE_EMBEDDINGS = "image_embeddings"
+
+EMBEDDINGS = "embeddings"
+ROPE_COS = "rope.cos"
+ROPE_SIN = "rope.sin"
+LAST_POSITION = "last_position"
+TOTAL_LENGTH = "total_length"
+LOGIT_ROWS = "logit_rows"
+LOGITS = "logits"
+
+
+def past_key(layer: int) -> str:
+    return f"past.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    return f"past.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    return f"present.{layer}.value"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def vision_inputs(spec: VisionSpec) -> list[Tensor]:
+    """RGB tiles as they were cut; normalisation is part of the graph."""
+    return [Tensor(TILES, "uint8", ("tiles", spec.tile_size, spec.tile_size, 3))]
+
+
+def vision_outputs(spec: VisionSpec, language: LanguageSpec, precision: Precision) -> list[Tensor]:
+    shape = ("tiles", spec.tokens_per_tile, language.hidden_size)
+    return [Tensor(IMAGE_EMBEDDINGS, FLOAT_DTYPE[precision], shape)]
+
+
+def language_inputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
+    """Batch 1. `tokens` rows are appended behind `total_length - tokens` cached positions.
+
+    The KV cache has a fixed `context` length; past and present must share one buffer, so that a
+    step writes its own rows and copies nothing. The rotary tables are inputs because dynamic NTK
+    scaling makes them depend on the total length.
+    """
+    dtype = FLOAT_DTYPE[precision]
+    tensors = [
+        Tensor(EMBEDDINGS, dtype, ("tokens", spec.hidden_size)),
+        Tensor(ROPE_COS, dtype, ("context", spec.head_dim // 2)),
+        Tensor(ROPE_SIN, dtype, ("context", spec.head_dim // 2)),
+        Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
+        Tensor(TOTAL_LENGTH, "int32", ()),
+        Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
+    ]
+    for layer in range(spec.num_hidden_layers):
+        tensors += _cache_pair(past_key(layer), past_value(layer), spec, dtype)
+    return tensors
+
+
+def language_outputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
+    tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
+    for layer in range(spec.num_hidden_layers):
+        tensors += _cache_pair(
+            present_key(layer), present_value(layer), spec, FLOAT_DTYPE[precision]
+        )
+    return tensors
+
+
+def cache_shape(spec: LanguageSpec, capacity: int | str) -> tuple[int | str, ...]:
+    """Shape of one layer's keys (or values): `(1, kv_heads, capacity, head_dim)`."""
+    return (1, spec.num_key_value_heads, capacity, spec.head_dim)
+
+
+def _cache_pair(key: str, value: str, spec: LanguageSpec, dtype: str) -> list[Tensor]:
+    shape = cache_shape(spec, "context")
+    return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

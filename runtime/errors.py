@@ -1,0 +1,37 @@
+"""Every error a user can meet: what was got, what the limit is, what to do about it.
+
+All share `InternVLEdgeError`, so an application catches one class; the CLI prints the message and
+exits with status 2.
+"""
+
+
+class InternVLEdgeError(Exception):
+    """Base class of all errors raised on purpose by internvl_edge."""
+
+
+class CheckpointError(InternVLEdgeError):
+    """A Hugging Face checkpoint cannot be read: missing, corrupt, unsafe or of an unknown kind."""
+
+
+class ExportError(InternVLEdgeError):
+    """A bundle cannot be written: no space, target exists, unsupported option."""
+
+
+class BundleError(InternVLEdgeError):
+    """A bundle cannot be loaded: missing or altered file, newer format, wrong contract."""
+
+
+class ImageError(InternVLEdgeError):
+    """An image cannot be decoded or is outside the accepted sizes."""
+
+
+class PromptError(InternVLEdgeError):
+    """A prompt cannot be used: empty, wrong number of image slots, unknown template."""
+
+
+class LimitError(InternVLEdgeError):
+    """A request exceeds a limit of the loaded model: context length, tiles."""
+
+
+class DeviceError(InternVLEdgeError):
+    """The device or execution provider asked for is not available."""

@@ -1,0 +1,46 @@
+"""What a KV cache holds: which positions are filled, with what, and under which rotary base.
+
+The arrays themselves belong to the backend; they are allocated once and written in place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class CacheState:
+    """Bookkeeping of one cache of `capacity` positions.
+
+    Each filled position has a signature: the token id, or for an image row a negative number
+    derived from the image's content. Two sequences share cached rows exactly as far as their
+    signatures agree.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._signatures = np.empty(capacity, np.int64)
+        self._base: float | None = None
+        self.length = 0
+
+    def common_prefix(self, signatures: NDArray[np.int64], base: float) -> int:
+        """Leading positions of `signatures (tokens,)` that are cached under rotary `base`."""
+        if base != self._base:
+            return 0
+        shared = min(self.length, len(signatures))
+        differs = np.flatnonzero(self._signatures[:shared] != signatures[:shared])
+        return int(differs[0]) if len(differs) else shared
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on; their memory is overwritten later."""
+        self.length = min(self.length, length)
+
+    def extend(self, signatures: NDArray[np.int64], base: float) -> None:
+        """Record rows just written behind the filled ones."""
+        stop = self.length + len(signatures)
+        self._signatures[self.length : stop] = signatures
+        if self.length == 0:
+            self._base = base
+        elif base != self._base:
+            self._base = None  # mixed bases: good for going on, not for sharing
+        self.length = stop

@@ -1,0 +1,181 @@
+"""Images to tiles, exactly as InternVL does it (spec: Chen et al. 2024, arXiv:2404.16821, 3.1).
+
+`load_image` decodes anything to 8-bit RGB, `select_grid` chooses columns x rows, `tile_image`
+resizes and cuts. Tiles stay uint8: normalisation is part of the vision graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from internvl_edge.runtime.errors import ImageError
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+
+#: Pixels above which an image is refused before it is decoded. A 40-tile grid shows 8 Mpx, so
+#: nothing is gained beyond; 200 Mpx is the largest common camera sensor.
+MAX_PIXELS = 200_000_000
+
+
+def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `source` to an RGB image the way the reference does.
+
+    Args:
+        source: path, encoded bytes, `PIL.Image` or uint8 array `(H, W, 3)`.
+        max_pixels: width * height above which the image is refused without decoding it.
+
+    Returns:
+        RGB image. Alpha is dropped, not blended; palettes are expanded; grey is replicated;
+        16-bit grey is scaled to 8 bits; of an animation the first frame is taken. EXIF orientation
+        is not applied (the reference does not).
+
+    Raises:
+        ImageError: unreadable, truncated, empty or too large.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        _check_pixels(source.size, max_pixels, "image")
+        return _to_rgb(source, "image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        label, stream = f"{len(source)} bytes of image data", io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        label = str(source)
+        try:
+            stream = io.BytesIO(Path(source).read_bytes())
+        except OSError as error:
+            raise ImageError(f"cannot read image {label}: {error.strerror or error}") from error
+    else:
+        raise ImageError(
+            f"an image is a path, bytes, PIL.Image or uint8 array, not {type(source).__name__}"
+        )
+    if not stream.getbuffer().nbytes:
+        raise ImageError(f"{label} is empty (0 bytes); expected an encoded image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of decompression bombs at 89 Mpx; the limit here is ours and is checked.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(stream) as image:
+                _check_pixels(image.size, max_pixels, label)
+                return _to_rgb(image, label)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{label} has too many pixels: {error}; scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{label} is not an image Pillow can identify") from error
+
+
+def content_hash(image: Image.Image) -> bytes:
+    """sha256 of an RGB image's size and pixels: equal for equal content, whatever the file."""
+    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def select_grid(
+    width: int, height: int, *, min_tiles: int = 1, max_tiles: int, tile_size: int
+) -> tuple[int, int]:
+    """Choose `(columns, rows)` for an image, by closest aspect ratio.
+
+    Candidates are tried by ascending area. Exact ties in double precision go to the larger grid
+    when the image has more than half of its pixels: strictly more, in candidate order, as the
+    reference computes it.
+    """
+    candidates = sorted(
+        (
+            (columns, rows)
+            for columns in range(1, max_tiles + 1)
+            for rows in range(1, max_tiles // columns + 1)
+            if columns * rows >= min_tiles
+        ),
+        key=lambda grid: grid[0] * grid[1],
+    )
+    ratio = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in candidates:
+        distance = abs(ratio - columns / rows)
+        if distance < best_distance:
+            best, best_distance = (columns, rows), distance
+        elif distance == best_distance and width * height > 0.5 * tile_size**2 * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tile_image(
+    image: Image.Image,
+    *,
+    tile_size: int,
+    min_tiles: int = 1,
+    max_tiles: int,
+    thumbnail: bool = True,
+) -> NDArray[np.uint8]:
+    """Cut an RGB image into tiles.
+
+    Returns:
+        uint8 `(tiles, tile_size, tile_size, 3)`, row-major; when there is more than one tile and
+        `thumbnail` is set, the whole image squashed to one tile comes last.
+    """
+    columns, rows = select_grid(
+        image.width, image.height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
+    )
+    grid = np.asarray(resize(image, columns * tile_size, rows * tile_size))
+    # (rows * S, columns * S, 3) -> (rows, S, columns, S, 3) -> (rows * columns, S, S, 3)
+    tiles = (
+        grid.reshape(rows, tile_size, columns, tile_size, 3)
+        .swapaxes(1, 2)
+        .reshape(rows * columns, tile_size, tile_size, 3)
+    )
+    if thumbnail and columns * rows > 1:
+        whole = np.asarray(resize(image, tile_size, tile_size))
+        tiles = np.concatenate([tiles, whole[np.newaxis]])
+    return np.ascontiguousarray(tiles)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Antialiased bicubic resize, horizontal pass first, 8-bit intermediate.
+
+    Two calls, one per axis, fix the order of the passes: Pillow up to 12 always went horizontally
+    first, Pillow 13 chooses, and the released models were trained with the former.
+    """
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return across.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(
+            f"an image array is uint8 of shape (H, W, 3), not {array.dtype} {array.shape}"
+        )
+    _check_pixels((array.shape[1], array.shape[0]), max_pixels, "image array")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int, label: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{label} has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{label} has {width} x {height} = {width * height} pixels, the limit is {max_pixels};"
+            " scale it down first"
+        )
+
+
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    try:
+        image.load()
+        if image.mode.startswith("I"):
+            # Pillow's own conversion clips 16-bit grey at 255; keep the top eight bits instead.
+            wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+            return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"{label} cannot be decoded: {error}") from error

@@ -1,0 +1,160 @@
+"""InternLM2's tokenizer: SentencePiece for text, special tokens matched before it.
+
+The checkpoint's own files are read: `tokenizer.model`, and the special tokens from
+`tokenizer_config.json` (or `added_tokens.json` and `special_tokens_map.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.runtime.errors import BundleError
+
+MODEL_FILE = "tokenizer.model"
+CONFIG_FILE = "tokenizer_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+
+#: What a byte sequence that is not (yet) UTF-8 decodes to.
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        model_proto: serialized SentencePiece model.
+        special: special token text to id; matched anywhere in the text, longest first.
+        add_bos: whether `encode` prepends the BOS id, as the reference does.
+    """
+
+    def __init__(self, model_proto: bytes, special: Mapping[str, int], *, add_bos: bool) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model_proto)
+        except RuntimeError as error:
+            raise BundleError(f"{MODEL_FILE} is not a SentencePiece model: {error}") from error
+        self.special = dict(special)
+        self._special_ids = frozenset(self.special.values())
+        self._bos = [self._pieces.bos_id()] if add_bos else []
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read the tokenizer files of a checkpoint or bundle.
+
+        Raises:
+            BundleError: a file is missing or malformed.
+        """
+        try:
+            proto = (directory / MODEL_FILE).read_bytes()
+        except OSError as error:
+            raise BundleError(f"cannot read {directory / MODEL_FILE}: {error.strerror}") from error
+        config = _read_json(directory / CONFIG_FILE)
+        special = _special_tokens(directory, config)
+        if not special:
+            raise BundleError(f"{directory} names no special tokens; expected {CONFIG_FILE}")
+        return cls(proto, special, add_bos=bool(config.get("add_bos_token", True)))
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._pieces.GetPieceSize(), max(self._special_ids) + 1)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with the BOS the reference prepends; special tokens in it are live."""
+        ids = list(self._bos)
+        for position, part in enumerate(self._split.split(text)):
+            if position % 2:
+                ids.append(self.special[part])
+            elif part:
+                ids.extend(self._pieces.EncodeAsIds(part))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without special tokens; broken UTF-8 becomes U+FFFD."""
+        limit = self._pieces.GetPieceSize()
+        kept = [int(i) for i in ids if i not in self._special_ids and 0 <= i < limit]
+        return str(self._pieces.DecodeIds(kept))
+
+    def token_id(self, text: str) -> int:
+        """Id of a special token, by its text.
+
+        Raises:
+            BundleError: the tokenizer has no such token.
+        """
+        try:
+            return self.special[text]
+        except KeyError:
+            raise BundleError(
+                f"the tokenizer has no special token {text!r}; its files do not belong to an"
+                " InternVL checkpoint"
+            ) from None
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text, holding back incomplete UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # the window decoded each time begins here
+        self._shown = 0  # ids before this one were given out
+
+    def push(self, token: int) -> str:
+        """Add one id; return the text that is now certain (may be empty)."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith(REPLACEMENT):
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        """Return what was held back, broken or not."""
+        return self._emit(self._tokenizer.decode(self._ids[self._start :]))
+
+    def _emit(self, text: str) -> str:
+        # Decoding [shown ids + new ids] and cutting off the shown text keeps pieces whose text
+        # depends on their neighbour (a leading space, a byte sequence) right.
+        shown = self._tokenizer.decode(self._ids[self._start : self._shown])
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(shown) :]
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict) and decoder:
+        try:
+            return {str(entry["content"]): int(i) for i, entry in decoder.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{directory / CONFIG_FILE}: bad added_tokens_decoder") from error
+    return {
+        str(text): int(i)
+        for text, i in _read_json(directory / ADDED_TOKENS_FILE).items()
+        if isinstance(i, int)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    return data
+
+
+def tokenizer_files(directory: Path) -> Sequence[Path]:
+    """The tokenizer files present in a checkpoint directory, for copying into a bundle."""
+    names = (MODEL_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE)
+    return [directory / name for name in names if (directory / name).exists()]
