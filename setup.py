@@ -12,10 +12,14 @@ SUBPACKAGES = (
     "export.dialects",
     "runtime",
     "runtime.backends",
+    "examples.tiny_ocr",
 )
 
 setup(
     packages=[f"internvl_edge.{name}" for name in SUBPACKAGES],
     package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in SUBPACKAGES},
-    package_data={"*": ["py.typed"]},
+    package_data={
+        "*": ["py.typed"],
+        "internvl_edge.examples.tiny_ocr": ["checkpoint/*", "receipt.*"],
+    },
 )

@@ -16,6 +16,7 @@ from numpy.lib import format as npy_format
 from internvl_edge.export.checkpoint import Checkpoint, WeightSource
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graph import GraphBuilder, Progress
+from internvl_edge.export.inspection import parameter_counts
 from internvl_edge.export.language import build_language
 from internvl_edge.export.mapping import TOK_EMBEDDINGS
 from internvl_edge.export.vision import build_vision
@@ -88,7 +89,14 @@ def export_bundle(
         for path in tokenizer:
             shutil.copyfile(path, aside / path.name)
             files[path.name] = FileEntry(path.stat().st_size, sha256_file(aside / path.name))
-        manifest = Manifest(source.spec, OnnxRuntimeDialect.name, vision, language, files)
+        manifest = Manifest(
+            spec=source.spec,
+            dialect=OnnxRuntimeDialect.name,
+            vision=vision,
+            language=language,
+            parameters=parameter_counts(source.spec),
+            files=files,
+        )
         (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
     return target
 

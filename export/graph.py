@@ -199,7 +199,7 @@ def _write_weights(
     for item in placed:
         write(bytes(item.offset - position))  # padding
         for block in item.weight.cast_blocks():
-            write(memoryview(np.ascontiguousarray(block)).cast("B"))
+            write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
             progress(block.nbytes)
         if position != item.offset + item.weight.nbytes:
             raise AssertionError(f"{item.weight.name}: wrote {position - item.offset} bytes")

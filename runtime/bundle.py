@@ -46,6 +46,7 @@ class Manifest:
     dialect: str
     vision: Precision
     language: Precision
+    parameters: Mapping[str, int]
     files: Mapping[str, FileEntry]
 
     def to_json(self) -> str:
@@ -55,6 +56,7 @@ class Manifest:
                 "version": FORMAT_VERSION,
                 "dialect": self.dialect,
                 "precision": {"vision": self.vision, "language": self.language},
+                "parameters": dict(self.parameters),
                 "spec": self.spec.to_dict(),
                 "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
             },
@@ -121,6 +123,7 @@ def read_manifest(directory: Path) -> Manifest:
         dialect=str(data.get("dialect")),
         vision=_precision(data, "vision"),
         language=_precision(data, "language"),
+        parameters={name: int(n) for name, n in _object(data, "parameters").items()},
         files=_files(data),
     )
 

@@ -98,11 +98,11 @@ def language_outputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
     return tensors
 
 
-def cache_shape(spec: LanguageSpec, capacity: int | str) -> tuple[int | str, ...]:
+def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
     """Shape of one layer's keys (or values): `(1, kv_heads, capacity, head_dim)`."""
     return (1, spec.num_key_value_heads, capacity, spec.head_dim)
 
 
 def _cache_pair(key: str, value: str, spec: LanguageSpec, dtype: str) -> list[Tensor]:
-    shape = cache_shape(spec, "context")
+    shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
     return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

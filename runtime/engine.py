@@ -140,9 +140,10 @@ class Engine:
         self._check_length(cache, cache.state.length + 1)
         base = rope_base(self._spec.language, cache.state.length + 1)
         ids = np.array([token])
-        logits = self.backend.forward(cache, self._embedding[ids], base, np.zeros(1, np.int64))
+        rows = self._embedding[ids]
+        logits = self.backend.forward(cache, rows, base, np.zeros(1, np.int64))
         cache.state.extend(ids, base)
-        return logits[0]
+        return np.asarray(logits[0])
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits of every position, `(tokens, vocab)`, in a cache of their own."""

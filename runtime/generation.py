@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Timings:
     @property
     def itl_s(self) -> list[float]:
         """Inter-token latencies: the gaps between successive tokens."""
-        return [after - before for before, after in zip(self.token_s, self.token_s[1:])]
+        return [after - before for before, after in pairwise(self.token_s)]
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -170,7 +171,7 @@ class TokenStream(Iterator[str]):
         """The reply once the answer has ended, else None."""
         return self._reply
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         text = TextStream(self._tokenizer)
         try:
             logits = self._steps.prefill(self._timings, self._check)

@@ -62,7 +62,7 @@ class OnnxRuntimeDialect:
         batched = graph.shape(-1, shape.tokens, shape.width)
         folded = [
             graph.node("Reshape", [x, batched], f"{name}.{part}")
-            for x, part in zip(qkv, ("query", "key", "value"))
+            for x, part in zip(qkv, ("query", "key", "value"), strict=True)
         ]
         attended = graph.node(
             "MultiHeadAttention", folded, name, {"num_heads": shape.heads}, MICROSOFT

@@ -1,0 +1,38 @@
+"""The `inspect` command for checkpoints: the same report as for a bundle, before exporting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.mapping import LANGUAGE, PROJECTOR, VISION, expected_shapes
+from internvl_edge.runtime.inspection import ITEM_BYTES, Report, describe, fits_in_memory
+from internvl_edge.runtime.specs import ModelSpec
+
+
+def inspect_checkpoint(path: Path) -> Report:
+    """Describe a checkpoint from its config and tensor headers; no weight is read.
+
+    Raises:
+        CheckpointError: not a checkpoint this project can export.
+    """
+    spec = Checkpoint(path).spec
+    parameters = parameter_counts(spec)
+    sizes = {name: parameters["total"] * item for name, item in ITEM_BYTES.items()}
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        **describe(spec, parameters, "fp32"),
+        "bundle_bytes": sizes,
+        "fits_in_memory": {name: fits_in_memory(size) for name, size in sizes.items()},
+    }
+
+
+def parameter_counts(spec: ModelSpec) -> dict[str, int]:
+    """Parameters by part, counted from the tensors a checkpoint of this spec holds."""
+    counts = {"vision": 0, "projector": 0, "language": 0}
+    parts = {VISION: "vision", PROJECTOR: "projector", LANGUAGE: "language"}
+    for name, shape in expected_shapes(spec).items():
+        counts[parts[name.split(".", 1)[0]]] += math.prod(shape)
+    return counts | {"total": sum(counts.values())}

@@ -1,0 +1,71 @@
+"""Shared fixtures: the golden data and bundles exported from it, once per session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import GOLDEN
+from numpy.typing import NDArray
+from PIL import Image
+
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.runtime import InternVL
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint exported in float32."""
+    return export_bundle(GOLDEN / "model", tmp_path_factory.mktemp("golden") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_bundle: Path) -> InternVL:
+    return InternVL.load(golden_bundle, device="cpu", threads=2)
+
+
+@pytest.fixture(scope="session")
+def golden_images() -> dict[str, Image.Image]:
+    """The golden pictures by stem, as Pillow opened them (RGBA and grey ones included)."""
+    images = {}
+    for path in sorted((GOLDEN / "images").glob("*.png")):
+        image = Image.open(path)
+        image.load()
+        images[path.stem] = image
+    return images
+
+
+@pytest.fixture(scope="session")
+def golden_chats() -> dict[str, dict[str, Any]]:
+    """The reference's chat runs by name: prompt, question, images, response."""
+    cases = json.loads((GOLDEN / "chat.json").read_text(encoding="utf-8"))["cases"]
+    return {case["name"]: case for case in cases}
+
+
+def golden_arrays(name: str) -> dict[str, NDArray[Any]]:
+    """One .npz of the golden data."""
+    with np.load(GOLDEN / f"{name}.npz") as data:
+        return dict(data)
+
+
+@pytest.fixture(scope="session")
+def logits_arrays() -> dict[str, NDArray[Any]]:
+    return golden_arrays("logits")
+
+
+@pytest.fixture(scope="session")
+def vision_arrays() -> dict[str, NDArray[Any]]:
+    return golden_arrays("vision")
+
+
+@pytest.fixture(scope="session")
+def chat_arrays() -> dict[str, NDArray[Any]]:
+    return golden_arrays("chat_ids")
+
+
+@pytest.fixture(scope="session")
+def tile_arrays() -> dict[str, NDArray[Any]]:
+    return golden_arrays("tiles")
