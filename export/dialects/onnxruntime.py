@@ -5,7 +5,11 @@ from __future__ import annotations
 from internvl_edge.export.dialects import AttentionShape, CacheNames
 from internvl_edge.export.graph import MICROSOFT, GraphBuilder
 from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.specs import LanguageSpec
+
+#: Head sizes the rotary path of GroupQueryAttention accepts; every released model has 64 to 128.
+HEAD_MULTIPLE = 16
 
 
 class OnnxRuntimeDialect:
@@ -72,6 +76,11 @@ class OnnxRuntimeDialect:
     def cached_attention(
         self, qkv: str, cache: CacheNames, spec: LanguageSpec, name: str
     ) -> tuple[str, str, str]:
+        if spec.head_dim % HEAD_MULTIPLE:
+            raise ExportError(
+                f"the decoder's head size is {spec.head_dim}; ONNX Runtime's GroupQueryAttention"
+                f" takes multiples of {HEAD_MULTIPLE} only"
+            )
         graph = self.graph
         packed = graph.node("Unsqueeze", [qkv, graph.shape(0)], f"{name}.batch")
         attended, key, value = graph.nodes(

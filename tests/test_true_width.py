@@ -1,0 +1,116 @@
+"""InternVL-Chat-V1-5 at its true widths, cut to 2 + 2 layers: bounded export, right answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import small_config, write_checkpoint
+from safetensors.torch import load_file
+
+from internvl_edge.examples.tiny_ocr.reference import hf_model, load_v15
+from internvl_edge.runtime.preprocess import tile_image
+
+GIB = 1 << 30
+RSS_LIMIT = 3 * GIB
+DISK_NEEDED = 16 * GIB
+#: Rows are sums of up to 16,384 float32 products of order one; torch adds them in another order.
+TOLERANCE = 2e-3
+
+#: VmHWM rather than ru_maxrss: the latter is inherited from the parent across exec.
+EXPORT = """
+import sys
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+from internvl_edge.export.bundle import export_bundle
+before = peak()
+export_bundle(sys.argv[1], sys.argv[2])
+print(peak() - before)
+"""
+
+RUN = """
+import sys, numpy as np
+from internvl_edge.runtime import InternVL
+model = InternVL.load(sys.argv[1], device="cpu", verify="size")
+data = np.load(sys.argv[2])
+image = data["image"]
+rows = model.encode_images([image])
+logits = model.logits(data["ids"], [image])
+np.savez(sys.argv[3], rows=rows, logits=logits[-4:])
+"""
+
+
+def true_width_config() -> dict[str, Any]:
+    config = small_config(
+        hidden=6144,
+        heads=48,
+        kv_heads=8,
+        vision_hidden=3200,
+        vision_heads=25,
+        tile=448,
+    )
+    config["vision_config"]["intermediate_size"] = 12800
+    config["llm_config"] |= {
+        "intermediate_size": 16384,
+        "vocab_size": 92553,
+        "max_position_embeddings": 32768,
+    }
+    return config
+
+
+@pytest.mark.slow
+def test_true_width(tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < DISK_NEEDED:
+        pytest.skip(f"needs {DISK_NEEDED // GIB} GiB of disk")
+    config = true_width_config()
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, shards=8)
+    bundle = tmp_path / "bundle"
+    assert int(_python(EXPORT, checkpoint, bundle)) < RSS_LIMIT
+
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (448, 448, 3), dtype=np.uint8)
+    context = json.loads((checkpoint / "added_tokens.json").read_text())["<IMG_CONTEXT>"]
+    ids = np.array([1, *[context] * 256, *random.integers(3, 490, 20)])
+    np.savez(tmp_path / "input.npz", image=image, ids=ids)
+    _python(RUN, bundle, tmp_path / "input.npz", tmp_path / "output.npz")
+    shutil.rmtree(bundle)
+    got = np.load(tmp_path / "output.npz")
+    rows, logits = _reference(checkpoint, config, image, ids, context)
+    np.testing.assert_allclose(got["rows"], rows, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got["logits"], logits, rtol=0, atol=TOLERANCE)
+
+
+def _python(script: str, *arguments: Path) -> str:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _reference(
+    checkpoint: Path, config: dict[str, Any], image: Any, ids: Any, context: int
+) -> tuple[Any, Any]:
+    from PIL import Image
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = hf_model(config)
+    state: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        state |= load_file(shard)
+    load_v15(model, state)
+    model.config.image_token_id = model.model.config.image_token_id = context
+    tiles = tile_image(Image.fromarray(image), tile_size=448, max_tiles=1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = ((torch.from_numpy(tiles) / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels)
+        rows = getattr(features, "pooler_output", features).reshape(256, -1)
+        logits = model(input_ids=torch.from_numpy(ids)[None], pixel_values=pixels).logits[0, -4:]
+    return rows.numpy(), logits.numpy()
