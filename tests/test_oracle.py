@@ -15,8 +15,7 @@ import torch
 from checkpoints import random_state, small_config, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from oracle import load_reference, reference_logits, reference_rows
 
 from internvl_edge.examples.tiny_ocr.reference import hf_model, load_v15, to_v15
 from internvl_edge.export.bundle import export_bundle
@@ -116,35 +115,14 @@ def test_position_resampling_equals_torch(rows: int, columns: int) -> None:
 
 
 def _compare(model: InternVL, checkpoint: Path, config: dict[str, Any], tolerance: float) -> None:
-    reference = hf_model(config)
-    state = load_checkpoint_state(checkpoint)
-    load_v15(reference, state)
+    reference = load_reference(checkpoint, config)
     random = np.random.default_rng(1)
     side = config["force_image_size"]
     image = random.integers(0, 256, (2 * side, 3 * side, 3), dtype=np.uint8)
     tiles = model.tile(image)
     assert len(tiles) == 7
-    with torch.no_grad():
-        expected = reference.get_image_features(pixel_values=_pixels(tiles))
-    expected = getattr(expected, "pooler_output", expected)
     rows = model.encode_images([image])
-    np.testing.assert_allclose(rows, expected.reshape(rows.shape).numpy(), rtol=0, atol=tolerance)
-    context = model.context_id
-    ids = [1, *[context] * len(rows), *random.integers(3, 490, 9).tolist()]
-    with torch.no_grad():
-        logits = reference(input_ids=torch.tensor([ids]), pixel_values=_pixels(tiles)).logits[0]
-    np.testing.assert_allclose(model.logits(ids, [image]), logits.numpy(), rtol=0, atol=tolerance)
-
-
-def _pixels(tiles: NDArray[np.uint8]) -> torch.Tensor:
-    """What the reference feeds: float32 NCHW, ImageNet mean and deviation."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(tiles) / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-def load_checkpoint_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for shard in checkpoint.glob("*.safetensors"):
-        arrays = load_file(shard)
-        state |= {name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()}
-    return state
+    np.testing.assert_allclose(rows, reference_rows(reference, tiles), rtol=0, atol=tolerance)
+    ids = [1, *[model.context_id] * len(rows), *random.integers(3, 490, 9).tolist()]
+    expected = reference_logits(reference, ids, tiles)
+    np.testing.assert_allclose(model.logits(ids, [image]), expected, rtol=0, atol=tolerance)

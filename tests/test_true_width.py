@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import small_config, write_checkpoint
-from safetensors.torch import load_file
-
-from internvl_edge.examples.tiny_ocr.reference import hf_model, load_v15
-from internvl_edge.runtime.preprocess import tile_image
+from oracle import load_reference, reference_logits, reference_rows
 
 GIB = 1 << 30
 RSS_LIMIT = 3 * GIB
@@ -83,34 +79,15 @@ def test_true_width(tmp_path: Path) -> None:
     _python(RUN, bundle, tmp_path / "input.npz", tmp_path / "output.npz")
     shutil.rmtree(bundle)
     got = np.load(tmp_path / "output.npz")
-    rows, logits = _reference(checkpoint, config, image, ids, context)
+    reference = load_reference(checkpoint, config)
+    reference.config.image_token_id = reference.model.config.image_token_id = context
+    tiles = image[np.newaxis]  # one tile exactly: nothing to resize
+    rows = reference_rows(reference, tiles)
     np.testing.assert_allclose(got["rows"], rows, rtol=0, atol=TOLERANCE)
+    logits = reference_logits(reference, ids.tolist(), tiles)[-4:]
     np.testing.assert_allclose(got["logits"], logits, rtol=0, atol=TOLERANCE)
 
 
 def _python(script: str, *arguments: Path) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _reference(
-    checkpoint: Path, config: dict[str, Any], image: Any, ids: Any, context: int
-) -> tuple[Any, Any]:
-    from PIL import Image
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = hf_model(config)
-    state: dict[str, torch.Tensor] = {}
-    for shard in checkpoint.glob("*.safetensors"):
-        state |= load_file(shard)
-    load_v15(model, state)
-    model.config.image_token_id = model.model.config.image_token_id = context
-    tiles = tile_image(Image.fromarray(image), tile_size=448, max_tiles=1)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = ((torch.from_numpy(tiles) / 255 - mean) / std).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=pixels)
-        rows = getattr(features, "pooler_output", features).reshape(256, -1)
-        logits = model(input_ids=torch.from_numpy(ids)[None], pixel_values=pixels).logits[0, -4:]
-    return rows.numpy(), logits.numpy()
