@@ -31,7 +31,7 @@ gpu-bench: $(VENV)/export.stamp
 # Type checkers do not follow the editable install's import hook: give them a tree of links.
 typing:
 	mkdir -p build/typing/internvl_edge
-	for room in export runtime; do ln -sfn ../../../$$room build/typing/internvl_edge/$$room; done
+	for room in bench calib_data export kernels runtime; do ln -sfn ../../../$$room build/typing/internvl_edge/$$room; done
 
 $(VENV)/export.stamp: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,10 +8,13 @@ Metadata and tool settings are in pyproject.toml.
 from setuptools import setup
 
 SUBPACKAGES = (
+    "calib_data",
     "export",
     "export.dialects",
     "runtime",
     "runtime.backends",
+    "kernels",
+    "bench",
     "examples.tiny_ocr",
 )
 
@@ -20,6 +23,7 @@ setup(
     package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in SUBPACKAGES},
     package_data={
         "*": ["py.typed"],
+        "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.examples.tiny_ocr": ["checkpoint/*", "receipt.*"],
     },
 )

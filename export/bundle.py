@@ -13,16 +13,35 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy_format
 
+from internvl_edge.export.calibration_run import calibrate, open_workspace
 from internvl_edge.export.checkpoint import Checkpoint, WeightSource
+from internvl_edge.export.decisions import (
+    DEFAULT_OPTIONS,
+    Decisions,
+    QuantOptions,
+    Recipe,
+    make_plan,
+)
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graph import GraphBuilder, Progress
 from internvl_edge.export.inspection import parameter_counts
 from internvl_edge.export.language import build_language
 from internvl_edge.export.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.packing import pack_table
+from internvl_edge.export.plan import QuantPlan, RescaledSource
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import Weight, WeightReader
 from internvl_edge.runtime.bundle import FileEntry, Manifest, sha256_file
-from internvl_edge.runtime.contract import EMBEDDING_TABLE, FLOAT_DTYPE, MANIFEST, Precision
+from internvl_edge.runtime.contract import (
+    COMPUTE_DTYPE,
+    EMBEDDING_SCALES,
+    EMBEDDING_TABLE,
+    MANIFEST,
+    CachePrecision,
+    LanguagePrecision,
+    VisionPrecision,
+    default_cache,
+)
 from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, get_template
 from internvl_edge.runtime.specs import ModelSpec
@@ -33,59 +52,84 @@ SLACK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class Layout:
     """What an export will write."""
 
     vision: GraphBuilder
     language: GraphBuilder
-    embedding: Weight
+    embedding: list[Weight]  # the table, and its scales when it is quantised
 
     @property
     def weight_bytes(self) -> int:
-        parts = [*self.vision.weights, *self.language.weights, self.embedding]
+        parts = [*self.vision.weights, *self.language.weights, *self.embedding]
         return sum(weight.nbytes for weight in parts)
 
     @property
     def file_bytes(self) -> int:
-        return self.vision.data_bytes + self.language.data_bytes + self.embedding.nbytes
+        table = sum(weight.nbytes for weight in self.embedding)
+        return self.vision.data_bytes + self.language.data_bytes + table
 
 
 def export_bundle(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    vision: Precision = "fp32",
-    language: Precision = "fp32",
+    vision: VisionPrecision = "fp32",
+    language: LanguagePrecision = "fp32",
+    kv: CachePrecision | None = None,
+    options: QuantOptions = DEFAULT_OPTIONS,
+    calibration: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int], Progress] | None = None,
+    calibration_progress: Callable[[int], Progress] | None = None,
 ) -> Path:
     """Convert a checkpoint directory into a bundle.
 
     Args:
         checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout.
         output: directory to create; written beside its place and renamed when complete.
-        vision: precision of the vision tower and projector.
-        language: precision of the decoder, its KV cache and the embedding table.
+        vision: precision of the vision tower's and projector's linear layers.
+        language: precision of the decoder's linear layers.
+        kv: precision of the KV cache; None stores keys and values as they are computed.
+        options: how to quantise; see `QuantOptions`.
+        calibration: folder or .jsonl with pictures and prompts; None uses the generator.
         overwrite: replace an existing bundle at `output`.
         progress: called with the total of bytes; returns a function called with each increment.
+        calibration_progress: the same for calibration, counting units of the model.
 
     Returns:
         Path of the bundle.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        CalibrationDataError: the calibration data cannot be read.
         ExportError: the bundle cannot be written.
     """
     source = Checkpoint(checkpoint)
     target = Path(output)
     _check_target(target, overwrite)
     tokenizer = _check_tokenizer(source.directory, source.spec)
-    plan = plan_export(source, vision, language)
-    _check_space(target, plan.file_bytes)
-    advance = progress(plan.weight_bytes) if progress else _no_progress
-    with _written_aside(target) as aside:
-        files = plan.vision.save(aside, advance) | plan.language.save(aside, advance)
-        files[EMBEDDING_TABLE] = _save_embedding(aside / EMBEDDING_TABLE, plan.embedding, advance)
+    recipe = Recipe(vision, language, kv or default_cache(language), options)
+    if recipe.kv not in ("int8", default_cache(language)):
+        raise ExportError(
+            f"kv {kv} does not go with language {language}: attention takes int8 or"
+            f" {default_cache(language)}, which is how that decoder computes"
+        )
+    decisions: Decisions = {}
+    workspace = None
+    if recipe.needs_calibration:
+        workspace = open_workspace(target, source, recipe, calibration)
+        advance = calibration_progress or _ignore_total
+        decisions = calibrate(source, recipe, calibration, workspace, advance)
+    layout = plan_export(source, recipe, make_plan(source.spec, recipe, decisions))
+    _check_space(target, layout.file_bytes)
+    advance_bytes = (progress or _ignore_total)(layout.weight_bytes)
+    with _written_aside(Path(os.path.realpath(target))) as aside:
+        files = layout.vision.save(aside, advance_bytes)
+        files |= layout.language.save(aside, advance_bytes)
+        names = (EMBEDDING_TABLE, EMBEDDING_SCALES)[: len(layout.embedding)]
+        for name, weight in zip(names, layout.embedding, strict=True):
+            files[name] = _save_array(aside / name, weight, advance_bytes)
         for path in tokenizer:
             shutil.copyfile(path, aside / path.name)
             files[path.name] = FileEntry(path.stat().st_size, sha256_file(aside / path.name))
@@ -94,26 +138,37 @@ def export_bundle(
             dialect=OnnxRuntimeDialect.name,
             vision=vision,
             language=language,
+            kv=recipe.kv,
+            embedding=recipe.embedding,
             parameters=parameter_counts(source.spec),
             files=files,
         )
         (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+    if workspace is not None:
+        workspace.remove()
     return target
 
 
-def plan_export(source: WeightSource, vision: Precision, language: Precision) -> Plan:
+def plan_export(source: WeightSource, recipe: Recipe, plan: QuantPlan) -> Layout:
     """Build both graphs; no weight beyond the vision embeddings is read yet."""
+    rescaled = RescaledSource(source, plan)
     vision_graph, language_graph = GraphBuilder("vision"), GraphBuilder("language")
-    vision_reader = WeightReader(source, FLOAT_DTYPE[vision])
-    language_reader = WeightReader(source, FLOAT_DTYPE[language])
-    build_vision(source.spec, OnnxRuntimeDialect(vision_graph), vision_reader, vision)
+    vision_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.vision])
+    language_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.language])
+    build_vision(source.spec, OnnxRuntimeDialect(vision_graph, plan), vision_reader, recipe.vision)
     build_language(
-        source.spec.language, OnnxRuntimeDialect(language_graph), language_reader, language
+        source.spec.language,
+        OnnxRuntimeDialect(language_graph, plan),
+        language_reader,
+        recipe.language,
+        recipe.kv,
     )
-    return Plan(vision_graph, language_graph, language_reader.tensor(TOK_EMBEDDINGS))
+    table = language_reader.tensor(TOK_EMBEDDINGS)
+    embedding = pack_table(table) if recipe.embedding == "int8" else [table]
+    return Layout(vision_graph, language_graph, embedding)
 
 
-def _save_embedding(path: Path, weight: Weight, progress: Progress) -> FileEntry:
+def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
     """A plain .npy file, so that the runtime can map it and gather rows on the host."""
     with path.open("wb") as stream:
         header = {"descr": np.dtype(weight.dtype).str, "fortran_order": False}
@@ -152,7 +207,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _check_space(target: Path, needed: int) -> None:
     parent = target.absolute().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        while not parent.exists():
+            parent = parent.parent
         free = shutil.disk_usage(parent).free
     except OSError as error:
         raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
@@ -182,14 +238,17 @@ def _written_aside(target: Path) -> Iterator[Path]:
 
 
 def _replace(aside: Path, target: Path) -> None:
-    if not target.exists():
-        aside.rename(target)
-        return
+    """Rename `aside` to `target`; a bundle that stood there returns if that fails."""
     old = target.with_name(f"{target.name}.partial-old-{os.getpid()}")
-    target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old)
+    try:
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _no_progress(_: int) -> None:
-    pass
+def _ignore_total(_: int) -> Progress:
+    return lambda _: None

@@ -58,6 +58,11 @@ class Checkpoint:
         self._shapes = self._read_shapes()
         check_shapes(self._shapes, expected)
 
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return sorted(set(self._files.values()))
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
@@ -113,7 +118,7 @@ def _indexed_files(directory: Path) -> dict[str, Path]:
         raise CheckpointError(f"{INDEX} has no 'weight_map'")
     files = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or Path(file).name != file or {"\\", "\0"} & set(file):
             raise CheckpointError(
                 f"{INDEX} puts {name} into {file!r}; a shard must be a file of the same directory"
             )
@@ -153,7 +158,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path.parent} is not a checkpoint directory: it has no {path.name}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")

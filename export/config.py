@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from internvl_edge.runtime.errors import CheckpointError, PromptError
 from internvl_edge.runtime.prompt import get_template
 from internvl_edge.runtime.specs import (
+    MAX_INTEGER,
     SHUFFLE,
     LanguageSpec,
     ModelSpec,
@@ -18,6 +19,9 @@ from internvl_edge.runtime.specs import (
 )
 
 _MISSING = object()
+
+#: More layers than any known decoder has; keeps a damaged config from filling the memory.
+_MAX_LAYERS = 1024
 
 
 class _Section:
@@ -41,8 +45,14 @@ class _Section:
 
     def positive(self, key: str, default: object = _MISSING) -> int:
         value = self.raw(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.bad(key, value, "a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INTEGER:
+            raise self.bad(key, value, "a positive integer below 2^31")
+        return value
+
+    def layers(self, default: int) -> int:
+        value = self.positive("num_hidden_layers", default)
+        if value > _MAX_LAYERS:
+            raise self.bad("num_hidden_layers", value, f"at most {_MAX_LAYERS}")
         return value
 
     def integer(self, key: str, default: object = _MISSING) -> int:
@@ -55,7 +65,7 @@ class _Section:
         value = self.raw(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.bad(key, value, "a number")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value <= sys.float_info.max:  # false for NaN
             raise self.bad(key, value, "a positive number")
         return float(value)
 
@@ -72,9 +82,9 @@ class _Section:
         return value
 
     def bad(self, key: str, value: object, expected: str) -> CheckpointError:
-        return CheckpointError(
-            f"config.json: '{self._path}{key}' is {value!r}; supported: {expected}"
-        )
+        got = repr(value)
+        got = got if len(got) <= 100 else f"{got[:100]}..."
+        return CheckpointError(f"config.json: '{self._path}{key}' is {got}; supported: {expected}")
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -121,7 +131,7 @@ def _vision(top: _Section) -> VisionSpec:
         hidden_size=vision.positive("hidden_size", 3200),
         num_attention_heads=vision.positive("num_attention_heads", 25),
         intermediate_size=vision.positive("intermediate_size", 12800),
-        num_hidden_layers=vision.positive("num_hidden_layers", 48),
+        num_hidden_layers=vision.layers(48),
         image_size=image_size,
         tile_size=top.positive("force_image_size") if forced else image_size,
         patch_size=vision.positive("patch_size", 14),
@@ -163,7 +173,7 @@ def _language(llm: _Section) -> LanguageSpec:
     spec = LanguageSpec(
         hidden_size=llm.positive("hidden_size", 4096),
         intermediate_size=llm.positive("intermediate_size", 11008),
-        num_hidden_layers=llm.positive("num_hidden_layers", 32),
+        num_hidden_layers=llm.layers(32),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or llm.positive("num_key_value_heads"),
         vocab_size=llm.positive("vocab_size", 103168),
@@ -177,6 +187,11 @@ def _language(llm: _Section) -> LanguageSpec:
     _check_divisible("llm_config.hidden_size", spec.hidden_size, heads)
     _check_divisible("llm_config.num_attention_heads", heads, spec.num_key_value_heads)
     _check_divisible("llm_config head size", spec.head_dim, 2)
+    if (longest := spec.max_position_embeddings * factor) > MAX_INTEGER:
+        raise CheckpointError(
+            "config.json: 'max_position_embeddings' times the factor of 'rope_scaling' is"
+            f" {longest:.6g}; the longest context supported is {MAX_INTEGER}"
+        )
     return spec
 
 

@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from onnx import TensorProto
+
 from internvl_edge.export.dialects import CacheNames, Dialect
 from internvl_edge.export.mapping import LANGUAGE
 from internvl_edge.export.weights import Weight, WeightReader, wqkv_rows
 from internvl_edge.runtime import contract
-from internvl_edge.runtime.contract import Precision, Tensor
+from internvl_edge.runtime.contract import CachePrecision, LanguagePrecision
 from internvl_edge.runtime.specs import LanguageSpec
 
 
 def build_language(
-    spec: LanguageSpec, dialect: Dialect, reader: WeightReader, precision: Precision
+    spec: LanguageSpec,
+    dialect: Dialect,
+    reader: WeightReader,
+    precision: LanguagePrecision,
+    cache: CachePrecision,
 ) -> None:
     """Write the whole decoder into `dialect.graph`."""
     graph = dialect.graph
-    for tensor in contract.language_inputs(spec, precision):
+    for tensor in contract.language_inputs(spec, precision, cache):
         graph.input(tensor)
-    outputs = {tensor.name: tensor for tensor in contract.language_outputs(spec, precision)}
+    outputs = {tensor.name: tensor for tensor in contract.language_outputs(spec, cache)}
     hidden, residual = contract.EMBEDDINGS, ""
     for layer in range(spec.num_hidden_layers):
-        prefix = f"{LANGUAGE}.model.layers.{layer}"
-        with graph.scope(f"layers.{layer}"):
-            norm = reader.tensor(f"{prefix}.attention_norm.weight")
-            normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "attention_norm")
-            hidden = _attention(spec, dialect, reader, layer, normed, outputs)
-            norm = reader.tensor(f"{prefix}.ffn_norm.weight")
-            normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "ffn_norm")
-            hidden = _feed_forward(dialect, reader, f"{prefix}.feed_forward", normed)
+        step = decoder_layer(spec, dialect, reader, layer, hidden, residual)
+        hidden, residual = step.hidden, step.residual
+        graph.output(step.key, outputs[contract.present_key(layer)])
+        graph.output(step.value, outputs[contract.present_value(layer)])
+    logits = head(spec, dialect, reader, hidden, residual)
+    graph.output(logits, outputs[contract.LOGITS])
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """Values after one layer: its output is `hidden + residual`."""
+
+    hidden: str
+    residual: str
+    key: str
+    value: str
+
+
+def decoder_layer(
+    spec: LanguageSpec,
+    dialect: Dialect,
+    reader: WeightReader,
+    layer: int,
+    hidden: str,
+    residual: str,
+) -> LayerStep:
+    """One layer on `hidden + residual` (`residual` may be empty), both `(tokens, hidden)`."""
+    prefix = f"{LANGUAGE}.model.layers.{layer}"
+    with dialect.graph.scope(f"layers.{layer}"):
+        norm = reader.tensor(f"{prefix}.attention_norm.weight")
+        normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "attention_norm")
+        hidden, key, value = _attention(spec, dialect, reader, layer, normed)
+        norm = reader.tensor(f"{prefix}.ffn_norm.weight")
+        normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "ffn_norm")
+        hidden = _feed_forward(dialect, reader, f"{prefix}.feed_forward", normed)
+    return LayerStep(hidden, residual, key, value)
+
+
+def head(
+    spec: LanguageSpec, dialect: Dialect, reader: WeightReader, hidden: str, residual: str
+) -> str:
+    """Final norm and output matrix: float32 logits `(rows, vocab)` of the rows asked for."""
+    graph = dialect.graph
     norm = reader.tensor(f"{LANGUAGE}.model.norm.weight")
     normed, _ = _add_norm(dialect, hidden, residual, norm, spec, "norm")
     # Only the rows asked for reach the head: 92,553 columns are most of a short prompt's work.
     rows = graph.node("Gather", [normed, contract.LOGIT_ROWS], "rows", {"axis": 0})
     logits = dialect.linear(rows, reader.tensor(f"{LANGUAGE}.output.weight"), None, "head")
-    logits = graph.node("Cast", [logits], "logits", {"to": 1})  # float32
-    graph.output(logits, outputs[contract.LOGITS])
+    return graph.node("Cast", [logits], "logits", {"to": TensorProto.FLOAT})
 
 
 def _add_norm(
@@ -47,19 +89,16 @@ def _add_norm(
 
 
 def _attention(
-    spec: LanguageSpec,
-    dialect: Dialect,
-    reader: WeightReader,
-    layer: int,
-    x: str,
-    outputs: dict[str, Tensor],
-) -> str:
+    spec: LanguageSpec, dialect: Dialect, reader: WeightReader, layer: int, x: str
+) -> tuple[str, str, str]:
+    """Attention output `(tokens, hidden)`, present key, present value."""
     prefix = f"{LANGUAGE}.model.layers.{layer}.attention"
     order = wqkv_rows(spec)
     with dialect.graph.scope("attention"):
         bias = reader.reordered(f"{prefix}.wqkv.bias", order) if spec.bias else None
         qkv = dialect.linear(x, reader.reordered(f"{prefix}.wqkv.weight", order), bias, "wqkv")
         cache = CacheNames(
+            layer=layer,
             past_key=contract.past_key(layer),
             past_value=contract.past_value(layer),
             last_position=contract.LAST_POSITION,
@@ -68,10 +107,8 @@ def _attention(
             rope_sin=contract.ROPE_SIN,
         )
         y, key, value = dialect.cached_attention(qkv, cache, spec, "attend")
-        dialect.graph.output(key, outputs[contract.present_key(layer)])
-        dialect.graph.output(value, outputs[contract.present_value(layer)])
         bias = reader.tensor(f"{prefix}.wo.bias") if spec.bias else None
-        return dialect.linear(y, reader.tensor(f"{prefix}.wo.weight"), bias, "wo")
+        return dialect.linear(y, reader.tensor(f"{prefix}.wo.weight"), bias, "wo"), key, value
 
 
 def _feed_forward(dialect: Dialect, reader: WeightReader, prefix: str, x: str) -> str:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
 from internvl_edge.export.graph import Progress
 
 
-def progress_bar(total_bytes: int) -> Progress:
-    """A bar on stderr for `total_bytes`; call the result with each increment."""
-    bar = tqdm(
-        total=total_bytes,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc="export",
-        file=sys.stderr,
-        leave=True,
-    )
+@contextmanager
+def progress_bar(label: str, *, unit: str = "B") -> Iterator[Callable[[int], Progress]]:
+    """Gives a function that draws a bar on stderr, if that is a terminal, for a number of units.
 
-    def advance(count: int) -> None:
-        bar.update(count)
-        if bar.n >= total_bytes:
-            bar.close()
+    The bar is closed at the end, so that whatever is printed next, an error included, begins a
+    line.
+    """
+    with ExitStack() as bars:
 
-    return advance
+        def start(total: int) -> Progress:
+            bar = tqdm(
+                total=total,
+                unit=unit,
+                unit_scale=unit == "B",
+                unit_divisor=1024,
+                desc=label,
+                file=sys.stderr,
+                disable=None,  # without a terminal
+            )
+            bars.enter_context(bar)
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            return advance
+
+        yield start

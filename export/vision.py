@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import helper
 
 from internvl_edge.export.dialects import AttentionShape, Dialect
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.export.mapping import PROJECTOR, VISION
 from internvl_edge.export.weights import Weight, WeightReader, resample_positions
 from internvl_edge.runtime import contract
-from internvl_edge.runtime.contract import Precision
+from internvl_edge.runtime.contract import VisionPrecision
 from internvl_edge.runtime.specs import PROJECTOR_EPS, SHUFFLE, ModelSpec, VisionSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -17,19 +18,38 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def build_vision(
-    spec: ModelSpec, dialect: Dialect, reader: WeightReader, precision: Precision
+    spec: ModelSpec, dialect: Dialect, reader: WeightReader, precision: VisionPrecision
 ) -> None:
     """Write the whole vision graph into `dialect.graph`."""
     graph, vision = dialect.graph, spec.vision
-    (tiles,) = (graph.input(tensor) for tensor in contract.vision_inputs(vision))
-    x = _embeddings(vision, graph, dialect, reader, _normalise(graph, tiles, reader.dtype))
+    x = embed_tiles(vision, dialect, reader)
     for layer in range(vision.layers_run):
-        with graph.scope(f"layers.{layer}"):
-            x = _layer(vision, dialect, reader, f"{VISION}.encoder.layers.{layer}", x)
-    x = _projector(spec, dialect, reader, _pixel_shuffle(vision, graph, x))
+        x = encoder_layer(vision, dialect, reader, layer, x)
     (output,) = contract.vision_outputs(vision, spec.language, precision)
-    shape = graph.shape(-1, vision.tokens_per_tile, spec.language.hidden_size)
-    graph.output(graph.node("Reshape", [x, shape], "image_embeddings"), output)
+    graph.output(project(spec, dialect, reader, x), output)
+
+
+def embed_tiles(vision: VisionSpec, dialect: Dialect, reader: WeightReader) -> str:
+    """The graph's input to the tower's: `(tiles * sequence_length, hidden)`."""
+    graph = dialect.graph
+    (tiles,) = (graph.input(tensor) for tensor in contract.vision_inputs(vision))
+    return _embeddings(vision, graph, dialect, reader, _normalise(graph, tiles, reader.dtype))
+
+
+def encoder_layer(
+    vision: VisionSpec, dialect: Dialect, reader: WeightReader, layer: int, x: str
+) -> str:
+    """One layer, `(tiles * sequence_length, hidden)` to the same."""
+    with dialect.graph.scope(f"layers.{layer}"):
+        return _layer(vision, dialect, reader, f"{VISION}.encoder.layers.{layer}", x)
+
+
+def project(spec: ModelSpec, dialect: Dialect, reader: WeightReader, x: str) -> str:
+    """The tower's output to image embeddings `(tiles, tokens_per_tile, language hidden)`."""
+    graph = dialect.graph
+    x = _projector(spec, dialect, reader, _pixel_shuffle(spec.vision, graph, x))
+    shape = graph.shape(-1, spec.vision.tokens_per_tile, spec.language.hidden_size)
+    return graph.node("Reshape", [x, shape], "image_embeddings")
 
 
 def _normalise(graph: GraphBuilder, tiles: str, dtype: str) -> str:
@@ -149,6 +169,4 @@ def _add_scaled(graph: GraphBuilder, x: str, y: str, scale: Weight) -> str:
 
 
 def _onnx_type(dtype: str) -> int:
-    from onnx import helper
-
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

@@ -23,6 +23,12 @@ class Weight:
     dtype: str
     shape: tuple[int, ...]
     blocks: Blocks
+    order: NDArray[np.int64] | None = None  # of the stored rows, where it is not theirs
+
+    @classmethod
+    def held(cls, name: str, values: NDArray[np.generic]) -> Weight:
+        """A small tensor that is in memory already."""
+        return cls(name, str(values.dtype), values.shape, lambda: iter([values]))
 
     @property
     def nbytes(self) -> int:
@@ -35,10 +41,16 @@ class Weight:
             CheckpointError: a value is NaN or infinite.
             ExportError: a finite value does not fit `dtype`.
         """
+        if np.dtype(self.dtype).kind != "f":  # packed already
+            yield from self.blocks()
+            return
         for block in self.blocks():
             wide = block.astype(np.float32)
             if not np.isfinite(wide).all():
-                raise CheckpointError(f"{self.name} holds NaN or infinite values")
+                raise CheckpointError(
+                    f"{self.name} holds NaN or infinite values; the checkpoint is damaged, download"
+                    " it again"
+                )
             with np.errstate(over="ignore"):  # the overflow is looked for right below
                 cast = wide.astype(self.dtype, copy=False)
             if not np.isfinite(cast).all():
@@ -77,7 +89,7 @@ class WeightReader:
         def blocks() -> Iterator[NDArray[np.generic]]:
             yield np.concatenate(list(self._source.blocks(name)))[rows]
 
-        return Weight(name, self.dtype, self._source.shape(name), blocks)
+        return Weight(name, self.dtype, self._source.shape(name), blocks, rows)
 
 
 def wqkv_rows(spec: LanguageSpec) -> NDArray[np.int64]:

@@ -11,23 +11,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from internvl_edge.runtime.contract import (
     EMBEDDING_TABLE,
-    FLOAT_DTYPE,
     LANGUAGE_GRAPH,
     MANIFEST,
     VISION_GRAPH,
-    Precision,
+    CachePrecision,
+    LanguagePrecision,
+    VisionPrecision,
 )
-from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.errors import BundleError, PromptError
+from internvl_edge.runtime.prompt import get_template
 from internvl_edge.runtime.specs import ModelSpec
 
 FORMAT = "internvl-edge bundle"
 FORMAT_VERSION = 1
 
 Verify = Literal["hash", "size"]
+
+_PRECISIONS: dict[str, Any] = {
+    "vision": VisionPrecision,
+    "language": LanguagePrecision,
+    "kv": CachePrecision,
+    "embedding": CachePrecision,
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,17 @@ class Manifest:
 
     spec: ModelSpec
     dialect: str
-    vision: Precision
-    language: Precision
+    vision: VisionPrecision
+    language: LanguagePrecision
+    kv: CachePrecision
+    embedding: CachePrecision
     parameters: Mapping[str, int]
     files: Mapping[str, FileEntry]
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """How each part is stored."""
+        return {part: getattr(self, part) for part in _PRECISIONS}
 
     def to_json(self) -> str:
         return json.dumps(
@@ -55,7 +71,7 @@ class Manifest:
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
                 "dialect": self.dialect,
-                "precision": {"vision": self.vision, "language": self.language},
+                "precision": self.precision,
                 "parameters": dict(self.parameters),
                 "spec": self.spec.to_dict(),
                 "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
@@ -91,6 +107,8 @@ def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
     Raises:
         BundleError: not a bundle, newer format, missing, resized or altered file.
     """
+    if verify not in get_args(Verify):
+        raise BundleError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}")
     directory = Path(path)
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
@@ -108,7 +126,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a bundle: it has no {MANIFEST}; write one with"
             " 'internvl-edge export CHECKPOINT -o BUNDLE'"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise BundleError(f"cannot read {source}: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{source} does not describe an {FORMAT}")
@@ -118,12 +136,16 @@ def read_manifest(directory: Path) -> Manifest:
             f"{source} has format version {version!r}, this runtime reads {FORMAT_VERSION};"
             " update internvl-edge or export the checkpoint again"
         )
+    spec = ModelSpec.from_dict(_object(data, "spec"))
+    try:
+        get_template(spec.prompt.template)
+    except PromptError as error:
+        raise BundleError(f"{MANIFEST}: {error}") from error
     return Manifest(
-        spec=ModelSpec.from_dict(_object(data, "spec")),
+        spec=spec,
         dialect=str(data.get("dialect")),
-        vision=_precision(data, "vision"),
-        language=_precision(data, "language"),
-        parameters={name: int(n) for name, n in _object(data, "parameters").items()},
+        **{part: _precision(data, part) for part in _PRECISIONS},
+        parameters={name: _count(name, n) for name, n in _object(data, "parameters").items()},
         files=_files(data),
     )
 
@@ -139,13 +161,16 @@ def sha256_file(path: Path) -> str:
 
 def _check_file(path: Path, entry: FileEntry, verify: Verify) -> None:
     remedy = "copy the bundle again or export it anew"
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; {remedy}")
     try:
         size = path.stat().st_size
+        got = sha256_file(path) if verify == "hash" and size == entry.bytes else entry.sha256
     except OSError as error:
-        raise BundleError(f"{path} is missing ({error.strerror}); {remedy}") from error
+        raise BundleError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     if size != entry.bytes:
         raise BundleError(f"{path} has {size} bytes, expected {entry.bytes}; {remedy}")
-    if verify == "hash" and (got := sha256_file(path)) != entry.sha256:
+    if got != entry.sha256:
         raise BundleError(
             f"{path} was altered: sha256 {got[:12]}..., expected {entry.sha256[:12]}...; {remedy}"
         )
@@ -158,24 +183,31 @@ def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _precision(data: Mapping[str, Any], part: str) -> Precision:
+def _precision(data: Mapping[str, Any], part: str) -> Any:
     value = _object(data, "precision").get(part)
-    if value not in FLOAT_DTYPE:
+    known = get_args(_PRECISIONS[part])
+    if value not in known:
         raise BundleError(
-            f"{MANIFEST}: precision.{part} is {value!r}, expected one of {list(FLOAT_DTYPE)}"
+            f"{MANIFEST}: precision.{part} is {value!r}, expected one of {', '.join(known)}"
         )
-    return value  # type: ignore[no-any-return]
+    return value
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise BundleError(f"{MANIFEST}: {name} is {value!r}, expected a whole number")
+    return value
 
 
 def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
     files = {}
     for name, entry in _object(data, "files").items():
-        if Path(name).name != name or name in ("", ".", ".."):
+        plain = Path(name).name == name and name.isprintable() and "\\" not in name
+        if not plain or name in ("", ".."):
             raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
-        try:
-            files[name] = FileEntry(bytes=int(entry["bytes"]), sha256=str(entry["sha256"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{MANIFEST}: bad entry for file {name!r}: {entry!r}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise BundleError(f"{MANIFEST}: bad entry for file {name!r}: {entry!r}")
+        files[name] = FileEntry(_count(f"{name} bytes", entry.get("bytes")), entry["sha256"])
     for needed in (VISION_GRAPH, LANGUAGE_GRAPH, EMBEDDING_TABLE):
         if needed not in files:
             raise BundleError(f"{MANIFEST} does not list {needed}; export the checkpoint again")

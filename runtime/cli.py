@@ -1,4 +1,4 @@
-"""Command line: `internvl-edge demo | inspect | export | chat`.
+"""Command line: `internvl-edge demo | inspect | export | chat | bench`.
 
 Every error a user can cause ends in one line on stderr and exit status 2; Ctrl-C in 130.
 """
@@ -13,10 +13,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from internvl_edge.runtime.contract import MANIFEST
-from internvl_edge.runtime.errors import ExportError, InternVLEdgeError
+from internvl_edge.runtime.contract import (
+    MANIFEST,
+    CachePrecision,
+    LanguagePrecision,
+    VisionPrecision,
+)
+from internvl_edge.runtime.errors import ExportError, InternVLEdgeError, LimitError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -38,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader has gone
         return 0
+    except OSError as error:
+        _drop_output()
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
 
 
 @contextmanager
@@ -53,6 +61,11 @@ def _export_installed() -> Iterator[None]:
             f"reading a checkpoint needs the package {error.name}:"
             " pip install 'internvl-edge[export]'"
         ) from error
+
+
+def _drop_output() -> None:
+    """Send what is left in the buffer nowhere: flushing it at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -95,15 +108,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     with _export_installed():
         from internvl_edge.export.bundle import export_bundle
+        from internvl_edge.export.decisions import QuantOptions
         from internvl_edge.export.progress import progress_bar
-    path = export_bundle(
-        arguments.checkpoint,
-        arguments.output,
-        vision=arguments.vision,
-        language=arguments.language,
-        overwrite=arguments.overwrite,
-        progress=progress_bar,
-    )
+    with (
+        progress_bar("export") as progress,
+        progress_bar("calibrate", unit="layer") as unit_progress,
+    ):
+        path = export_bundle(
+            arguments.checkpoint,
+            arguments.output,
+            vision=arguments.vision,
+            language=arguments.language,
+            kv=arguments.kv,
+            options=QuantOptions(
+                block=arguments.block,
+                symmetric=not arguments.asymmetric,
+                naive=arguments.naive,
+                keep_fp16=tuple(arguments.keep_fp16),
+            ),
+            calibration=arguments.calibration,
+            overwrite=arguments.overwrite,
+            progress=progress,
+            calibration_progress=unit_progress,
+        )
     print(f"wrote {path}")
     return 0
 
@@ -112,6 +139,14 @@ def _chat(arguments: argparse.Namespace) -> int:
     from internvl_edge.runtime.terminal import run_chat
 
     return run_chat(arguments)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    from internvl_edge.bench.kernels import run_kernels
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise LimitError(f"--threads is {arguments.threads}, it must be at least 1")
+    return run_kernels(threads=arguments.threads, as_json=arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,8 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="Hugging Face checkpoint to bundle")
     export.add_argument("checkpoint", metavar="CHECKPOINT")
     export.add_argument("-o", "--output", required=True, metavar="BUNDLE")
-    for part in ("vision", "language"):
-        export.add_argument(f"--{part}", choices=("fp32", "fp16"), default="fp32")
+    export.add_argument("--vision", choices=get_args(VisionPrecision), default="fp32")
+    export.add_argument("--language", choices=get_args(LanguagePrecision), default="fp32")
+    export.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
+    export.add_argument("--block", type=int, choices=(32, 64, 128), default=128)
+    export.add_argument("--asymmetric", action="store_true", help="store a zero point per block")
+    export.add_argument("--naive", action="store_true", help="round to nearest, for comparison")
+    export.add_argument(
+        "--keep-fp16",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="tensors that stay at half precision, by the beginning of their name",
+    )
+    export.add_argument(
+        "--calibration", metavar="DIR", help="folder or .jsonl of pictures (default: generated)"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     export.set_defaults(run=_export)
 
@@ -154,6 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--json", action="store_true", help="print replies as JSON lines")
     _add_device(chat)
     chat.set_defaults(run=_chat)
+
+    bench = commands.add_parser("bench", help="measure beside a reference, correctness first")
+    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
+    kernels = subjects.add_parser("kernels", help="tiling and pixel shuffle against Pillow, NumPy")
+    kernels.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    kernels.add_argument("--json", action="store_true")
+    kernels.set_defaults(run=_bench_kernels)
     return parser
 
 

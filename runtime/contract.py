@@ -11,14 +11,24 @@ from typing import Literal
 
 from internvl_edge.runtime.specs import LanguageSpec, VisionSpec
 
-Precision = Literal["fp32", "fp16"]
+VisionPrecision = Literal["fp32", "fp16", "int8"]
+LanguagePrecision = Literal["fp32", "fp16", "int8", "int4"]
+CachePrecision = Literal["fp32", "fp16", "int8"]
 
-#: NumPy dtype name of each floating-point precision a graph can compute in.
-FLOAT_DTYPE: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
+#: NumPy dtype name of the activations of a graph whose linear weights have this precision.
+COMPUTE_DTYPE: dict[LanguagePrecision, str] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "int8": "float32",
+    "int4": "float32",
+}
+#: NumPy dtype name of stored keys and values.
+CACHE_DTYPE: dict[CachePrecision, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 VISION_GRAPH = "vision.onnx"
 LANGUAGE_GRAPH = "language.onnx"
 EMBEDDING_TABLE = "embedding.npy"
+EMBEDDING_SCALES = "embedding.scales.npy"
 MANIFEST = "bundle.json"
 
 TILES = "tiles"
@@ -63,19 +73,28 @@ def vision_inputs(spec: VisionSpec) -> list[Tensor]:
     return [Tensor(TILES, "uint8", ("tiles", spec.tile_size, spec.tile_size, 3))]
 
 
-def vision_outputs(spec: VisionSpec, language: LanguageSpec, precision: Precision) -> list[Tensor]:
+def vision_outputs(
+    spec: VisionSpec, language: LanguageSpec, precision: VisionPrecision
+) -> list[Tensor]:
     shape = ("tiles", spec.tokens_per_tile, language.hidden_size)
-    return [Tensor(IMAGE_EMBEDDINGS, FLOAT_DTYPE[precision], shape)]
+    return [Tensor(IMAGE_EMBEDDINGS, COMPUTE_DTYPE[precision], shape)]
 
 
-def language_inputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
+def default_cache(language: LanguagePrecision) -> CachePrecision:
+    """Keys and values as they are computed."""
+    return "fp16" if COMPUTE_DTYPE[language] == "float16" else "fp32"
+
+
+def language_inputs(
+    spec: LanguageSpec, precision: LanguagePrecision, cache: CachePrecision
+) -> list[Tensor]:
     """Batch 1. `tokens` rows are appended behind `total_length - tokens` cached positions.
 
     The KV cache has a fixed `context` length; past and present must share one buffer, so that a
     step writes its own rows and copies nothing. The rotary tables are inputs because dynamic NTK
     scaling makes them depend on the total length.
     """
-    dtype = FLOAT_DTYPE[precision]
+    dtype = COMPUTE_DTYPE[precision]
     tensors = [
         Tensor(EMBEDDINGS, dtype, ("tokens", spec.hidden_size)),
         Tensor(ROPE_COS, dtype, ("context", spec.head_dim // 2)),
@@ -85,16 +104,14 @@ def language_inputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
         Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
     ]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(past_key(layer), past_value(layer), spec, dtype)
+        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache)
     return tensors
 
 
-def language_outputs(spec: LanguageSpec, precision: Precision) -> list[Tensor]:
+def language_outputs(spec: LanguageSpec, cache: CachePrecision) -> list[Tensor]:
     tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(
-            present_key(layer), present_value(layer), spec, FLOAT_DTYPE[precision]
-        )
+        tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache)
     return tensors
 
 
@@ -103,6 +120,7 @@ def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
     return (1, spec.num_key_value_heads, capacity, spec.head_dim)
 
 
-def _cache_pair(key: str, value: str, spec: LanguageSpec, dtype: str) -> list[Tensor]:
+def _cache_pair(key: str, value: str, spec: LanguageSpec, cache: CachePrecision) -> list[Tensor]:
+    dtype = CACHE_DTYPE[cache]
     shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
     return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

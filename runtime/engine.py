@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.rope import rope_base
 from internvl_edge.runtime.specs import ModelSpec
@@ -91,10 +92,10 @@ class Engine:
     Args:
         backend: see `Backend`.
         spec: the model.
-        embedding: `(vocab, hidden)` in the language graph's dtype; may be memory-mapped.
+        embedding: see `EmbeddingTable`.
     """
 
-    def __init__(self, backend: Backend, spec: ModelSpec, embedding: NDArray[np.floating]) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, embedding: EmbeddingTable) -> None:
         self.backend = backend
         self._spec = spec
         self._embedding = embedding
@@ -140,7 +141,7 @@ class Engine:
         self._check_length(cache, cache.state.length + 1)
         base = rope_base(self._spec.language, cache.state.length + 1)
         ids = np.array([token])
-        rows = self._embedding[ids]
+        rows = self._embedding.rows(ids)
         logits = self.backend.forward(cache, rows, base, np.zeros(1, np.int64))
         cache.state.extend(ids, base)
         return np.asarray(logits[0])
@@ -171,7 +172,7 @@ class Engine:
         base: float,
         logit_rows: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        rows = self._embedding[sequence.ids[start:stop]]  # a copy: fancy indexing
+        rows = self._embedding.rows(sequence.ids[start:stop])
         first, last = np.searchsorted(sequence.slots, [start, stop])
         rows[sequence.slots[first:last] - start] = sequence.image_rows[first:last]
         logits = self.backend.forward(cache, rows, base, logit_rows)

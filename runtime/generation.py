@@ -139,6 +139,7 @@ class TokenStream(Iterator[str]):
         self._shown: list[str] = []
         self._reason: FinishReason = "cancelled"
         self._reply: Reply | None = None
+        self._failed = False
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -146,6 +147,9 @@ class TokenStream(Iterator[str]):
             piece = next(self._pieces)
         except (StopIteration, KeyboardInterrupt):
             self._close()
+            raise
+        except Exception:
+            self._failed = True
             raise
         self._shown.append(piece)
         return piece
@@ -210,7 +214,8 @@ class TokenStream(Iterator[str]):
         if self._reply is None:
             text = "".join(self._shown).strip()
             self._reply = Reply(text, self._ids, self._reason, self._timings)
-            self._steps.finish(self._reply)
+            if not self._failed:
+                self._steps.finish(self._reply)
         return self._reply
 
 

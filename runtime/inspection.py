@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.runtime.bundle import read_manifest
-from internvl_edge.runtime.contract import Precision
+from internvl_edge.runtime.contract import CachePrecision
 from internvl_edge.runtime.specs import ModelSpec
 
 Report = dict[str, Any]
 
 #: Bytes of one value in each precision.
-ITEM_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
+ITEM_BYTES: dict[CachePrecision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 def inspect_bundle(path: Path) -> Report:
@@ -29,9 +29,9 @@ def inspect_bundle(path: Path) -> Report:
         "kind": "bundle",
         "path": str(path),
         "dialect": manifest.dialect,
-        "precision": {"vision": manifest.vision, "language": manifest.language},
+        "precision": manifest.precision,
         "file_bytes": size,
-        **describe(manifest.spec, manifest.parameters, manifest.language),
+        **describe(manifest.spec, manifest.parameters, manifest.kv),
         "fits_in_memory": fits_in_memory(size),
     }
 
@@ -48,10 +48,10 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
-def describe(spec: ModelSpec, parameters: Mapping[str, int], precision: Precision) -> Report:
-    """What is the same for a checkpoint and a bundle; the KV cache is in `precision`."""
+def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecision) -> Report:
+    """What is the same for a checkpoint and a bundle; the KV cache is in `cache`."""
     vision, language = spec.vision, spec.language
-    kv_token = 2 * language.num_hidden_layers * language.key_value_size * ITEM_BYTES[precision]
+    kv_token = 2 * language.num_hidden_layers * language.key_value_size * ITEM_BYTES[cache]
     most_tiles = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
     return {
         "parameters": dict(parameters),

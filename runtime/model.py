@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Backend, Cache
 from internvl_edge.runtime.bundle import Bundle, Verify, open_bundle
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.engine import EncodedImage, Engine, TokenSequence, check_slots
 from internvl_edge.runtime.errors import BundleError, DeviceError, LimitError, PromptError
 from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
@@ -30,6 +30,12 @@ Device = Literal["auto", "cpu", "cuda"]
 #: positions unless told otherwise: room for 41 tiles and some turns. On the CPU pages are
 #: committed as they fill, and a chat gets the model's whole context.
 CUDA_CONTEXT = 16384
+
+#: The dialect of the bundles that can be loaded.
+ONNXRUNTIME = "onnxruntime"
+
+#: Most tiles of one image; more would not fit the context of any model of the family.
+MAX_TILES = 1024
 
 GREEDY = Sampling()
 
@@ -54,7 +60,7 @@ class InternVL:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.template = get_template(self.spec.prompt.template)
-        self.engine = Engine(backend, self.spec, _load_embedding(bundle))
+        self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle))
         self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
         self.stop_id = tokenizer.token_id(self.template.stop)
 
@@ -83,6 +89,11 @@ class InternVL:
             LimitError: `max_context` is beyond what the model can do.
         """
         bundle = open_bundle(Path(path), verify=verify)
+        if bundle.manifest.dialect != ONNXRUNTIME:
+            raise BundleError(
+                f"{bundle.path} was written for {bundle.manifest.dialect!r}, this runtime reads"
+                f" {ONNXRUNTIME!r} only; export the checkpoint again"
+            )
         backend, used = _open_backend(bundle, device, threads)
         limit = bundle.spec.language.max_context
         if max_context is None:
@@ -267,8 +278,8 @@ class InternVL:
         """Decode, hash and cut an image."""
         tiling = self.spec.tiling
         limit = tiling.max_tiles if max_tiles is None else max_tiles
-        if limit < 1:
-            raise LimitError(f"max_tiles is {max_tiles}, it must be at least 1")
+        if not 1 <= limit <= MAX_TILES:
+            raise LimitError(f"max_tiles is {limit}, it must be in 1..{MAX_TILES}")
         decoded = load_image(image)
         tiles = tile_image(
             decoded,
@@ -331,19 +342,3 @@ def _open_backend(
         except DeviceError:
             device = "cpu"
     return OnnxRuntimeBackend(bundle, device, threads), device
-
-
-def _load_embedding(bundle: Bundle) -> NDArray[np.floating]:
-    path = bundle.file(contract.EMBEDDING_TABLE)
-    try:
-        table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
-    language = bundle.spec.language
-    expected = (language.vocab_size, language.hidden_size)
-    dtype = contract.FLOAT_DTYPE[bundle.manifest.language]
-    if table.shape != expected or table.dtype != dtype:
-        raise BundleError(
-            f"{path} is {table.dtype} {table.shape}, expected {dtype} {expected}; export again"
-        )
-    return np.asarray(table)

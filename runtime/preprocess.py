@@ -1,7 +1,8 @@
 """Images to tiles, exactly as InternVL does it (spec: Chen et al. 2024, arXiv:2404.16821, 3.1).
 
 `load_image` decodes anything to 8-bit RGB, `select_grid` chooses columns x rows, `tile_image`
-resizes and cuts. Tiles stay uint8: normalisation is part of the vision graph.
+resizes and cuts. Tiles stay uint8: normalisation is part of the vision graph. Resizing and cutting
+are done by the CPU kernel (`kernels/`), built on first use, or by Pillow where it cannot be built.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from internvl_edge.kernels import ops
 from internvl_edge.runtime.errors import ImageError
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 
-#: Pixels above which an image is refused before it is decoded. A 40-tile grid shows 8 Mpx, so
-#: nothing is gained beyond; 200 Mpx is the largest common camera sensor.
-MAX_PIXELS = 200_000_000
+#: Pixels above which an image is refused before it is decoded: where Pillow stops as well (two
+#: times the 89 Mpx at which it warns). A 40-tile grid shows 8 Mpx, so nothing is gained beyond.
+MAX_PIXELS = 178_956_970
+#: Longest side, JPEG's own limit. Resizing goes one axis at a time, so that the picture between
+#: the passes is as high as the original, however thin that was.
+MAX_SIDE = 65_535
 
 
 def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -52,8 +57,8 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         label = str(source)
         try:
             stream = io.BytesIO(Path(source).read_bytes())
-        except OSError as error:
-            raise ImageError(f"cannot read image {label}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with NUL
+            raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
     else:
         raise ImageError(
             f"an image is a path, bytes, PIL.Image or uint8 array, not {type(source).__name__}"
@@ -62,15 +67,19 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         raise ImageError(f"{label} is empty (0 bytes); expected an encoded image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of decompression bombs at 89 Mpx; the limit here is ours and is checked.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of many pixels (the limit here is checked) and of oddities that Pillow gets over.
+            warnings.simplefilter("ignore")
             with Image.open(stream) as image:
                 _check_pixels(image.size, max_pixels, label)
                 return _to_rgb(image, label)
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{label} has too many pixels: {error}; scale it down first") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{label} is not an image Pillow can identify") from error
+    except Exception as error:  # a decoder at damaged data raises whatever it stumbles over
+        raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
 def content_hash(image: Image.Image) -> bytes:
@@ -126,6 +135,14 @@ def tile_image(
     columns, rows = select_grid(
         image.width, image.height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
     )
+    if ops.cpu_kernels() is not None:
+        return ops.tile(
+            np.asarray(image),
+            columns=columns,
+            rows=rows,
+            tile_size=tile_size,
+            thumbnail=thumbnail,
+        )
     grid = np.asarray(resize(image, columns * tile_size, rows * tile_size))
     # (rows * S, columns * S, 3) -> (rows, S, columns, S, 3) -> (rows * columns, S, S, 3)
     tiles = (
@@ -167,6 +184,11 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, label: str) -> None:
             f"{label} has {width} x {height} = {width * height} pixels, the limit is {max_pixels};"
             " scale it down first"
         )
+    if max(size) > MAX_SIDE:
+        raise ImageError(
+            f"{label} is {width} x {height} pixels, the longest side allowed is {MAX_SIDE};"
+            " scale it down or cut it first"
+        )
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
@@ -174,8 +196,14 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         image.load()
         if image.mode.startswith("I"):
             # Pillow's own conversion clips 16-bit grey at 255; keep the top eight bits instead.
-            wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+            wide = np.asarray(image).clip(0, 65535)
             return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{label} cannot be decoded: {error}") from error
+    except Exception as error:  # see `load_image`
+        raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -7,6 +7,7 @@ reads them back. Field names are the checkpoint's own where it has one.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -19,6 +20,8 @@ RopeType = Literal["default", "linear", "dynamic"]
 
 _Spec = TypeVar("_Spec")
 
+#: Largest size or position: they are int32 in the graphs' contract.
+MAX_INTEGER = 2**31 - 1
 #: Side of the square of patches that pixel shuffle merges into one token (downsample_ratio 0.5).
 SHUFFLE = 2
 #: The projector's LayerNorm is built with PyTorch's default epsilon, whatever the tower uses.
@@ -150,12 +153,26 @@ class ModelSpec:
         Raises:
             BundleError: a field is missing, unknown or of another type.
         """
-        return cls(
+        spec = cls(
             vision=_read(VisionSpec, data, "vision"),
             language=_read(LanguageSpec, data, "language"),
             tiling=_read(TilingSpec, data, "tiling"),
             prompt=_read(PromptSpec, data, "prompt"),
         )
+        longest = spec.language.max_position_embeddings * spec.language.rope_factor
+        if not 1 <= longest <= MAX_INTEGER:
+            raise BundleError(
+                f"bundle.json: the context is {longest:.6g} tokens, expected 1..{MAX_INTEGER}"
+            )
+        return spec
+
+
+_EXPECTED: dict[Any, str] = {
+    int: "a positive integer",
+    float: "a positive number",
+    bool: "true or false",
+    str: "text",
+}
 
 
 def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
@@ -167,16 +184,20 @@ def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
         odd = sorted(values.keys() ^ hints.keys())
         raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {odd}")
     for name, hint in hints.items():
-        if not _fits(values[name], hint):
-            raise BundleError(f"bundle.json: spec.{part}.{name} is {values[name]!r}, not {hint}")
+        if not _fits(values[name], hint, signed=name == "select_layer"):
+            expected = _EXPECTED.get(hint, hint)
+            raise BundleError(
+                f"bundle.json: spec.{part}.{name} is {values[name]!r}, expected {expected}"
+            )
     return kind(**values)
 
 
-def _fits(value: object, hint: Any) -> bool:
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _fits(value: object, hint: Any, *, signed: bool) -> bool:
+    if hint in (int, float):
+        kinds = (int, float) if hint is float else int
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return False
+        return signed or 0 < value <= (MAX_INTEGER if hint is int else sys.float_info.max)
     if hint in (bool, str):
         return isinstance(value, hint)
     options = get_args(hint)  # Literal[...] or str | None

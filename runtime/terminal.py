@@ -102,3 +102,5 @@ def _read_prompt(interactive: bool) -> str | None:
         return input("> " if interactive else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompt is not text in {error.encoding}: {error.reason}") from error

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.errors import BundleError, PromptError
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -21,6 +21,8 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 #: What a byte sequence that is not (yet) UTF-8 decodes to.
 REPLACEMENT = "\ufffd"
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -69,7 +71,16 @@ class Tokenizer:
         return max(self._pieces.GetPieceSize(), max(self._special_ids) + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the BOS the reference prepends; special tokens in it are live."""
+        """Ids of `text`, with the BOS the reference prepends; special tokens in it are live.
+
+        Raises:
+            PromptError: the text is not Unicode: bytes of another encoding were let through.
+        """
+        if (bad := _LONE_SURROGATE.search(text)) is not None:
+            raise PromptError(
+                f"the text is not valid Unicode at character {bad.start()} ({bad.group()!a});"
+                " encode it as UTF-8"
+            )
         ids = list(self._bos)
         for position, part in enumerate(self._split.split(text)):
             if position % 2:
@@ -131,10 +142,7 @@ class TextStream:
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict) and decoder:
-        try:
-            return {str(entry["content"]): int(i) for i, entry in decoder.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{directory / CONFIG_FILE}: bad added_tokens_decoder") from error
+        return dict(_added_token(i, entry) for i, entry in decoder.items())
     return {
         str(text): int(i)
         for text, i in _read_json(directory / ADDED_TOKENS_FILE).items()
@@ -142,12 +150,22 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int
     }
 
 
+def _added_token(token_id: str, entry: object) -> tuple[str, int]:
+    """Text and id of one entry of `added_tokens_decoder`."""
+    text = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text or not re.fullmatch(r"\d{1,9}", token_id):
+        raise BundleError(
+            f"{CONFIG_FILE}: added_tokens_decoder has a bad entry {token_id!r}: {entry!r}"
+        )
+    return text, int(token_id)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise BundleError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise BundleError(f"{path} is not a JSON object")

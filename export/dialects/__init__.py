@@ -18,6 +18,7 @@ from internvl_edge.runtime.specs import LanguageSpec
 class CacheNames:
     """Values the cached attention of one layer reads."""
 
+    layer: int
     past_key: str
     past_value: str
     last_position: str

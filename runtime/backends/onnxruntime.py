@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
+_ORT_TYPE = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+}
 _PROVIDER = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -57,16 +66,25 @@ class OnnxRuntimeBackend:
             )
         self._spec = bundle.spec
         self._device = device
-        self._dtype = contract.FLOAT_DTYPE[bundle.manifest.language]
+        self._dtype = contract.COMPUTE_DTYPE[bundle.manifest.language]
+        self._cache_dtype = contract.CACHE_DTYPE[bundle.manifest.kv]
         self._threads = threads
         self._ort_value = ort.OrtValue
         self._version = ort.__version__
         self._vision = self._session(bundle, contract.VISION_GRAPH)
         self._language = self._session(bundle, contract.LANGUAGE_GRAPH)
         _check_contract(
-            self._language, contract.language_inputs(self._spec.language, bundle.manifest.language)
+            self._language,
+            contract.language_inputs(
+                self._spec.language, bundle.manifest.language, bundle.manifest.kv
+            ),
+            contract.language_outputs(self._spec.language, bundle.manifest.kv),
         )
-        _check_contract(self._vision, contract.vision_inputs(self._spec.vision))
+        _check_contract(
+            self._vision,
+            contract.vision_inputs(self._spec.vision),
+            contract.vision_outputs(self._spec.vision, self._spec.language, bundle.manifest.vision),
+        )
 
     @property
     def description(self) -> str:
@@ -90,7 +108,7 @@ class OnnxRuntimeBackend:
                 (contract.past_value(layer), contract.present_value(layer)),
             ):
                 buffer = self._ort_value.ortvalue_from_numpy(
-                    np.zeros(shape, self._dtype), self._device, 0
+                    np.zeros(shape, self._cache_dtype), self._device, 0
                 )
                 binding.bind_ortvalue_input(past, buffer)
                 binding.bind_ortvalue_output(present, buffer)
@@ -146,11 +164,24 @@ class OnnxRuntimeBackend:
         return session
 
 
-def _check_contract(session: ort.InferenceSession, expected: list[contract.Tensor]) -> None:
-    got = {node.name for node in session.get_inputs()}
-    wanted = {tensor.name for tensor in expected}
-    if got != wanted:
-        raise BundleError(
-            f"graph inputs do not match the contract: {sorted(got ^ wanted)[:5]}; export the"
-            " checkpoint with this version of internvl-edge"
-        )
+def _check_contract(
+    session: ort.InferenceSession, inputs: list[contract.Tensor], outputs: list[contract.Tensor]
+) -> None:
+    """Raise BundleError unless names, types and fixed dimensions are the contract's."""
+    for nodes, tensors in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        try:
+            got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
+        except UnicodeDecodeError as error:
+            raise BundleError(f"a graph has a damaged name: {error}; export it anew") from error
+        wanted = {(t.name, _ORT_TYPE[t.dtype], _fixed(t.shape)) for t in tensors}
+        if got != wanted:
+            raise BundleError(
+                f"graph and manifest do not match: graph {sorted(got - wanted, key=str)[:2]},"
+                f" manifest {sorted(wanted - got, key=str)[:2]}; export the checkpoint with this"
+                " version of internvl-edge"
+            )
+
+
+def _fixed(shape: Sequence[int | str]) -> tuple[int | None, ...]:
+    """A shape with None for the symbolic dimensions."""
+    return tuple(dim if isinstance(dim, int) else None for dim in shape)

@@ -1,0 +1,136 @@
+"""Running parts of the float model through ONNX Runtime while watching every linear's input."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.gptq import moments
+from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.quantize import Floats
+from internvl_edge.export.search import InputStats
+from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.contract import Tensor
+
+Feeds = Mapping[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[np.generic]]
+
+#: Inputs kept per layer for the search: 128 rows give its error to about one part in ten.
+SAMPLE_ROWS = 256
+_PREFIX = "observed:"
+
+
+class ObservingDialect(OnnxRuntimeDialect):
+    """Float graphs whose linear layers' inputs leave the graph as well."""
+
+    def __init__(self, graph: GraphBuilder) -> None:
+        super().__init__(graph)
+        self._inputs: dict[str, list[Weight]] = {}
+
+    def linear(self, x: str, weight: Weight, bias: Weight | None, name: str) -> str:
+        self._inputs.setdefault(x, []).append(weight)
+        return super().linear(x, weight, bias, name)
+
+    def expose(self) -> dict[str, list[str]]:
+        """Make the inputs outputs; returns output name -> names of the weights that read it."""
+        exposed = {}
+        for value, weights in self._inputs.items():
+            name = f"{_PREFIX}{weights[0].name}"
+            self.graph.output(value, Tensor(name, "float32", ("rows", weights[0].shape[1])))
+            exposed[name] = [weight.name for weight in weights]
+        return exposed
+
+
+class Collector:
+    """Statistics of the inputs of several linear layers, over many runs."""
+
+    def __init__(self, seed: int, *, with_moments: bool = False) -> None:
+        self._with_moments = with_moments
+        self._moments: dict[str, list[Floats]] = {}
+        self._random = np.random.default_rng(seed)
+        self._seen: dict[str, int] = {}
+        self._sums: dict[str, tuple[Floats, Floats, Floats]] = {}
+        self._rows: dict[str, Floats] = {}
+
+    def add(self, name: str, x: Floats) -> None:
+        """Take in a batch of inputs `(rows, columns)`."""
+        size = np.abs(x)
+        largest, mean, square = self._sums.get(name, (0.0, 0.0, 0.0))
+        self._sums[name] = (
+            np.maximum(largest, size.max(axis=0)),
+            mean + size.sum(axis=0, dtype=np.float64),
+            square + (x.astype(np.float64) ** 2).sum(axis=0),
+        )
+        if self._with_moments:
+            new = moments(x)
+            held = self._moments.get(name)
+            self._moments[name] = [a + b for a, b in zip(held, new, strict=True)] if held else new
+        self._keep(name, x)
+        self._seen[name] = self._seen.get(name, 0) + len(x)
+
+    def moments(self, name: str) -> list[Floats]:
+        """Second moments of the inputs, by chunks of columns; see `gptq.moments`."""
+        return self._moments[name]
+
+    def stats(self, name: str) -> InputStats:
+        largest, mean, square = self._sums[name]
+        count = self._seen[name]
+        return InputStats(
+            largest.astype(np.float32),
+            (mean / count).astype(np.float32),
+            (square / count).astype(np.float32),
+            self._rows[name],
+        )
+
+    def _keep(self, name: str, x: Floats) -> None:
+        """Reservoir sampling (Vitter 1985): every row seen so far is kept with equal chance."""
+        held = self._rows.get(name, np.empty((0, x.shape[1]), np.float32))
+        room = max(SAMPLE_ROWS - len(held), 0)
+        held = np.concatenate([held, x[:room]])
+        late = x[room:]
+        seen = self._seen.get(name, 0) + room + 1 + np.arange(len(late))
+        slots = self._random.integers(seen)
+        chosen = slots < SAMPLE_ROWS
+        held[slots[chosen]] = late[chosen]
+        self._rows[name] = held
+
+
+def run_unit(
+    build: Callable[[ObservingDialect], None],
+    batches: Iterable[Feeds],
+    collector: Collector,
+    consume: Callable[[int, Arrays], None],
+) -> None:
+    """Build one part of the model, run it over all batches, release it.
+
+    Args:
+        build: writes the part into the dialect's graph, inputs and outputs included.
+        batches: inputs of each run.
+        consume: called with (index, outputs) after each run.
+    """
+    import onnxruntime as ort
+
+    graph = GraphBuilder("unit")
+    dialect = ObservingDialect(graph)
+    build(dialect)
+    exposed = dialect.expose()
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+        graph.save(Path(folder), lambda _: None)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # Weights stay where they are mapped: packing would hold a second copy of the layer.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        session = ort.InferenceSession(
+            str(Path(folder) / "unit.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        for index, feeds in enumerate(batches):
+            outputs = dict(zip(names, session.run(names, feeds), strict=True))
+            for name, readers in exposed.items():
+                collector.add(readers[0], outputs.pop(name))
+            consume(index, outputs)

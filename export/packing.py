@@ -1,0 +1,161 @@
+"""Quantised weights as the tensors a graph stores: computed once, written one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.export.plan import LinearPlan
+from internvl_edge.export.quantize import (
+    BlockFormat,
+    Blocks,
+    Floats,
+    quantize_blocks,
+    quantize_channels,
+)
+from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.errors import ExportError
+
+Arrays = tuple[NDArray[np.generic], ...]
+
+#: Values a thread quantises at a time: small enough that a dozen temporaries stay in cache.
+CHUNK_VALUES = 1 << 20
+THREADS = 4
+#: Values of an embedding row that share a scale.
+TABLE_RUN = 128
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors a quantised weight becomes."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Packed:
+    """The parts of one quantised weight.
+
+    The matrix is read and quantised when its first part is written, and forgotten after its last:
+    at most one quantised matrix is held, and of the float matrix only a run of rows.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        parts: list[Part],
+        quantize: Callable[[Floats], Arrays],
+        finish: Callable[[list[NDArray[np.generic]]], list[NDArray[np.generic]]] = list,
+    ) -> None:
+        self._weight = weight
+        self._quantize = quantize
+        self._finish = finish
+        self._parts = parts
+        self._held: list[NDArray[np.generic]] = []
+
+    def weights(self) -> list[Weight]:
+        """One `Weight` per part; they must be written in this order, one after another."""
+        return [
+            Weight(f"{self._weight.name}{part.suffix}", part.dtype, part.shape, partial(self._take))
+            for part in self._parts
+        ]
+
+    def _take(self) -> Iterator[NDArray[np.generic]]:
+        if not self._held:
+            self._held = self._compute()
+        yield self._held.pop(0)
+
+    def _compute(self) -> list[NDArray[np.generic]]:
+        columns = self._weight.shape[1]
+        step = max(1, CHUNK_VALUES // columns)
+        done: list[Arrays] = []
+        with ThreadPoolExecutor(THREADS) as pool:
+            for block in self._weight.cast_blocks():
+                runs = [block[i : i + step] for i in range(0, len(block), step)]
+                done += pool.map(self._quantize, runs)
+        return self._finish([np.concatenate(part) for part in zip(*done, strict=True)])
+
+
+def pack_blocks(weight: Weight, plan: LinearPlan) -> list[Weight]:
+    """Tensors for MatMulNBits: packed values, scales and, when asymmetric, zero points."""
+    form = _form(plan)
+    if plan.packed is not None:
+        return _made(weight, plan.packed)
+    rows, columns = weight.shape
+    count = form.blocks(columns)
+    parts = [
+        Part("", "uint8", (rows, count, form.block * form.bits // 8)),
+        Part(".scales", "float32", (rows, count)),
+    ]
+    if not form.symmetric:
+        parts.append(Part(".zero_points", "uint8", (rows, -(-count * form.bits // 8))))
+
+    def quantize(block: Floats) -> Arrays:
+        packed = quantize_blocks(block, form, importance=plan.importance, ratios=plan.ratios)
+        arrays = (packed.packed, packed.scales)
+        return arrays if packed.zero_points is None else (*arrays, packed.zero_points)
+
+    return Packed(weight, parts, quantize).weights()
+
+
+def _made(weight: Weight, blocks: Blocks) -> list[Weight]:
+    """Blocks from calibration, which saw the rows in the checkpoint's order."""
+    parts: list[tuple[str, NDArray[np.generic] | None]] = [
+        ("", blocks.packed),
+        (".scales", blocks.scales),
+        (".zero_points", blocks.zero_points),
+    ]
+    order = slice(None) if weight.order is None else weight.order
+    return [
+        Weight.held(f"{weight.name}{suffix}", array[order])
+        for suffix, array in parts
+        if array is not None
+    ]
+
+
+def pack_channels(weight: Weight, bias: Weight | None, plan: LinearPlan) -> list[Weight]:
+    """Tensors for QGemm: int8 values, one scale per row, and the bias in the product's int32."""
+    rows = weight.shape[0]
+    parts = [
+        Part("", "int8", weight.shape),
+        Part(".scales", "float32", (rows,)),
+        Part(".bias", "int32", (rows,)),
+    ]
+
+    def finish(arrays: list[NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+        values, scales = arrays
+        added = np.zeros(rows) if bias is None else np.concatenate(list(bias.cast_blocks()))
+        # A row of zeros may have any scale: one that holds its bias to 24 bits.
+        empty = ~values.any(axis=1)
+        fine = np.maximum(np.abs(added), 1e-6) / (plan.input_scale * 2**24)
+        scales = np.where(empty, fine, scales).astype(np.float32)
+        steps = np.rint(added / (scales.astype(np.float64) * plan.input_scale))
+        limits = np.iinfo(np.int32)
+        return [values, scales, np.clip(steps, limits.min, limits.max).astype(np.int32)]
+
+    return Packed(weight, parts, quantize_channels, finish).weights()
+
+
+def pack_table(weight: Weight) -> list[Weight]:
+    """Tensors for an embedding table: int8 values and float32 scales per run of a row."""
+    rows, columns = weight.shape
+    runs = columns // TABLE_RUN if columns % TABLE_RUN == 0 else 1
+    parts = [Part("", "int8", weight.shape), Part(".scales", "float32", (rows, runs))]
+
+    def quantize(block: Floats) -> Arrays:
+        values, scales = quantize_channels(block.reshape(-1, columns // runs))
+        return values.reshape(block.shape), scales.reshape(-1, runs)
+
+    return Packed(weight, parts, quantize).weights()
+
+
+def _form(plan: LinearPlan) -> BlockFormat:
+    if plan.form is None:
+        raise ExportError("a block-quantised layer needs a block format")
+    return plan.form
