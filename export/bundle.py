@@ -121,7 +121,7 @@ def export_bundle(
         workspace = open_workspace(target, source, recipe, calibration)
         advance = calibration_progress or _ignore_total
         decisions = calibrate(source, recipe, calibration, workspace, advance)
-    layout = plan_export(source, recipe, make_plan(source.spec, recipe, decisions))
+    layout = plan_export(source, recipe, make_plan(recipe, decisions))
     _check_space(target, layout.file_bytes)
     advance_bytes = (progress or _ignore_total)(layout.weight_bytes)
     with _written_aside(Path(os.path.realpath(target))) as aside:

@@ -43,8 +43,8 @@ def calibrate(
     items = generate(DEFAULT_ITEMS) if calibration is None else load_items(Path(calibration))
     tokenizer = Tokenizer.load(source.directory)
     samples = make_samples(source.spec, tokenizer, items)
-    # Embedding, projector, image rows and head beside the layers.
-    units = 4 + source.spec.vision.layers_run + source.spec.language.num_hidden_layers
+    # Patch embedding, projector and head beside the layers.
+    units = 3 + source.spec.vision.layers_run + source.spec.language.num_hidden_layers
     return Calibration(
         source,
         samples,

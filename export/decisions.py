@@ -20,11 +20,12 @@ from internvl_edge.export.quantize import CLIP_RATIOS, INT8_MAX, BlockFormat, Bl
 from internvl_edge.export.search import full_scale, search
 from internvl_edge.export.weights import wqkv_rows
 from internvl_edge.runtime.contract import CachePrecision, LanguagePrecision, VisionPrecision
-from internvl_edge.runtime.specs import LanguageSpec, ModelSpec
+from internvl_edge.runtime.specs import LanguageSpec
 
 #: What units decide, flat so that it can be saved: "kind:tensor" -> array.
 #: Kinds: row, column (factors), scale, naive_scale (int8 input), factors (explicit), square,
-#: error, key, value, naive_value (cache scales, by layer), packed, packed_scales, packed_zeros.
+#: error, unit (SQNR and cosine, by unit), key, value, naive_value (cache scales, by layer),
+#: packed, packed_scales, packed_zeros.
 Decisions = dict[str, Any]
 
 #: Rows of each matrix the search looks at.
@@ -89,10 +90,20 @@ class Recipe:
         """Whether the decoder is quantised by GPTQ: at 8 bits there is nothing to gain."""
         return self.language == "int4" and not self.options.naive
 
-    @property
-    def vision_form(self) -> BlockFormat | None:
-        """W8A8 has no block format."""
-        return None
+    def form(self, unit: str) -> BlockFormat | None:
+        """Block format of a unit's linear layers; None is W8A8."""
+        if unit == "head":
+            return self.head_form
+        return self.language_form if unit.startswith("language.") else None
+
+    def touches(self, unit: str) -> bool:
+        """Whether anything in a unit is stored as integers."""
+        if unit == "embed":
+            return False
+        if unit == "head" or unit.startswith("language."):
+            cached = self.kv == "int8" and unit != "head"
+            return cached or self.language in ("int8", "int4")
+        return self.vision == "int8"
 
     @property
     def language_form(self) -> BlockFormat:
@@ -185,7 +196,7 @@ def decide_cache(
     }
 
 
-def make_plan(spec: ModelSpec, recipe: Recipe, decisions: Decisions) -> QuantPlan:
+def make_plan(recipe: Recipe, decisions: Decisions) -> QuantPlan:
     """What the decisions mean for every weight under this recipe."""
     linears: dict[str, LinearPlan] = {}
     for key in decisions:
@@ -200,7 +211,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe, decisions: Decisions) -> QuantPla
     value = "value" if recipe.rescales(LANGUAGE) else "naive_value"
     cache = {}
     if recipe.kv == "int8":
-        for layer in range(spec.language.num_hidden_layers):
+        for layer in (int(key[len("key:") :]) for key in decisions if key.startswith("key:")):
             cache[layer] = CacheScales(decisions[f"key:{layer}"], decisions[f"{value}:{layer}"])
     return QuantPlan(
         linears,

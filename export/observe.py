@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +13,15 @@ from numpy.typing import NDArray
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.gptq import moments
 from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.plan import QuantPlan
 from internvl_edge.export.quantize import Floats
 from internvl_edge.export.search import InputStats
-from internvl_edge.export.weights import Weight
-from internvl_edge.runtime.contract import Tensor
+from internvl_edge.export.weights import Weight, WeightReader
+from internvl_edge.runtime.contract import CachePrecision, Tensor
 
 Feeds = Mapping[str, NDArray[np.generic]]
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]
+Build = Callable[[OnnxRuntimeDialect, WeightReader, CachePrecision], None]
 
 #: Inputs kept per layer for the search: 128 rows give its error to about one part in ten.
 SAMPLE_ROWS = 256
@@ -100,25 +103,36 @@ class Collector:
         self._rows[name] = held
 
 
-def run_unit(
-    build: Callable[[ObservingDialect], None],
-    batches: Iterable[Feeds],
-    collector: Collector,
-    consume: Callable[[int, Arrays], None],
-) -> None:
-    """Build one part of the model, run it over all batches, release it.
+def run_float(
+    build: Build, feeds: Iterable[Feeds], reader: WeightReader, collector: Collector
+) -> Iterator[Arrays]:
+    """Run one float unit over all feeds, showing `collector` the input of every linear layer."""
+    dialect = ObservingDialect(GraphBuilder("unit"))
+    build(dialect, reader, "fp32")
+    exposed = dialect.expose()
+    for outputs in _run(dialect.graph, feeds):
+        for name, readers in exposed.items():
+            collector.add(readers[0], outputs.pop(name))
+        yield outputs
 
-    Args:
-        build: writes the part into the dialect's graph, inputs and outputs included.
-        batches: inputs of each run.
-        consume: called with (index, outputs) after each run.
-    """
+
+def run_quantised(
+    build: Build,
+    feeds: Iterable[Feeds],
+    reader: WeightReader,
+    plan: QuantPlan,
+    cache: CachePrecision,
+) -> Iterator[Arrays]:
+    """Run one unit as `plan` stores it."""
+    dialect = OnnxRuntimeDialect(GraphBuilder("unit"), plan)
+    build(dialect, reader, cache)
+    yield from _run(dialect.graph, feeds)
+
+
+def _run(graph: GraphBuilder, feeds: Iterable[Feeds]) -> Iterator[Arrays]:
+    """Outputs of each run of a graph whose weights are on disk while it lasts."""
     import onnxruntime as ort
 
-    graph = GraphBuilder("unit")
-    dialect = ObservingDialect(graph)
-    build(dialect)
-    exposed = dialect.expose()
     with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
         graph.save(Path(folder), lambda _: None)
         options = ort.SessionOptions()
@@ -129,8 +143,5 @@ def run_unit(
             str(Path(folder) / "unit.onnx"), options, providers=["CPUExecutionProvider"]
         )
         names = [output.name for output in session.get_outputs()]
-        for index, feeds in enumerate(batches):
-            outputs = dict(zip(names, session.run(names, feeds), strict=True))
-            for name, readers in exposed.items():
-                collector.add(readers[0], outputs.pop(name))
-            consume(index, outputs)
+        for feed in feeds:
+            yield dict(zip(names, session.run(names, feed), strict=True))

@@ -161,9 +161,9 @@ def sha256_file(path: Path) -> str:
 
 def _check_file(path: Path, entry: FileEntry, verify: Verify) -> None:
     remedy = "copy the bundle again or export it anew"
-    if not path.is_file():
-        raise BundleError(f"{path} is missing; {remedy}")
     try:
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
         got = sha256_file(path) if verify == "hash" and size == entry.bytes else entry.sha256
     except OSError as error:

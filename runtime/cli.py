@@ -21,7 +21,7 @@ from internvl_edge.runtime.contract import (
     LanguagePrecision,
     VisionPrecision,
 )
-from internvl_edge.runtime.errors import ExportError, InternVLEdgeError, LimitError
+from internvl_edge.runtime.errors import DeviceError, ExportError, InternVLEdgeError, LimitError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -30,7 +30,7 @@ TERMINATED = 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status: int = arguments.run(arguments)
@@ -142,11 +142,43 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _bench_kernels(arguments: argparse.Namespace) -> int:
-    from internvl_edge.bench.kernels import run_kernels
-
     if arguments.threads is not None and arguments.threads < 1:
         raise LimitError(f"--threads is {arguments.threads}, it must be at least 1")
+    if arguments.device == "cuda":
+        from internvl_edge.bench.kernels_cuda import run_cuda_kernels
+        from internvl_edge.kernels.build import BuildError
+        from internvl_edge.kernels.device import CudaError
+
+        try:
+            return run_cuda_kernels(as_json=arguments.json)
+        except (CudaError, BuildError) as error:
+            raise DeviceError(str(error)) from error
+    from internvl_edge.bench.kernels import run_kernels
+
     return run_kernels(threads=arguments.threads, as_json=arguments.json)
+
+
+def _bench_accuracy(arguments: argparse.Namespace) -> int:
+    with _export_installed():
+        from internvl_edge.bench.accuracy import run_accuracy
+
+    return run_accuracy(
+        images=arguments.images,
+        only=arguments.only,
+        threads=arguments.threads,
+        output=arguments.json,
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, letting IMAGES of `chat` stand behind options as well (argparse before 3.12 fails)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "images")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.images += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,9 +239,16 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure beside a reference, correctness first")
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
     kernels = subjects.add_parser("kernels", help="tiling and pixel shuffle against Pillow, NumPy")
+    kernels.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     kernels.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     kernels.add_argument("--json", action="store_true")
     kernels.set_defaults(run=_bench_kernels)
+    accuracy = subjects.add_parser("accuracy", help="exact match of tiny_ocr at every precision")
+    accuracy.add_argument("--images", type=int, default=2000, help="held-out pictures")
+    accuracy.add_argument("--only", action="append", default=[], help="one row of the table")
+    accuracy.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    accuracy.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    accuracy.set_defaults(run=_bench_accuracy)
     return parser
 
 

@@ -39,7 +39,7 @@ def run_demo(*, export: Export, device: Device, threads: int | None, repeat: int
     """
     if repeat < 1:
         raise LimitError(f"--repeat is {repeat}, it must be at least 1")
-    room = _example_room()
+    room = example_room()
     checkpoint = room / "checkpoint"
     picture, turns = _questions(room)
     bundle = _bundle(checkpoint, export)
@@ -118,7 +118,8 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
     return bundle
 
 
-def _example_room() -> Path:
+def example_room() -> Path:
+    """Directory of the installed tiny_ocr example."""
     package = importlib.util.find_spec("internvl_edge.examples.tiny_ocr")
     if package is None or not package.submodule_search_locations:
         raise BundleError("the tiny_ocr example is not installed; reinstall internvl-edge")

@@ -7,7 +7,7 @@ import json
 import sys
 
 from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.errors import PromptError
+from internvl_edge.runtime.errors import InternVLEdgeError, PromptError
 from internvl_edge.runtime.generation import Reply, Timings
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.sampling import Sampling
@@ -36,9 +36,15 @@ def run_chat(arguments: argparse.Namespace) -> int:
     if interactive:
         print("Ask about the images; Ctrl-C ends an answer, Ctrl-D the conversation.")
     while (prompt := _read_prompt(interactive)) is not None:
-        if prompt.strip():
+        if not prompt.strip():
+            continue
+        try:
             _turn(chat, prompt, images, arguments, sampling)
             images = []
+        except InternVLEdgeError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # the conversation goes on as it was
     return 0
 
 

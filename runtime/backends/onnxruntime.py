@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.errors import BundleError, DeviceError
+from internvl_edge.runtime.errors import BundleError, DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.rope import RopeTable
 
@@ -98,6 +98,14 @@ class OnnxRuntimeBackend:
 
     def new_cache(self, capacity: int) -> OrtCache:
         """Allocate `2 * layers` buffers. On the CPU, pages are committed when first written."""
+        try:
+            return self._allocate(capacity)
+        except MemoryError as error:
+            raise LimitError(
+                f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
+            ) from error
+
+    def _allocate(self, capacity: int) -> OrtCache:
         language = self._spec.language
         shape = contract.cache_shape(language, capacity)
         binding = self._language.io_binding()

@@ -1,0 +1,514 @@
+"""The command line: exit statuses, one line of error, and commands cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import GOLDEN
+from safetensors.numpy import load_file, save_file
+
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.bundle import open_bundle
+from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.contract import MANIFEST
+from internvl_edge.runtime.preprocess import load_image
+
+CHECKPOINT = GOLDEN / "model"
+IMAGE = str(GOLDEN / "images" / "img0.png")
+CHAT = ("--device", "cpu", "--threads", "1", "--max-new-tokens", "8")
+
+#: The command line, with a hook before it. Shells start background jobs deaf to Ctrl-C.
+RUN = """
+import signal, sys, time
+from internvl_edge.runtime.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{hook}
+sys.exit(main(sys.argv[1:]))
+"""
+
+#: Makes a function say so and take a minute when it is called.
+SLOW = """
+from {module} import {owner}
+def slowly(*arguments, **settings):
+    print("working", flush=True)
+    time.sleep(60)
+{owner}.{function} = slowly
+"""
+
+#: Makes packages look as if they were not installed.
+BLOCK = "sys.modules.update(dict.fromkeys({names}))"
+
+
+@pytest.fixture(autouse=True)
+def _terminating() -> Iterator[None]:
+    """`main` takes SIGTERM over; give it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(golden_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def command(*arguments: object, hook: str = "") -> list[str]:
+    return [sys.executable, "-c", RUN.format(hook=hook), *map(str, arguments)]
+
+
+def run(
+    *arguments: object, hook: str = "", text: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, hook=hook),
+        input=text,
+        stdin=subprocess.DEVNULL if text is None else None,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run in this process; must fail with status 2 and one line on stderr, and say only that."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# Every class of error.
+
+
+def test_checkpoint_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("export", "inspect"):
+        more = ["-o", tmp_path / "bundle"] if name == "export" else []
+        line = error_line(capsys, name, tmp_path / "none", *more)
+        assert "is not a checkpoint directory" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_checkpoint_error_in_the_middle(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(checkpoint / "model.safetensors")
+    state["language_model.output.weight"][-1, -1] = np.nan
+    save_file(state, checkpoint / "model.safetensors")
+    line = error_line(capsys, "export", checkpoint, "-o", checkpoint.parent / "bundle")
+    assert "NaN" in line
+    assert os.listdir(checkpoint.parent) == ["checkpoint"]
+
+
+def test_export_error(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, "export", CHECKPOINT, "-o", bundle)
+    assert "exists; choose another output or pass --overwrite" in line
+
+
+def test_bundle_error(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "vision.data").unlink()
+    assert "vision.data is missing" in error_line(capsys, "chat", bundle, "-p", "Hi", *CHAT)
+
+
+def test_bundle_error_of_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / MANIFEST).write_text("{")
+    assert "cannot read" in error_line(capsys, "inspect", bundle)
+
+
+def test_size_mode(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytearray((bundle / "special_tokens_map.json").read_bytes())
+    data[0] ^= 1
+    (bundle / "special_tokens_map.json").write_bytes(data)
+    assert "was altered" in error_line(capsys, "chat", bundle, "-p", "Hi", *CHAT)
+    assert main(["chat", str(bundle), "-p", "Hi", "--verify", "size", *CHAT]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["none.png", "-p", "Hi"], "cannot read image"),
+        ([str(GOLDEN / "meta.json"), "-p", "Hi"], "is not an image"),
+        (["-p", ""], "the prompt is empty"),
+        (["-p", " \n"], "the prompt is empty"),
+        (["-p", "<image>"], "1 <image> for 0 images"),
+        (["-p", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens for 0 image rows"),
+        (["-p", "caf\udce9"], "not valid Unicode"),
+        (["-p", "word " * 9999], "the context holds 1536"),
+        (["-p", "Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        ([IMAGE, "-p", "Hi", "--max-tiles", "0"], "max_tiles is 0"),
+        (["-p", "Hi", "--max-context", "0"], "max_context 0 is outside 1..1536"),
+        (["-p", "Hi", "--temperature", "-1"], "temperature is -1.0"),
+        (["-p", "Hi", "--temperature", "nan"], "temperature is nan"),
+        (["-p", "Hi", "--top-p", "0"], "top_p is 0.0"),
+        (["-p", "Hi", "--seed", "-1"], "seed is -1"),
+        (["-p", "Hi", "--threads", "0"], "threads is 0"),
+        (["-p", "Hi", "--system", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens"),
+    ],
+    ids=lambda item: ascii(item)[:40],
+)
+def test_bad_question(
+    golden_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
+) -> None:
+    images = [item for item in arguments[:1] if not item.startswith("-")]
+    options = arguments[len(images) :]
+    line = error_line(capsys, "chat", golden_bundle, *images, *CHAT, *options)
+    assert expected in line
+
+
+def test_device_error(
+    golden_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    line = error_line(capsys, "chat", golden_bundle, "-p", "Hi", "--device", "cuda")
+    assert "use device='cpu'" in line
+
+
+def test_limit_error_of_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--repeat is 0, it must be at least 1" in error_line(capsys, "demo", "--repeat", "0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["export", "checkpoint"],
+        ["export", "checkpoint", "-o", "bundle", "--vision", "fp8"],
+        ["chat", "bundle", "--device", "tpu"],
+        ["chat", "bundle", "--max-tiles", "many"],
+        ["chat", "bundle", "--verify", "md5"],
+        ["inspect"],
+    ],
+    ids=" ".join,
+)
+def test_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: internvl-edge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]], ids=" ".join)
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "usage: internvl-edge" in capsys.readouterr().out
+
+
+# The commands themselves.
+
+
+def test_export_inspect_chat(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    exported = run("export", CHECKPOINT, "-o", bundle)
+    assert (exported.returncode, exported.stdout, exported.stderr) == (0, f"wrote {bundle}\n", "")
+    inspected = run("inspect", bundle)
+    assert inspected.returncode == 0
+    assert "MiB" in inspected.stdout
+    asked = run("chat", bundle, IMAGE, "-p", "What is this?", *CHAT)
+    assert asked.returncode == 0
+    assert "prompt tokens" in asked.stderr
+
+
+def test_installed_script() -> None:
+    script = Path(sys.executable).with_name("internvl-edge")
+    if not script.exists():
+        pytest.skip("internvl-edge is not installed into this environment")
+    ended = subprocess.run([script, "--help"], capture_output=True, timeout=60, check=False)
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--vision", "fp16", "--language", "fp16"]], ids=len)
+def test_export_with_options(tmp_path: Path, options: list[str]) -> None:
+    assert main(["export", str(CHECKPOINT), "-o", str(tmp_path / "bundle"), *options]) == 0
+    expected = "fp16" if options else "fp32"
+    assert open_bundle(tmp_path / "bundle").manifest.language == expected
+
+
+def test_overwrite(bundle: Path) -> None:
+    assert main(["export", str(CHECKPOINT), "-o", str(bundle), "--overwrite"]) == 0
+    open_bundle(bundle)
+
+
+def test_inspect_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(CHECKPOINT), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    counted = sum(array.size for array in load_file(CHECKPOINT / "model.safetensors").values())
+    assert report["kind"] == "checkpoint"
+    assert report["parameters"]["total"] == counted
+    assert report["bundle_bytes"]["fp32"] == 4 * counted
+    assert report["bundle_bytes"]["fp16"] == 2 * counted
+    assert report["kv_cache"]["token_bytes"] == 2 * 3 * 2 * 16 * 4  # K, V; layers, heads, lanes
+
+
+def test_inspect_bundle(golden_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(golden_bundle), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    on_disk = sum(path.stat().st_size for path in golden_bundle.iterdir())
+    assert report["kind"] == "bundle"
+    assert report["file_bytes"] == on_disk - (golden_bundle / MANIFEST).stat().st_size
+    assert report["vision"]["tokens_per_tile"] == 4
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_inspect_prints_sizes(
+    golden_bundle: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    assert main(["inspect", str(CHECKPOINT if kind == "checkpoint" else golden_bundle)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    sizes = {line[0] for line in lines if line[-1] in ("B", "KiB", "MiB", "GiB")}
+    assert {"token_bytes", "largest_image_bytes"} <= sizes
+    assert {"checkpoint": "fp16", "bundle": "file_bytes"}[kind] in sizes
+    counted = sum(array.size for array in load_file(CHECKPOINT / "model.safetensors").values())
+    assert ["total", f"{counted:,}"] in lines
+
+
+def test_chat_json(golden_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(golden_bundle), IMAGE, "-p", "What?", "--json", *CHAT]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    reply = json.loads(line)
+    assert len(reply["token_ids"]) <= 8
+    assert reply["timings"]["tiles"] > 0
+
+
+def test_conversation_over_a_pipe(golden_bundle: Path, golden_model: InternVL) -> None:
+    ended = run("chat", golden_bundle, IMAGE, "--json", *CHAT, text="What?\n\nAnd else?\n")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    got = [json.loads(line)["token_ids"] for line in ended.stdout.splitlines()]
+    chat = golden_model.chat()
+    assert got == [
+        chat.send("What?", [load_image(IMAGE)], max_new_tokens=8).token_ids,
+        chat.send("And else?", max_new_tokens=8).token_ids,
+    ]
+
+
+def test_pipe_that_is_not_utf8(golden_bundle: Path) -> None:
+    ended = subprocess.run(
+        command("chat", golden_bundle, *CHAT),
+        input=b"caf\xe9?\n",
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.decode().splitlines()
+    assert line.startswith("error: ")
+
+
+# What is not installed.
+
+
+@pytest.mark.parametrize("package", ["onnx", "safetensors", "ml_dtypes", "tqdm"])
+def test_export_without_its_extra(tmp_path: Path, package: str) -> None:
+    hook = BLOCK.format(names=[package])
+    ended = run("export", CHECKPOINT, "-o", tmp_path / "bundle", hook=hook)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert f"needs the package {package}: pip install 'internvl-edge[export]'" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_inspect_of_a_checkpoint_without_the_extra() -> None:
+    ended = run("inspect", CHECKPOINT, hook=BLOCK.format(names=["safetensors"]))
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "pip install 'internvl-edge[export]'" in line
+
+
+def test_bundles_need_no_extra(golden_bundle: Path) -> None:
+    names = ["onnx", "safetensors", "ml_dtypes", "tqdm", "torch", "transformers"]
+    hook = BLOCK.format(names=names)
+    assert run("inspect", golden_bundle, hook=hook).returncode == 0
+    assert run("chat", golden_bundle, IMAGE, "-p", "Hi", *CHAT, hook=hook).returncode == 0
+
+
+# Cut short.
+
+
+def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object], str]]:
+    """Each command, and a hook that makes it stop in the middle of its work."""
+    weights = SLOW.format(
+        module="internvl_edge.export.weights", owner="Weight", function="cast_blocks"
+    )
+    shapes = SLOW.format(
+        module="internvl_edge.export.checkpoint", owner="Checkpoint", function="_read_shapes"
+    )
+    decode = SLOW.format(module="internvl_edge.runtime.engine", owner="Engine", function="decode")
+    prefill = SLOW.format(module="internvl_edge.runtime.engine", owner="Engine", function="prefill")
+    tile = SLOW.format(module="internvl_edge.runtime.model", owner="InternVL", function="tile")
+    demo = f"""
+import importlib.util, types
+def find(name, package=None, find_spec=importlib.util.find_spec):
+    if name != "internvl_edge.examples.tiny_ocr":
+        return find_spec(name, package)
+    return types.SimpleNamespace(submodule_search_locations=[{str(room)!r}])
+importlib.util.find_spec = find
+"""
+    chat = ["chat", golden, "-p", "Please describe the image.", *CHAT]
+    return {
+        "export": (["export", CHECKPOINT, "-o", room / "bundle"], weights),
+        "inspect": (["inspect", CHECKPOINT], shapes),
+        "chat, prefill": (chat, prefill),
+        "chat, decode": (chat, decode),
+        "chat --json": ([*chat, "--json"], decode),
+        "demo, export": (["demo"], demo + weights),
+        "demo, image": (["demo", *CHAT[:4]], demo + tile),
+    }
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", _slow_commands(Path(), Path()))
+def test_interrupted(
+    golden_bundle: Path, tmp_path: Path, name: str, sent: signal.Signals, status: int
+) -> None:
+    room, cache = tmp_path / "room", tmp_path / "cache"
+    shutil.copytree(CHECKPOINT, room / "checkpoint")
+    script = {"image": IMAGE, "turns": [{"question": "What is it?", "answer": "A sign."}]}
+    (room / "receipt.json").write_text(json.dumps(script))
+    arguments, hook = _slow_commands(golden_bundle, room)[name]
+    process = subprocess.Popen(
+        command(*arguments, hook=hook),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+    )
+    assert process.stdout is not None
+    if not any(line.endswith("working\n") for line in process.stdout):
+        pytest.fail(f"the command ended by itself: {process.communicate()}")
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert errors.strip() == ("interrupted" if sent == signal.SIGINT else "")
+    assert sorted(os.listdir(room)) == ["checkpoint", "receipt.json"]
+    left = [path for path in cache.rglob("*") if "partial" in path.name]
+    assert left == []
+
+
+def test_interrupt_of_an_answer_keeps_the_conversation(golden_bundle: Path) -> None:
+    """At a terminal: the first Ctrl-C ends the answer, Ctrl-D the conversation."""
+    hook = """
+from internvl_edge.runtime.engine import Engine
+def slowly(*arguments, decode=Engine.decode):
+    time.sleep(0.05)
+    return decode(*arguments)
+Engine.decode = slowly
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command("chat", golden_bundle, *CHAT[:4], hook=hook),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    os.close(theirs)
+    assert process.stdout is not None
+    assert "Ctrl-C" in process.stdout.readline()
+    os.write(ours, b"Please describe the image.\n")
+    assert process.stdout.read(3).startswith("> ")  # the prompt, then the answer's first letter
+    process.send_signal(signal.SIGINT)
+    os.write(ours, b"\x04")
+    _, errors = process.communicate(timeout=30)
+    os.close(ours)
+    assert process.returncode == 0
+    assert errors.startswith("[cancelled]")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["chat", "BUNDLE", "-p", "Hi", *CHAT]],
+    ids=["inspect", "inspect --json", "chat"],
+)
+def test_broken_pipe(golden_bundle: Path, arguments: list[str]) -> None:
+    """The reader of the output, such as `head`, is gone before anything is written."""
+    arguments = [str(golden_bundle) if item == "BUNDLE" else item for item in arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            command(*arguments),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_head(golden_bundle: Path) -> None:
+    line = f"{shlex.join(command('inspect', golden_bundle))} | head -1"
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+    assert ended.stderr == ""
+    assert len(ended.stdout.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("name", ["inspect", "chat"])
+def test_output_that_cannot_be_written(golden_bundle: Path, name: str) -> None:
+    more = [] if name == "inspect" else ["-p", "Hi", *CHAT]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            command(name, golden_bundle, *more),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "No space left" in line
+
+
+def test_images_may_stand_behind_options(
+    golden_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(GOLDEN / "images" / "img2.png")
+    words = ["chat", str(golden_bundle), "--device", "cpu", image, "-p", "Hi", "--json"]
+    assert main([*words, "--max-new-tokens", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["timings"]["tiles"] == 1
+
+
+def test_unknown_words_are_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "receipt.png"])
+    assert "unrecognized arguments: receipt.png" in capsys.readouterr().err
