@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +29,16 @@ from internvl_edge.export.language import build_language
 from internvl_edge.export.mapping import TOK_EMBEDDINGS
 from internvl_edge.export.packing import pack_table
 from internvl_edge.export.plan import QuantPlan, RescaledSource
+from internvl_edge.export.report import most_sensitive, to_json, unit_costs
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import Weight, WeightReader
-from internvl_edge.runtime.bundle import FileEntry, Manifest, sha256_file
+from internvl_edge.runtime.bundle import FileEntry, Manifest, file_entry
 from internvl_edge.runtime.contract import (
     COMPUTE_DTYPE,
     EMBEDDING_SCALES,
     EMBEDDING_TABLE,
     MANIFEST,
+    QUANTISATION_REPORT,
     CachePrecision,
     LanguagePrecision,
     VisionPrecision,
@@ -121,6 +123,9 @@ def export_bundle(
         workspace = open_workspace(target, source, recipe, calibration)
         advance = calibration_progress or _ignore_total
         decisions = calibrate(source, recipe, calibration, workspace, advance)
+    costs = unit_costs(decisions)
+    kept = (*options.keep_fp16, *most_sensitive(costs, options.keep_worst))
+    recipe = replace(recipe, options=replace(options, keep_fp16=kept))
     layout = plan_export(source, recipe, make_plan(recipe, decisions))
     _check_space(target, layout.file_bytes)
     advance_bytes = (progress or _ignore_total)(layout.weight_bytes)
@@ -132,7 +137,10 @@ def export_bundle(
             files[name] = _save_array(aside / name, weight, advance_bytes)
         for path in tokenizer:
             shutil.copyfile(path, aside / path.name)
-            files[path.name] = FileEntry(path.stat().st_size, sha256_file(aside / path.name))
+            files[path.name] = file_entry(aside / path.name)
+        if costs:
+            (aside / QUANTISATION_REPORT).write_text(to_json(costs, kept), encoding="utf-8")
+            files[QUANTISATION_REPORT] = file_entry(aside / QUANTISATION_REPORT)
         manifest = Manifest(
             spec=source.spec,
             dialect=OnnxRuntimeDialect.name,
@@ -176,7 +184,7 @@ def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
         for block in weight.cast_blocks():
             stream.write(np.ascontiguousarray(block).data)
             progress(block.nbytes)
-    return FileEntry(path.stat().st_size, sha256_file(path))
+    return file_entry(path)
 
 
 def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:

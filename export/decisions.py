@@ -48,12 +48,14 @@ class QuantOptions:
         symmetric: of block formats: fixed zero point, or one stored per block.
         naive: plain round to nearest with full ranges, for comparison.
         keep_fp16: prefixes of tensor names that stay at half precision.
+        keep_worst: so many more units stay at half precision: those that lose most.
     """
 
     block: int = 128
     symmetric: bool = True
     naive: bool = False
     keep_fp16: tuple[str, ...] = ()
+    keep_worst: int = 0
 
 
 DEFAULT_OPTIONS = QuantOptions()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from internvl_edge.export.weights import Weight
-from internvl_edge.runtime.bundle import FileEntry, sha256_file
+from internvl_edge.runtime.bundle import FileEntry, file_entry
 from internvl_edge.runtime.contract import Tensor
 
 OPSET = 21
@@ -133,10 +133,8 @@ class GraphBuilder:
         data_name, graph_name = f"{self._name}.data", f"{self._name}.onnx"
         with (directory / data_name).open("wb") as stream:
             data = _write_weights(stream, self._placed, self._data_bytes, progress)
-        graph_path = directory / graph_name
-        onnx.save(self._model(data_name), graph_path)
-        graph = FileEntry(graph_path.stat().st_size, sha256_file(graph_path))
-        return {data_name: data, graph_name: graph}
+        onnx.save(self._model(data_name), directory / graph_name)
+        return {data_name: data, graph_name: file_entry(directory / graph_name)}
 
     def _model(self, data_name: str) -> onnx.ModelProto:
         renamed = {value: tensor.name for value, tensor in self._outputs.items()}

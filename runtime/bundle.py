@@ -150,6 +150,11 @@ def read_manifest(directory: Path) -> Manifest:
     )
 
 
+def file_entry(path: Path) -> FileEntry:
+    """Size and hash of a file as it is."""
+    return FileEntry(path.stat().st_size, sha256_file(path))
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file, read in blocks."""
     digest = hashlib.sha256()

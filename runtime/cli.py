@@ -17,6 +17,7 @@ from typing import NoReturn, get_args
 
 from internvl_edge.runtime.contract import (
     MANIFEST,
+    QUANTISATION_REPORT,
     CachePrecision,
     LanguagePrecision,
     VisionPrecision,
@@ -110,6 +111,7 @@ def _export(arguments: argparse.Namespace) -> int:
         from internvl_edge.export.bundle import export_bundle
         from internvl_edge.export.decisions import QuantOptions
         from internvl_edge.export.progress import progress_bar
+        from internvl_edge.export.report import render_report
     with (
         progress_bar("export") as progress,
         progress_bar("calibrate", unit="layer") as unit_progress,
@@ -124,13 +126,16 @@ def _export(arguments: argparse.Namespace) -> int:
                 block=arguments.block,
                 symmetric=not arguments.asymmetric,
                 naive=arguments.naive,
-                keep_fp16=tuple(arguments.keep_fp16),
+                keep_fp16=tuple(word for word in arguments.keep_fp16 if not word.isdigit()),
+                keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdigit()),
             ),
             calibration=arguments.calibration,
             overwrite=arguments.overwrite,
             progress=progress,
             calibration_progress=unit_progress,
         )
+    if (path / QUANTISATION_REPORT).exists():
+        print(render_report(path))
     print(f"wrote {path}")
     return 0
 
@@ -210,8 +215,9 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-fp16",
         action="append",
         default=[],
-        metavar="PREFIX",
-        help="tensors that stay at half precision, by the beginning of their name",
+        metavar="PREFIX|N",
+        help="tensors that stay at half precision, by the beginning of their name, or so many"
+        " layers: those that lose most",
     )
     export.add_argument(
         "--calibration", metavar="DIR", help="folder or .jsonl of pictures (default: generated)"

@@ -30,6 +30,7 @@ LANGUAGE_GRAPH = "language.onnx"
 EMBEDDING_TABLE = "embedding.npy"
 EMBEDDING_SCALES = "embedding.scales.npy"
 MANIFEST = "bundle.json"
+QUANTISATION_REPORT = "quantisation.json"
 
 TILES = "tiles"
 IMAGE_EMBEDDINGS = "image_embeddings"

@@ -1,0 +1,195 @@
+"""What quantisation costs in answers: exact match on held-out tiny_ocr pictures, per precision.
+
+    internvl-edge bench accuracy [--images N] [--only NAME ...] [--json FILE]
+
+Every precision is exported from the same checkpoint, calibrated with pictures of training seeds,
+and asked two questions about each held-out picture in one conversation. Beside each quantised
+one stands plain round to nearest, so that what calibration buys is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.bundle import read_manifest
+from internvl_edge.runtime.demo import example_room
+from internvl_edge.runtime.errors import LimitError
+
+#: The tiny model's matrices have 128 to 768 columns: a block of 128 would be a whole row.
+BLOCK = 32
+TURNS = 2
+CALIBRATION_PICTURES = 48
+LONGEST_ANSWER = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """One precision of the model."""
+
+    name: str
+    vision: Any = "fp32"
+    language: Any = "fp32"
+    kv: Any = None
+    block: int = BLOCK
+
+    @property
+    def quantised(self) -> bool:
+        return self.vision == "int8" or self.language in ("int8", "int4")
+
+
+CASES = (
+    Case("fp32"),
+    Case("fp32 + kv8", kv="int8"),
+    Case("fp16", "fp16", "fp16"),
+    Case("fp16 + kv8", "fp16", "fp16", "int8"),
+    Case("int8 + int8", "int8", "int8"),
+    Case("int8 + int8 + kv8", "int8", "int8", "int8"),
+    Case("int8 + int4", "int8", "int4"),
+    Case("int8 + int4 + kv8", "int8", "int4", "int8"),
+    Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Answers that equal what is written, to the letter."""
+
+    right: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.right / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval in percent (Wilson 1927)."""
+        z, p, n = 1.96, self.right / self.total, self.total
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return 100 * (centre - half), 100 * (centre + half)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    megabytes: float
+    score: Score
+    naive: Score | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture and what it is asked in successive turns."""
+
+    image: Image.Image
+    turns: list[tuple[str, str]]
+
+
+def held_out(count: int) -> Iterator[Question]:
+    """Pictures of seeds that training never drew."""
+    for offset in range(count):
+        image, turns = sample(HELD_OUT + offset)
+        yield Question(image, turns[:TURNS])
+
+
+def evaluate(model: InternVL, questions: Sequence[Question]) -> Score:
+    """Ask every question greedily; later turns see the model's own earlier answers."""
+    right = total = 0
+    for question in questions:
+        chat = model.chat()
+        for turn, (prompt, answer) in enumerate(question.turns):
+            images = [question.image] if turn == 0 else []
+            reply = chat.send(prompt, images, max_new_tokens=LONGEST_ANSWER)
+            right += reply.text == answer
+            total += 1
+    return Score(right, total)
+
+
+def run_accuracy(
+    *, images: int, only: Sequence[str], threads: int | None, output: Path | None
+) -> int:
+    """Print the table, row by row; returns the exit status."""
+    if images < 1:
+        raise LimitError(f"--images is {images}, it must be at least 1")
+    known = [case.name for case in CASES]
+    if unknown := set(only) - set(known):
+        raise LimitError(f"--only {sorted(unknown)[0]!r} is unknown; known: {', '.join(known)}")
+    checkpoint = example_room() / "checkpoint"
+    questions = list(held_out(images))
+    rows = []
+    print(f"{'vision + language':30} {'MB':>6} {'exact':>8} {'95% interval':>16} {'naive':>8}")
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+        calibration = _calibration(Path(folder) / "calibration")
+        for case in CASES:
+            if only and case.name not in only:
+                continue
+            row = _measure(case, checkpoint, Path(folder), calibration, questions, threads)
+            print(_line(row), flush=True)
+            rows.append(row)
+    if output is not None:
+        report = {"images": images, "turns": TURNS, "rows": [asdict(row) for row in rows]}
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _measure(
+    case: Case,
+    checkpoint: Path,
+    folder: Path,
+    calibration: Path,
+    questions: Sequence[Question],
+    threads: int | None,
+) -> Row:
+    scores = []
+    size = 0
+    for naive in (False, True) if case.quantised else (False,):
+        bundle = export_bundle(
+            checkpoint,
+            folder / "bundle",
+            vision=case.vision,
+            language=case.language,
+            kv=case.kv,
+            options=QuantOptions(block=case.block, naive=naive),
+            calibration=calibration,
+            overwrite=True,
+        )
+        if not naive:
+            size = sum(entry.bytes for entry in read_manifest(bundle).files.values())
+        model = InternVL.load(bundle, device="cpu", threads=threads, verify="size")
+        scores.append(evaluate(model, questions))
+    return Row(case.name, size / 1e6, scores[0], scores[1] if case.quantised else None)
+
+
+def _calibration(folder: Path) -> Path:
+    """Pictures of training seeds with their first question and answer."""
+    folder.mkdir()
+    lines = []
+    for seed in range(CALIBRATION_PICTURES):
+        image, turns = sample(seed)
+        image.save(folder / f"{seed}.png")
+        prompt, answer = turns[0]
+        lines.append(json.dumps({"image": f"{seed}.png", "prompt": prompt, "answer": answer}))
+    (folder / "pictures.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def _line(row: Row) -> str:
+    low, high = row.score.interval
+    naive = "" if row.naive is None else f"{row.naive.percent:.2f}"
+    interval = f"{low:.2f} to {high:.2f}"
+    return f"{row.name:30} {row.megabytes:6.2f} {row.score.percent:8.2f} {interval:>16} {naive:>8}"
