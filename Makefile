@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
+# Test workers run side by side, one a core: libraries below them must not do the same.
+test check: export OMP_NUM_THREADS = 1
+test check: export OPENBLAS_NUM_THREADS = 1
+
 .PHONY: demo test check typing bench gpu-test gpu-bench clean
 
 demo: $(VENV)/export.stamp

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy_format
 
-from internvl_edge.export.calibration_run import calibrate, open_workspace
+from internvl_edge.export.calibration_run import CalibrationRecord, calibrate, open_workspace
 from internvl_edge.export.checkpoint import Checkpoint, WeightSource
 from internvl_edge.export.decisions import (
     DEFAULT_OPTIONS,
@@ -118,11 +118,12 @@ def export_bundle(
             f" {default_cache(language)}, which is how that decoder computes"
         )
     decisions: Decisions = {}
+    record: CalibrationRecord | None = None
     workspace = None
     if recipe.needs_calibration:
         workspace = open_workspace(target, source, recipe, calibration)
         advance = calibration_progress or _ignore_total
-        decisions = calibrate(source, recipe, calibration, workspace, advance)
+        decisions, record = calibrate(source, recipe, calibration, workspace, advance)
     costs = unit_costs(decisions)
     kept = (*options.keep_fp16, *most_sensitive(costs, options.keep_worst))
     recipe = replace(recipe, options=replace(options, keep_fp16=kept))
@@ -138,8 +139,9 @@ def export_bundle(
         for path in tokenizer:
             shutil.copyfile(path, aside / path.name)
             files[path.name] = file_entry(aside / path.name)
-        if costs:
-            (aside / QUANTISATION_REPORT).write_text(to_json(costs, kept), encoding="utf-8")
+        if record is not None:
+            report = to_json(record, costs, kept)
+            (aside / QUANTISATION_REPORT).write_text(report, encoding="utf-8")
             files[QUANTISATION_REPORT] = file_entry(aside / QUANTISATION_REPORT)
         manifest = Manifest(
             spec=source.spec,

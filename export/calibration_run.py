@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.calib_data.generator import generate
@@ -16,6 +17,18 @@ from internvl_edge.export.samples import DEFAULT_ITEMS, make_samples
 from internvl_edge.export.workspace import Workspace
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT
 from internvl_edge.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What a bundle was calibrated with; `sha256` is of all tiles and token ids."""
+
+    source: str
+    licence: str
+    items: int
+    tiles: int
+    tokens: int
+    sha256: str
 
 
 def open_workspace(
@@ -38,14 +51,14 @@ def calibrate(
     calibration: str | Path | None,
     workspace: Workspace,
     progress: Callable[[int], Progress],
-) -> Decisions:
+) -> tuple[Decisions, CalibrationRecord]:
     """Run the float model over the calibration data and decide every layer."""
     items = generate(DEFAULT_ITEMS) if calibration is None else load_items(Path(calibration))
     tokenizer = Tokenizer.load(source.directory)
     samples = make_samples(source.spec, tokenizer, items)
     # Patch embedding, projector and head beside the layers.
     units = 3 + source.spec.vision.layers_run + source.spec.language.num_hidden_layers
-    return Calibration(
+    decisions = Calibration(
         source,
         samples,
         tokenizer.token_id(IMAGE_CONTEXT),
@@ -53,6 +66,20 @@ def calibrate(
         workspace,
         progress(units),
     ).run()
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.tiles.tobytes())
+        digest.update(sample.ids.tobytes())
+    generated = calibration is None
+    record = CalibrationRecord(
+        source="generator" if generated else Path(calibration or "").name,
+        licence="CC0-1.0" if generated else "the owner's",
+        items=len(samples),
+        tiles=sum(len(sample.tiles) for sample in samples),
+        tokens=sum(len(sample.ids) for sample in samples),
+        sha256=digest.hexdigest(),
+    )
+    return decisions, record
 
 
 def _fingerprint(path: Path) -> str:

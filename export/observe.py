@@ -139,6 +139,8 @@ def _run(graph: GraphBuilder, feeds: Iterable[Feeds]) -> Iterator[Arrays]:
         options.log_severity_level = 3
         # Weights stay where they are mapped: packing would hold a second copy of the layer.
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # Between runs NumPy works: threads that spin for the next one would be in its way.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = ort.InferenceSession(
             str(Path(folder) / "unit.onnx"), options, providers=["CPUExecutionProvider"]
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from internvl_edge.export.calibration_run import CalibrationRecord
 from internvl_edge.export.decisions import Decisions
 from internvl_edge.export.mapping import LANGUAGE, PROJECTOR, VISION
 from internvl_edge.runtime.contract import QUANTISATION_REPORT
@@ -74,7 +75,11 @@ def render_report(bundle: Path) -> str:
     return "\n".join(lines)
 
 
-def to_json(costs: Sequence[UnitCost], kept: Sequence[str]) -> str:
+def to_json(record: CalibrationRecord, costs: Sequence[UnitCost], kept: Sequence[str]) -> str:
     """What is stored in the bundle."""
-    report = {"units": [asdict(cost) for cost in costs], "kept_fp16": list(kept)}
+    report = {
+        "calibration": asdict(record),
+        "units": [asdict(cost) for cost in costs],
+        "kept_fp16": list(kept),
+    }
     return json.dumps(report, indent=2) + "\n"

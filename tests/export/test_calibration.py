@@ -34,11 +34,12 @@ from internvl_edge.export.quantize import (
     quantize_blocks,
     quantize_channels,
 )
+from internvl_edge.export.report import render_report, tensor_prefix
 from internvl_edge.export.samples import DEFAULT_ITEMS
 from internvl_edge.export.search import InputStats, full_scale, search
 from internvl_edge.runtime import ExportError, InternVL
 from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH, QUANTISATION_REPORT, VISION_GRAPH
 
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "kv": "int8", "options": BLOCK32}
@@ -185,6 +186,24 @@ def test_kept_layers_are_half_precision(tmp_path: Path, checkpoint: Path) -> Non
 def test_float_cache_must_be_as_computed(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ExportError, match="kv fp16 does not go with language fp32"):
         export_bundle(checkpoint, tmp_path / "bundle", kv="fp16")
+
+
+def test_the_report_names_what_a_unit_costs_and_keeps_the_worst(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    whole = export_bundle(checkpoint, tmp_path / "whole", **ALL)
+    report = json.loads((whole / QUANTISATION_REPORT).read_text())
+    units = {cost["unit"]: cost["sqnr_db"] for cost in report["units"]}
+    layers = [f"{part}.{layer}" for part in ("vision", "language") for layer in (0, 1)]
+    assert set(units) == {*layers, "projector", "head"}
+    assert report["calibration"]["items"] == 4
+    options = QuantOptions(block=32, keep_worst=1)
+    kept = export_bundle(checkpoint, tmp_path / "kept", **{**ALL, "options": options})
+    stored = json.loads((kept / QUANTISATION_REPORT).read_text())["kept_fp16"]
+    assert stored == [tensor_prefix(min(units, key=lambda unit: units[unit]))]
+    assert "kept fp16" in render_report(kept)
+    sizes = [sum(f.stat().st_size for f in path.iterdir()) for path in (whole, kept)]
+    assert sizes[1] > sizes[0]
 
 
 @pytest.mark.parametrize("magnitude", [20, 100])
