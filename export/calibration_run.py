@@ -9,7 +9,7 @@ from pathlib import Path
 
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import load_items
-from internvl_edge.export.calibrate import Calibration
+from internvl_edge.export.calibrate import Calibration, Sample
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.decisions import Decisions, Recipe
 from internvl_edge.export.graph import Progress
@@ -51,8 +51,12 @@ def calibrate(
     calibration: str | Path | None,
     workspace: Workspace,
     progress: Callable[[int], Progress],
-) -> tuple[Decisions, CalibrationRecord]:
-    """Run the float model over the calibration data and decide every layer."""
+) -> tuple[Decisions, CalibrationRecord, list[Sample]]:
+    """Run the float model over the calibration data and decide every layer.
+
+    Returns:
+        The decisions, a record of the data for the bundle, and the data as the model saw it.
+    """
     items = generate(DEFAULT_ITEMS) if calibration is None else load_items(Path(calibration))
     tokenizer = Tokenizer.load(source.directory)
     samples = make_samples(source.spec, tokenizer, items)
@@ -79,7 +83,7 @@ def calibrate(
         tokens=sum(len(sample.ids) for sample in samples),
         sha256=digest.hexdigest(),
     )
-    return decisions, record
+    return decisions, record, samples
 
 
 def _fingerprint(path: Path) -> str:

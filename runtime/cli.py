@@ -130,6 +130,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdigit()),
             ),
             calibration=arguments.calibration,
+            budget=arguments.budget,
             overwrite=arguments.overwrite,
             progress=progress,
             calibration_progress=unit_progress,
@@ -221,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--calibration", metavar="DIR", help="folder or .jsonl of pictures (default: generated)"
+    )
+    export.add_argument(
+        "--budget",
+        type=float,
+        metavar="KL",
+        help="keep as many layers at half precision as bring the logits' KL divergence below this",
     )
     export.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     export.set_defaults(run=_export)

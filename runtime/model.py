@@ -213,6 +213,16 @@ class InternVL:
         encoded = [self.encode_tiled(image, Timings(), _no_check) for image in tiled]
         return self.engine.logits(self._sequence(ids, encoded))
 
+    def logits_of_tiles(
+        self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
+    ) -> NDArray[np.float32]:
+        """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
+        ids = self._check_ids([int(token) for token in token_ids])
+        tiled = [TiledImage(tiles, bytes(32))] if len(tiles) else []
+        self._check_slots(ids, tiled)
+        encoded = [self.encode_tiled(image, Timings(), _no_check) for image in tiled]
+        return self.engine.logits(self._sequence(ids, encoded))
+
     def encode_conversation(
         self,
         turns: Sequence[tuple[str, str | None]],

@@ -15,8 +15,7 @@ from PIL import Image
 
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
-from internvl_edge.export import bundle as bundle_module
-from internvl_edge.export import calibration_run
+from internvl_edge.export import calibration_run, writer
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.decisions import QuantOptions, record
@@ -206,6 +205,21 @@ def test_the_report_names_what_a_unit_costs_and_keeps_the_worst(
     assert sizes[1] > sizes[0]
 
 
+def test_a_budget_keeps_as_many_units_as_it_takes(tmp_path: Path, checkpoint: Path) -> None:
+    kept = {}
+    for budget in (1.0, 3e-3, 1e-4):
+        bundle = export_bundle(
+            checkpoint, tmp_path / str(budget), vision="int8", language="int4", budget=budget
+        )
+        report = json.loads((bundle / QUANTISATION_REPORT).read_text())
+        kept[budget] = len(report["kept_fp16"])
+    assert 0 == kept[1.0] <= kept[3e-3] <= kept[1e-4]
+    assert kept[1e-4] > 0
+    with pytest.raises(ExportError, match="cannot be met"):
+        export_bundle(checkpoint, tmp_path / "none", vision="int8", language="int4", budget=1e-12)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("magnitude", [20, 100])
 @pytest.mark.parametrize("form", [None, BlockFormat(4, 128)], ids=["w8a8", "int4"])
 def test_rescaling_tames_outlier_channels(magnitude: float, form: BlockFormat | None) -> None:
@@ -364,7 +378,7 @@ def test_factors_change_nothing_in_real_arithmetic(
     image = generate(3, seed=9)[2].image
     outputs = []
     for name, chosen in (("plain", QuantPlan()), ("rescaled", plan)):
-        monkeypatch.setattr(bundle_module, "make_plan", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(writer, "make_plan", lambda *_, chosen=chosen: chosen)
         model = InternVL.load(export_bundle(checkpoint, tmp_path / name), device="cpu")
         rows = model.encode_images([image])
         outputs.append((rows, model.logits([1, *[model.context_id] * len(rows), 9, 8], [image])))

@@ -1,0 +1,185 @@
+"""Writing a bundle: everything aside, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from internvl_edge.export.checkpoint import WeightSource
+from internvl_edge.export.decisions import Decisions, Recipe, make_plan
+from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graph import GraphBuilder, Progress
+from internvl_edge.export.inspection import parameter_counts
+from internvl_edge.export.language import build_language
+from internvl_edge.export.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.packing import pack_table
+from internvl_edge.export.plan import QuantPlan, RescaledSource
+from internvl_edge.export.vision import build_vision
+from internvl_edge.export.weights import Weight, WeightReader
+from internvl_edge.runtime.bundle import FileEntry, Manifest, file_entry
+from internvl_edge.runtime.contract import (
+    COMPUTE_DTYPE,
+    EMBEDDING_SCALES,
+    EMBEDDING_TABLE,
+    MANIFEST,
+    QUANTISATION_REPORT,
+)
+from internvl_edge.runtime.errors import ExportError
+
+#: Room asked for beyond the weights: graphs, tokenizer, manifest, file system overhead.
+SLACK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an export will write."""
+
+    vision: GraphBuilder
+    language: GraphBuilder
+    embedding: list[Weight]  # the table, and its scales when it is quantised
+
+    @property
+    def weight_bytes(self) -> int:
+        parts = [*self.vision.weights, *self.language.weights, *self.embedding]
+        return sum(weight.nbytes for weight in parts)
+
+    @property
+    def file_bytes(self) -> int:
+        table = sum(weight.nbytes for weight in self.embedding)
+        return self.vision.data_bytes + self.language.data_bytes + table
+
+
+def write_bundle(
+    source: WeightSource,
+    target: Path,
+    recipe: Recipe,
+    decisions: Decisions,
+    *,
+    tokenizer: Sequence[Path],
+    report: str | None = None,
+    progress: Callable[[int], Progress] | None = None,
+) -> None:
+    """Write a model under a recipe and the decisions calibration made for it.
+
+    Args:
+        target: directory to create, or an existing bundle to replace.
+        tokenizer: files to copy.
+        report: content of quantisation.json, if any.
+        progress: called with the total of bytes; returns a function called with each increment.
+
+    Raises:
+        ExportError: no space, or the directory cannot be written; nothing is left behind.
+    """
+    layout = plan_export(source, recipe, make_plan(recipe, decisions))
+    _check_space(target, layout.file_bytes)
+    advance = (progress or ignore_total)(layout.weight_bytes)
+    with _written_aside(Path(os.path.realpath(target))) as aside:
+        files = layout.vision.save(aside, advance) | layout.language.save(aside, advance)
+        names = (EMBEDDING_TABLE, EMBEDDING_SCALES)[: len(layout.embedding)]
+        for name, weight in zip(names, layout.embedding, strict=True):
+            files[name] = _save_array(aside / name, weight, advance)
+        for path in tokenizer:
+            shutil.copyfile(path, aside / path.name)
+            files[path.name] = file_entry(aside / path.name)
+        if report is not None:
+            (aside / QUANTISATION_REPORT).write_text(report, encoding="utf-8")
+            files[QUANTISATION_REPORT] = file_entry(aside / QUANTISATION_REPORT)
+        manifest = Manifest(
+            spec=source.spec,
+            dialect=OnnxRuntimeDialect.name,
+            vision=recipe.vision,
+            language=recipe.language,
+            kv=recipe.kv,
+            embedding=recipe.embedding,
+            parameters=parameter_counts(source.spec),
+            files=files,
+        )
+        (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+
+
+def plan_export(source: WeightSource, recipe: Recipe, plan: QuantPlan) -> Layout:
+    """Build both graphs; no weight beyond the vision embeddings is read yet."""
+    rescaled = RescaledSource(source, plan)
+    vision_graph, language_graph = GraphBuilder("vision"), GraphBuilder("language")
+    vision_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.vision])
+    language_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.language])
+    build_vision(source.spec, OnnxRuntimeDialect(vision_graph, plan), vision_reader, recipe.vision)
+    build_language(
+        source.spec.language,
+        OnnxRuntimeDialect(language_graph, plan),
+        language_reader,
+        recipe.language,
+        recipe.kv,
+    )
+    table = language_reader.tensor(TOK_EMBEDDINGS)
+    embedding = pack_table(table) if recipe.embedding == "int8" else [table]
+    return Layout(vision_graph, language_graph, embedding)
+
+
+def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
+    """A plain .npy file, so that the runtime can map it and gather rows on the host."""
+    with path.open("wb") as stream:
+        header = {"descr": np.dtype(weight.dtype).str, "fortran_order": False}
+        npy_format.write_array_header_1_0(stream, header | {"shape": weight.shape})
+        for block in weight.cast_blocks():
+            stream.write(np.ascontiguousarray(block).data)
+            progress(block.nbytes)
+    return file_entry(path)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    parent = target.absolute().parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
+    if free < needed + SLACK_BYTES:
+        raise ExportError(
+            f"{parent} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB;"
+            " free some space or choose another disk"
+        )
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that takes its place on success and vanishes otherwise."""
+    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _replace(aside, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(
+                f"no space left while writing {target}: {error.strerror}; nothing was kept"
+            ) from error
+        raise ExportError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`; a bundle that stood there returns if that fails."""
+    old = target.with_name(f"{target.name}.partial-old-{os.getpid()}")
+    try:
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def ignore_total(_: int) -> Progress:
+    return lambda _: None
