@@ -164,6 +164,15 @@ def _bench_kernels(arguments: argparse.Namespace) -> int:
     return run_kernels(threads=arguments.threads, as_json=arguments.json)
 
 
+def _bench_precision(arguments: argparse.Namespace) -> int:
+    with _export_installed():
+        from internvl_edge.bench.precision import run_precision
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise LimitError(f"--threads is {arguments.threads}, it must be at least 1")
+    return run_precision(threads=arguments.threads, as_json=arguments.json)
+
+
 def _bench_accuracy(arguments: argparse.Namespace) -> int:
     with _export_installed():
         from internvl_edge.bench.accuracy import run_accuracy
@@ -256,6 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     kernels.add_argument("--json", action="store_true")
     kernels.set_defaults(run=_bench_kernels)
+    precision = subjects.add_parser("precision", help="integers against float, at true width")
+    precision.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    precision.add_argument("--json", action="store_true")
+    precision.set_defaults(run=_bench_precision)
     accuracy = subjects.add_parser("accuracy", help="exact match of tiny_ocr at every precision")
     accuracy.add_argument("--images", type=int, default=2000, help="held-out pictures")
     accuracy.add_argument("--only", action="append", default=[], help="one row of the table")

@@ -1,0 +1,226 @@
+"""What integers gain on this machine, layer by layer at InternVL 1.5's true width.
+
+    internvl-edge bench precision [--threads N] [--json]
+
+One layer of InternViT-6B on one tile, one of InternLM2-20B decoding and prefilling, each in float32
+and quantised, run alternately so that a busy machine slows both. Arithmetic-bound phases stand
+beside the machine's own float32 matrix product, memory-bound ones beside its own copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.bench.ceilings import copy_bandwidth
+from internvl_edge.bench.synthetic import SyntheticWeights, internvl_1_5
+from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.plan import LinearPlan, QuantPlan
+from internvl_edge.export.quantize import BlockFormat
+from internvl_edge.export.units import Unit, X, language_unit, vision_unit
+from internvl_edge.export.weights import WeightReader
+from internvl_edge.runtime import contract
+from internvl_edge.runtime.rope import rope_rows
+
+REPEATS = 9
+CONTEXT = 512
+PREFILL = 256
+
+Feed = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase: medians in milliseconds, and what the quantised run reaches."""
+
+    phase: str
+    float_ms: float
+    quantised_ms: float
+    ratio: float
+    achieved: float
+    unit: str
+    ceiling: float
+    percent: float
+
+
+def run_precision(*, threads: int | None, as_json: bool) -> int:
+    """Measure and print; returns the exit status."""
+    count = threads or len(os.sched_getaffinity(0))
+    gflops = _matrix_rate(count)
+    copy = copy_bandwidth(count)
+    rows = [_vision_row(count, gflops), *_language_rows(count, gflops, copy)]
+    if as_json:
+        print(json.dumps({"threads": count, "rows": [asdict(row) for row in rows]}, indent=2))
+        return 0
+    print(f"{count} threads; float32 product {gflops:.0f} GFLOP/s, copy {copy:.1f} GB/s")
+    print(f"{'one layer':34} {'fp32 ms':>9} {'int ms':>8} {'ratio':>6}  achieved (of ceiling)")
+    for row in rows:
+        print(
+            f"{row.phase:34} {row.float_ms:9.2f} {row.quantised_ms:8.2f} {row.ratio:5.2f}x"
+            f"  {row.achieved:.0f} {row.unit} ({row.percent:.0f}%)"
+        )
+    return 0
+
+
+def _vision_row(threads: int, gflops: float) -> Row:
+    spec = internvl_1_5()
+    vision = spec.vision
+    rows, width, mlp = vision.sequence_length, vision.hidden_size, vision.intermediate_size
+    x = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
+    unit = vision_unit(spec, 0, x)
+    plan = _plan(unit, LinearPlan("int8", input_scale=4 / 127))
+    feed = next(unit.feeds("fp32"))
+    float_ms, int_ms = _compare(unit, plan, [feed], threads)[0]
+    # Linear layers and attention, as in the specification's cost table.
+    flops = 2 * rows * (4 * width**2 + 2 * width * mlp) + 4 * rows**2 * width
+    rate = flops / int_ms / 1e6
+    return Row(
+        "vision, 1 tile, W8A8",
+        float_ms,
+        int_ms,
+        float_ms / int_ms,
+        rate,
+        "GFLOP/s",
+        gflops,
+        100 * rate / gflops,
+    )
+
+
+def _language_rows(threads: int, gflops: float, copy: float) -> list[Row]:
+    spec = internvl_1_5().language
+    x = np.random.default_rng(0).standard_normal((PREFILL, spec.hidden_size)).astype(np.float32)
+    unit = language_unit(spec, 0, x, [PREFILL])
+    weights = spec.hidden_size * (spec.query_size + 2 * spec.key_value_size + spec.query_size)
+    weights += 3 * spec.hidden_size * spec.intermediate_size
+    feeds = [_decoder_feed(x[:1]), _decoder_feed(x)]
+    rows = []
+    for form in (BlockFormat(4, 128), BlockFormat(4, 32), BlockFormat(8, 128)):
+        plan = _plan(unit, LinearPlan("blocks", form=form, ratios=(1.0,)))
+        name = f"INT{form.bits} block {form.block}"
+        (float_ms, int_ms), (float_fill, int_fill) = _compare(unit, plan, feeds, threads)
+        nbytes = weights * (form.bits / 8 + 4 / form.block)
+        rate = nbytes / int_ms / 1e6
+        rows.append(
+            Row(
+                f"decode at {CONTEXT} keys, {name}",
+                float_ms,
+                int_ms,
+                float_ms / int_ms,
+                rate,
+                "GB/s",
+                copy,
+                100 * rate / copy,
+            )
+        )
+        fill = 2 * PREFILL * weights / int_fill / 1e6
+        rows.append(
+            Row(
+                f"prefill {PREFILL} tokens, {name}",
+                float_fill,
+                int_fill,
+                float_fill / int_fill,
+                fill,
+                "GFLOP/s",
+                gflops,
+                100 * fill / gflops,
+            )
+        )
+    return rows
+
+
+def _decoder_feed(x: NDArray[np.float32]) -> Feed:
+    """Rows appended behind a cache that holds `CONTEXT` positions in all."""
+    spec = internvl_1_5().language
+    cos, sin = rope_rows(spec, spec.rope_theta, 0, CONTEXT)
+    cache = np.zeros(contract.cache_shape(spec, CONTEXT), np.float32)
+    return {
+        X: x,
+        contract.ROPE_COS: cos.astype(np.float32),
+        contract.ROPE_SIN: sin.astype(np.float32),
+        contract.LAST_POSITION: np.array([CONTEXT - 1], np.int32),
+        contract.TOTAL_LENGTH: np.array(CONTEXT, np.int32),
+        contract.past_key(0): cache,
+        contract.past_value(0): cache,
+    }
+
+
+def _plan(unit: Unit, linear: LinearPlan) -> QuantPlan:
+    return QuantPlan({name: linear for group in unit.groups for name in group.linears})
+
+
+def _compare(
+    unit: Unit, plan: QuantPlan, feeds: list[Feed], threads: int
+) -> list[tuple[float, float]]:
+    """Median milliseconds of (float, quantised) for each feed."""
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+        runs = [
+            _runner(unit, chosen, Path(folder) / name, threads)
+            for name, chosen in (("float", QuantPlan()), ("quantised", plan))
+        ]
+        results = []
+        for feed in feeds:
+            times: list[list[float]] = [[], []]
+            for repeat in range(REPEATS + 1):
+                for run, taken in zip(runs, times, strict=True):
+                    start = time.perf_counter()
+                    run(feed)
+                    if repeat:  # the first is warm-up
+                        taken.append(1e3 * (time.perf_counter() - start))
+            results.append((statistics.median(times[0]), statistics.median(times[1])))
+    return results
+
+
+def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable[[Feed], list[Any]]:
+    import onnxruntime as ort
+
+    folder.mkdir()
+    dialect = OnnxRuntimeDialect(GraphBuilder("unit"), plan)
+    unit.build(dialect, WeightReader(SyntheticWeights(internvl_1_5()), "float32"), "fp32")
+    dialect.graph.save(folder, lambda _: None)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        str(folder / "unit.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda feed: list(session.run(["next"], feed))
+
+
+def _matrix_rate(threads: int) -> float:
+    """GFLOP/s of ONNX Runtime's own float32 matrix product, 1025 x 3200 x 12800."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, inner, columns = 1025, 3200, 12800
+    random = np.random.default_rng(0)
+    weight = numpy_helper.from_array(random.random((inner, columns), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inner])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, columns])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {"x": random.random((rows, inner), np.float32)}
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * inner * columns / statistics.median(times) / 1e9
