@@ -58,7 +58,7 @@ def run_precision(*, threads: int | None, as_json: bool) -> int:
     """Measure and print; returns the exit status."""
     count = threads or len(os.sched_getaffinity(0))
     gflops = _matrix_rate(count)
-    copy = copy_bandwidth(count)
+    copy = copy_bandwidth(count) / 1e9
     rows = [_vision_row(count, gflops), *_language_rows(count, gflops, copy)]
     if as_json:
         print(json.dumps({"threads": count, "rows": [asdict(row) for row in rows]}, indent=2))

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.kernels.ops import cpu_kernels
 from internvl_edge.runtime.backends import Backend, Cache
 from internvl_edge.runtime.bundle import Bundle, Verify, open_bundle
 from internvl_edge.runtime.chat import Chat
@@ -89,6 +90,7 @@ class InternVL:
             LimitError: `max_context` is beyond what the model can do.
         """
         bundle = open_bundle(Path(path), verify=verify)
+        cpu_kernels()  # compiled once per machine: here rather than in the first answer
         if bundle.manifest.dialect != ONNXRUNTIME:
             raise BundleError(
                 f"{bundle.path} was written for {bundle.manifest.dialect!r}, this runtime reads"

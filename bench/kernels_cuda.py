@@ -1,0 +1,173 @@
+"""The CUDA kernels on a device: equal to the CPU library first, then time and share of bandwidth.
+
+    internvl-edge bench kernels --device cuda [--json]
+
+Times are of CUDA events around a graph of `LAUNCHES` calls, the median of several such; the copy
+bandwidth is a device-to-device copy's, timed the same way. Bytes are the input read once and the
+output written once: what lies between the passes of tiling counts against the kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.bench.kernels import FEATURES, INT8_SCALE, WrongResultError, photo
+from internvl_edge.kernels import ops
+from internvl_edge.kernels.cuda import CudaKernels
+from internvl_edge.kernels.device import DeviceArray
+
+LAUNCHES = 20
+GROUPS = 7
+#: A 4K photo as 40 tiles and a thumbnail; InternViT-6B's output for 41 tiles.
+SIZE, GRID, TILES = (3840, 2160), {"columns": 8, "rows": 5}, 41
+COPY_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One kernel at 41 tiles."""
+
+    name: str
+    kernel_ms: float
+    megabytes: float
+    gigabytes_per_s: float
+    percent_of_copy: float
+
+
+def run_cuda_kernels(*, as_json: bool = False) -> int:
+    """Check and time every kernel on the current device; print; return 0, or 1 if one is wrong.
+
+    Raises:
+        CudaError, BuildError: no device, driver, bindings or nvcc.
+    """
+    bench = DeviceBench(CudaKernels.open())
+    rows = []
+    try:
+        for layout, dtype in (("nchw", "float32"), ("nchw", "float16"), ("patches", "float16")):
+            rows.append(bench.tiling(layout, dtype))
+        rows += [bench.shuffle(dtype) for dtype in ("float16", "int8")]
+    except WrongResultError as error:
+        print(f"WRONG: {error}")
+        return 1
+    finally:
+        bench.driver("cuStreamDestroy", bench.stream)
+    rate = round(bench.copy / 1e9, 1)
+    if as_json:
+        report = {"copy_gigabytes_per_s": rate, "rows": [asdict(row) for row in rows]}
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"device-to-device copy, read + written: {rate} GB/s; results equal to the CPU library")
+    for row in rows:
+        print(
+            f"  {row.name}: {row.kernel_ms:.3f} ms, {row.megabytes} MB,"
+            f" {row.gigabytes_per_s} GB/s = {row.percent_of_copy} % of copy"
+        )
+    return 0
+
+
+class DeviceBench:
+    """Kernels, a stream of their own, and the copy bandwidth they are held against."""
+
+    def __init__(self, kernels: CudaKernels) -> None:
+        self.kernels, self.driver = kernels, kernels.driver
+        self.driver.context()
+        self.stream = int(self.driver("cuStreamCreate", 1))  # 1: not tied to the default stream
+        self.copy = self._copy_bandwidth()
+
+    def tiling(self, layout: str, dtype: str) -> DeviceRow:
+        pixels = photo(*SIZE)
+        options: dict[str, Any] = GRID | {"layout": layout, "dtype": dtype}
+        expected = ops.tile(pixels, **options)
+        image = DeviceArray.of(self.driver, pixels)
+        out = DeviceArray(self.driver, expected.shape, dtype)
+        name = f"tiling {SIZE[0]}x{SIZE[1]} -> 40+1 tiles, {dtype} {layout}"
+
+        def launch() -> None:
+            self.kernels.tile(image, out=out, stream=self.stream, **options)
+
+        launch()
+        if not np.array_equal(out.to_host(), expected):
+            raise WrongResultError(f"{name}: differs from the CPU library")
+        row = self._row(name, launch, pixels.nbytes + expected.nbytes)
+        image.free()
+        out.free()
+        return row
+
+    def shuffle(self, dtype: str) -> DeviceRow:
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((TILES, *FEATURES[1:]), np.float32).astype(np.float16)
+        norm = {k: rng.standard_normal(4 * x.shape[2], np.float32) for k in ("weight", "bias")}
+        options: dict[str, Any] = {"dtype": dtype, "scale": INT8_SCALE if dtype == "int8" else None}
+        expected = ops.pixel_shuffle(x, **norm, **options)
+        source = DeviceArray.of(self.driver, x)
+        on_device: dict[str, Any] = {
+            key: DeviceArray.of(self.driver, array) for key, array in norm.items()
+        }
+        out = DeviceArray(self.driver, expected.shape, dtype)
+        name = f"pixel shuffle + LayerNorm {TILES}x{x.shape[1] - 1}x{x.shape[2]} float16 -> {dtype}"
+
+        def launch() -> None:
+            self.kernels.pixel_shuffle(source, out=out, stream=self.stream, **on_device, **options)
+
+        launch()
+        gap = np.abs(out.to_host().astype(np.float32) - expected.astype(np.float32))
+        limit = 1.0 if dtype == "int8" else np.spacing(np.abs(expected)).astype(np.float32) + 1e-5
+        if (gap > limit).any() or np.mean(gap > 0) > 1e-2:
+            raise WrongResultError(f"{name}: differs from the CPU library by up to {gap.max()}")
+        row = self._row(name, launch, x[:, 1:].nbytes + expected.nbytes)
+        for array in (source, out, *on_device.values()):
+            array.free()
+        return row
+
+    def _row(self, name: str, launch: Callable[[], Any], nbytes: int) -> DeviceRow:
+        seconds = self._time(launch)
+        rate = nbytes / seconds
+        return DeviceRow(
+            name=name,
+            kernel_ms=round(seconds * 1e3, 4),
+            megabytes=round(nbytes / 1e6, 1),
+            gigabytes_per_s=round(rate / 1e9, 1),
+            percent_of_copy=round(100 * rate / self.copy, 1),
+        )
+
+    def _copy_bandwidth(self) -> float:
+        """Bytes a second, read plus written, of a large copy on the device."""
+        source, target = (int(self.driver("cuMemAlloc", COPY_BYTES)) for _ in range(2))
+        call = ("cuMemcpyDtoDAsync", target, source, COPY_BYTES, self.stream)
+        seconds = self._time(lambda: self.driver(*call))
+        for address in (source, target):
+            self.driver("cuMemFree", address)
+        return 2 * COPY_BYTES / seconds
+
+    def _time(self, launch: Callable[[], Any]) -> float:
+        """Seconds of one launch, which has run before (a graph must not allocate).
+
+        The launches are recorded as a CUDA graph, so that the device never waits for Python:
+        queueing one call takes the host longer than running it takes the device.
+        """
+        driver, stream = self.driver, self.stream
+        mode = driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        driver("cuStreamBeginCapture", stream, mode)
+        for _ in range(LAUNCHES):
+            launch()
+        graph = driver("cuStreamEndCapture", stream)
+        executable = driver("cuGraphInstantiate", graph, 0)
+        start, stop = driver("cuEventCreate", 0), driver("cuEventCreate", 0)
+        groups = []
+        for _ in range(GROUPS):
+            driver("cuEventRecord", start, stream)
+            driver("cuGraphLaunch", executable, stream)
+            driver("cuEventRecord", stop, stream)
+            driver("cuEventSynchronize", stop)
+            groups.append(float(driver("cuEventElapsedTime", start, stop)) / 1e3 / LAUNCHES)
+        for event in (start, stop):
+            driver("cuEventDestroy", event)
+        driver("cuGraphExecDestroy", executable)
+        driver("cuGraphDestroy", graph)
+        return statistics.median(groups)

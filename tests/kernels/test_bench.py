@@ -1,0 +1,95 @@
+"""`internvl-edge bench kernels`: small inputs, the report's fields, and a wrong result refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_driver import ELAPSED_MS, open_driver
+
+from internvl_edge.bench import kernels as bench
+from internvl_edge.bench import kernels_cuda as cuda_bench
+from internvl_edge.kernels import cuda, ops
+from internvl_edge.kernels.device import Driver
+from internvl_edge.runtime.cli import main
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PICTURES", (((90, 60), (2, 1)),))
+    monkeypatch.setattr(bench, "FEATURES", (1, 17, 64))
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda threads: 1e9 * threads)
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--threads", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["copy_gigabytes_per_s"] == {"1": 1.0, "2": 2.0}
+    assert [row["threads"] for row in report["rows"]] == [1, 2] * 3
+    tiling = report["rows"][0]
+    assert tiling["megabytes"] == round((90 * 60 * 3 + 3 * 3 * 448 * 448 * 4) / 1e6, 1)
+    assert min(row["kernel_ms"] for row in report["rows"]) > 0
+    assert main(["bench", "kernels", "--threads", "1"]) == 0
+    assert "results checked" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.tile
+
+    def wrong(*args: object, **options: object) -> object:
+        return np.negative(right(*args, **options))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "tile", wrong)
+    assert main(["bench", "kernels"]) == 1
+    assert "WRONG: tiling 90x60" in capsys.readouterr().out
+
+
+def test_a_bad_number_of_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--threads", "0"]) == 2
+    assert "--threads is 0" in capsys.readouterr().err
+
+
+def test_report_of_a_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With a stand-in for the driver: what is timed is not a GPU, what is checked is the flow."""
+    if ops.cpu_kernels() is None:
+        pytest.skip("no C++ compiler here")
+    driver, bindings = open_driver()
+    monkeypatch.setattr(Driver, "open", lambda: driver)
+    monkeypatch.setattr(cuda, "cuda_binary", lambda source: binary(tmp_path, source))
+    for name, value in (
+        ("SIZE", (90, 60)),
+        ("GRID", {"columns": 2, "rows": 1}),
+        ("FEATURES", (1, 17, 64)),
+        ("TILES", 2),
+        ("COPY_BYTES", 1024),
+        ("LAUNCHES", 2),
+        ("GROUPS", 2),
+    ):
+        monkeypatch.setattr(cuda_bench, name, value)
+    assert main(["bench", "kernels", "--device", "cuda", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["rows"]) == 5
+    assert report["rows"][0]["kernel_ms"] == ELAPSED_MS / 2
+    # What stays is the kernels' own: weights of the axes and the scratch.
+    assert len(bindings.memory) == 3 * 3 + 1
+
+
+def binary(folder: Path, source: str) -> Path:
+    path = folder / source
+    path.write_text(source)
+    return path
+
+
+def test_without_a_device_the_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert "pip install" in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""Building: the cache, its lock, no compiler, other instruction sets, nvcc for every target."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from internvl_edge.kernels import build, ops, resources
+
+#: Stands in for a compiler: notes each run, takes a moment, and writes its arguments to `-o`.
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "stub $STUB_VERSION"; exit 0; fi
+echo run >> "$STUB_LOG"
+for last; do :; done
+case "$* $STUB_REFUSES" in *"$STUB_REFUSES"*"$STUB_REFUSES") echo "refused" >&2; exit 1;; esac
+sleep 0.2
+echo "$*" > "$last"
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stub compiler in an empty cache; returns the log of its runs."""
+    compiler, log = tmp_path / "stub", tmp_path / "log"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    log.touch()
+    for name, value in (
+        ("CXX", str(compiler)),
+        ("XDG_CACHE_HOME", str(tmp_path / "cache")),
+        ("STUB_LOG", str(log)),
+        ("STUB_VERSION", "1"),
+        ("STUB_REFUSES", "nothing of this name"),
+    ):
+        monkeypatch.setenv(name, value)
+    return log
+
+
+def runs(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def test_a_product_is_built_once_and_not_into_the_package(stub: Path) -> None:
+    before = sorted(path.name for path in build.SOURCES.iterdir())
+    first = build.cpu_library()
+    assert build.cpu_library() == first
+    assert first.is_relative_to(build.cache_directory())
+    assert runs(stub) == 1
+    assert sorted(path.name for path in build.SOURCES.iterdir()) == before
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name, "lock"]
+
+
+def test_many_at_once_build_once(stub: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        products = list(pool.map(lambda _: build.cpu_library(), range(8)))
+    assert len(set(products)) == 1
+    assert runs(stub) == 1
+
+
+def test_processes_wait_for_each_other(stub: Path) -> None:
+    script = "from internvl_edge.kernels import build; print(build.cpu_library())"
+    command = [sys.executable, "-c", script]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    products = {process.communicate(timeout=60)[0] for process in started}
+    assert len(products) == 1
+    assert runs(stub) == 1
+
+
+def test_another_version_flag_or_cpu_is_another_product(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = {build.cpu_library(), build.cpu_library(("-g",))}
+    monkeypatch.setenv("STUB_VERSION", "2")
+    products.add(build.cpu_library())
+    monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
+    products.add(build.cpu_library())
+    monkeypatch.setattr(build, "source_hash", lambda: "another source")
+    products.add(build.cpu_library())
+    assert len(products) == runs(stub) == 5
+
+
+def test_a_compiler_that_does_not_know_this_cpu(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.NATIVE_FLAGS, build.platform.machine(), ("-march=native",))
+    monkeypatch.setenv("STUB_REFUSES", "-march=native")
+    assert "native" not in build.cpu_library().read_text()
+    assert runs(stub) == 2
+
+
+def test_a_failing_compiler_leaves_nothing(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_REFUSES", "-std=c++17")
+    with pytest.raises(build.BuildError, match=r"failed with status 1:\nrefused"):
+        build.cpu_library()
+    left = {path.name for path in build.cache_directory().rglob("*") if path.is_file()}
+    assert left == {"lock"}
+
+
+def test_a_cache_that_cannot_be_written(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="set XDG_CACHE_HOME"):
+        build.cpu_library()
+
+
+@pytest.mark.parametrize("finder", [build.nvcc_command, build.cpu_library])
+def test_a_named_compiler_must_exist(
+    finder: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("NVCC", str(tmp_path / "none"))
+    assert callable(finder)
+    with pytest.raises(build.BuildError, match="which is not found"):
+        finder()
+
+
+FALLBACK = """
+import numpy as np
+from internvl_edge.kernels import ops
+from internvl_edge.runtime.preprocess import tile_image
+from PIL import Image
+pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+tiles = ops.tile(pixels, columns=2, rows=3, tile_size=28)
+assert (tile_image(Image.fromarray(pixels), tile_size=28, max_tiles=6) is not None)
+print(tiles.tobytes().hex())
+"""
+
+
+def test_without_a_compiler_one_line_and_the_same_bits(tmp_path: Path) -> None:
+    environment = os.environ | {"CXX": "/nonexistent/c++", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert "CPU kernels not built" in line
+    assert "/nonexistent/c++" in line
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    assert done.stdout.strip() == ops.tile(pixels, columns=2, rows=3, tile_size=28).tobytes().hex()
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_runtime_builds_and_loads_nothing(tmp_path: Path) -> None:
+    script = (
+        "import internvl_edge.runtime, internvl_edge.runtime.preprocess, pathlib;"
+        "from internvl_edge.kernels import ops;"
+        "assert ops.cpu_kernels.cache_info().misses == 0;"
+        "assert 'libinternvl_edge_cpu' not in pathlib.Path('/proc/self/maps').read_text()"
+    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernels_need_the_standard_library_and_numpy_alone() -> None:
+    script = (
+        "import sys;from internvl_edge.kernels import build, cuda, ops, reference, resources;"
+        "others = {'PIL', 'onnx', 'onnxruntime', 'torch', 'cuda', 'internvl_edge.runtime'};"
+        "assert not others & set(sys.modules), others & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=120, check=True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("-Werror", "-Wconversion", "-Wshadow"), ("-march=x86-64",), ("-march=haswell",)],
+    ids=lambda flags: flags[0],
+)
+def test_other_instruction_sets_give_the_same_bits(flags: tuple[str, ...]) -> None:
+    """SSE2 divides where others multiply and correct; the first case is this CPU's own build."""
+    if ops.cpu_kernels() is None:
+        pytest.skip("no C++ compiler here")
+    if flags[0].startswith("-march") and build.platform.machine() != "x86_64":
+        pytest.skip("an x86-64 flag")
+    if flags == ("-march=haswell",) and "avx2" not in build.cpu_identity():
+        pytest.skip("this CPU has no AVX2")
+    path = build.cpu_library(flags)
+    script = (
+        "import sys, hashlib, numpy as np;from internvl_edge.kernels import ops\n"
+        "library = ops.load(sys.argv[1]); ops.cpu_kernels = lambda: library\n"
+        "rng = np.random.default_rng(3)\n"
+        "pixels = rng.integers(0, 256, (211, 333, 3), dtype=np.uint8)\n"
+        "grid = dict(columns=3, rows=2, tile_size=56)\n"
+        "parts = [ops.tile(pixels, **grid)]\n"
+        "parts += [ops.tile(pixels, layout=l, dtype=d, **grid)"
+        " for l in ('nchw', 'patches') for d in ('float32', 'float16')]\n"
+        "x = rng.standard_normal((2, 17, 24)).astype(np.float16)\n"
+        "parts.append(ops.pixel_shuffle(x))\n"
+        "print([hashlib.sha256(part.tobytes()).hexdigest() for part in parts])"
+    )
+    got, expected = (
+        subprocess.check_output([sys.executable, "-c", script, str(library)], text=True)
+        for library in (path, build.cpu_library())
+    )
+    assert got == expected
+
+
+PTXAS = """ptxas info    : Compiling entry function 'ive_a' for 'sm_87'
+ptxas info    : Function properties for ive_a
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 38 registers, used 1 barriers, 32 bytes smem, 576 bytes cmem[0]
+ptxas info    : Compiling entry function 'ive_b' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers, 576 bytes cmem[0]
+"""
+
+
+def test_ptxas_log_is_read() -> None:
+    assert resources.parse_ptxas(PTXAS) == [
+        resources.Usage("ive_a", 87, 38, 32, 12),
+        resources.Usage("ive_b", 90, 40, 0, 0),
+    ]
+
+
+def test_resources_are_of_these_sources_and_nothing_spills() -> None:
+    report = resources.REPORT.read_text()
+    assert f"sources: sha256 {build.source_hash()}" in report, (
+        "sources changed: run `python -m internvl_edge.kernels.build --resources`"
+    )
+    cells = re.findall(r"(\d+) / (\d+) / (\d+)", report)
+    kernels = re.findall(r"^\| (ive_\w+) \|", report, re.MULTILINE)
+    assert len(kernels) == 12
+    assert len(cells) == len(kernels) * len(build.CUDA_ARCHITECTURES)
+    assert {spilled for _, _, spilled in cells} == {"0"}
+
+
+def _nvcc() -> list[str]:
+    try:
+        return build.nvcc_command()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_nvcc_compiles_every_architecture_without_warning_or_spill() -> None:
+    architectures = build.supported_architectures(_nvcc())
+    usages = resources.measure()
+    assert {usage.architecture for usage in usages} == set(architectures)
+    assert len({usage.kernel for usage in usages}) == 12
+    assert [usage for usage in usages if usage.spill_bytes] == []
+    assert {87} <= set(architectures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", build.CUDA_SOURCES)
+def test_the_fat_binary_holds_every_architecture_and_ptx(source: str) -> None:
+    architectures = build.supported_architectures(_nvcc())
+    binary = build.cuda_binary(source)
+    assert build.cuda_binary(source) == binary
+    assert _entries(binary.read_bytes()) == {
+        *((MACHINE_CODE, arch) for arch in architectures),
+        (PTX, architectures[-1]),
+    }
+
+
+PTX, MACHINE_CODE = 1, 2
+
+
+def _entries(fat: bytes) -> set[tuple[int, int]]:
+    """(kind, architecture) of each entry: a 16-byte header, then entries that state their sizes."""
+    magic, _, at, size = struct.unpack_from("<IHHQ", fat)
+    assert magic == 0xBA55ED50
+    end, entries = at + size, set()
+    while at < end:
+        kind, _, header, payload = struct.unpack_from("<HHIQ", fat, at)
+        entries.add((kind, struct.unpack_from("<I", fat, at + 28)[0]))
+        at += header + payload
+    return entries

@@ -1,0 +1,92 @@
+"""The CUDA build against the CPU build, on a GPU: same bits in tiles, same rounding in the norm.
+
+pytest -m gpu tests/kernels
+compute-sanitizer --tool memcheck  python -m pytest -m gpu tests/kernels
+compute-sanitizer --tool racecheck python -m pytest -m gpu tests/kernels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from internvl_edge.kernels import ops
+from internvl_edge.kernels.build import BuildError, cuda_binary
+from internvl_edge.kernels.cuda import CudaKernels
+from internvl_edge.kernels.device import CudaError, DeviceArray
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CudaKernels:
+    try:
+        cuda_kernels = CudaKernels.open()
+        cuda_binary("tiling.cu")
+    except (CudaError, BuildError) as error:
+        pytest.skip(f"no GPU to test on: {str(error).splitlines()[0]}")
+    return cuda_kernels
+
+
+def noise(*shape: int) -> Any:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (640, 480), (333, 1777), (3840, 2160)])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("tiles", "uint8"),
+        ("nchw", "float32"),
+        ("nchw", "float16"),
+        ("patches", "float32"),
+        ("patches", "float16"),
+    ],
+)
+def test_tiles_are_bit_equal_to_the_cpu(
+    kernels: CudaKernels, size: tuple[int, int], layout: str, dtype: str
+) -> None:
+    pixels = noise(size[1], size[0], 3)
+    options: dict[str, Any] = {"columns": 4, "rows": 3, "layout": layout, "dtype": dtype}
+    expected = ops.tile(pixels, **options)
+    out = DeviceArray(kernels.driver, expected.shape, dtype)
+    for image in (pixels, DeviceArray.of(kernels.driver, pixels)):
+        kernels.tile(image, out=out, **options)
+        np.testing.assert_array_equal(out.to_host(), expected)
+    out.free()
+
+
+@pytest.mark.parametrize("pixel_format", ["bgr", "rgba", "nv12"])
+def test_formats(kernels: CudaKernels, pixel_format: str) -> None:
+    shape = {"bgr": (90, 70, 3), "rgba": (90, 70, 4), "nv12": (135, 70)}[pixel_format]
+    image, options = noise(*shape), {"columns": 2, "rows": 3, "pixel_format": pixel_format}
+    expected = ops.tile(image, **options)
+    out = DeviceArray(kernels.driver, expected.shape, "uint8")
+    kernels.tile(image, out=out, **options)
+    np.testing.assert_array_equal(out.to_host(), expected)
+
+
+@pytest.mark.parametrize("given", ["float32", "float16"])
+@pytest.mark.parametrize("channels", [3200, 1024, 19])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_pixel_shuffle(kernels: CudaKernels, given: str, channels: int, version: str) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((3, 1025, channels), np.float32).astype(given)
+    norm = {name: rng.standard_normal(4 * channels, np.float32) for name in ("weight", "bias")}
+    source = DeviceArray.of(kernels.driver, x)
+    weights = {name: DeviceArray.of(kernels.driver, a) for name, a in norm.items()}
+    plain = ops.pixel_shuffle(x, version=version)
+    out = DeviceArray(kernels.driver, plain.shape, given)
+    kernels.pixel_shuffle(source, out=out, version=version)
+    np.testing.assert_array_equal(out.to_host(), plain)
+    out = DeviceArray(kernels.driver, plain.shape, "float32")
+    kernels.pixel_shuffle(source, out=out, version=version, dtype="float32", **weights)
+    expected = ops.pixel_shuffle(x, version=version, dtype="float32", **norm)
+    np.testing.assert_allclose(out.to_host(), expected, rtol=0, atol=1e-5)
+    steps = DeviceArray(kernels.driver, plain.shape, "int8")
+    kernels.pixel_shuffle(source, out=steps, version=version, scale=0.03, **weights)
+    off = np.abs(steps.to_host() - ops.pixel_shuffle(x, version=version, scale=0.03, **norm))
+    assert off.max() <= 1
+    assert (off > 0).mean() < 1e-3
