@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,11 @@ def chat_arrays() -> dict[str, NDArray[Any]]:
 @pytest.fixture(scope="session")
 def tile_arrays() -> dict[str, NDArray[Any]]:
     return golden_arrays("tiles")
+
+
+@pytest.fixture(autouse=True)
+def _terminating() -> Iterator[None]:
+    """`main` takes SIGTERM over; give it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

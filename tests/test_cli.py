@@ -1,21 +1,18 @@
-"""The command line: exit statuses, one line of error, and commands cut short."""
+"""The command line: exit statuses and one line of error."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import GOLDEN
+from command_line import BLOCK, CHAT, CHECKPOINT, IMAGE, command, error_line, run
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.runtime import InternVL
@@ -23,39 +20,6 @@ from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.cli import main
 from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.preprocess import load_image
-
-CHECKPOINT = GOLDEN / "model"
-IMAGE = str(GOLDEN / "images" / "img0.png")
-CHAT = ("--device", "cpu", "--threads", "1", "--max-new-tokens", "8")
-
-#: The command line, with a hook before it. Shells start background jobs deaf to Ctrl-C.
-RUN = """
-import signal, sys, time
-from internvl_edge.runtime.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-{hook}
-sys.exit(main(sys.argv[1:]))
-"""
-
-#: Makes a function say so and take a minute when it is called.
-SLOW = """
-from {module} import {owner}
-def slowly(*arguments, **settings):
-    print("working", flush=True)
-    time.sleep(60)
-{owner}.{function} = slowly
-"""
-
-#: Makes packages look as if they were not installed.
-BLOCK = "sys.modules.update(dict.fromkeys({names}))"
-
-
-@pytest.fixture(autouse=True)
-def _terminating() -> Iterator[None]:
-    """`main` takes SIGTERM over; give it back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -66,34 +30,6 @@ def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-
-
-def command(*arguments: object, hook: str = "") -> list[str]:
-    return [sys.executable, "-c", RUN.format(hook=hook), *map(str, arguments)]
-
-
-def run(
-    *arguments: object, hook: str = "", text: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, hook=hook),
-        input=text,
-        stdin=subprocess.DEVNULL if text is None else None,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-
-
-def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run in this process; must fail with status 2 and one line on stderr, and say only that."""
-    assert main([str(argument) for argument in arguments]) == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    (line,) = errors.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 # Every class of error.
@@ -345,158 +281,6 @@ def test_bundles_need_no_extra(golden_bundle: Path) -> None:
     hook = BLOCK.format(names=names)
     assert run("inspect", golden_bundle, hook=hook).returncode == 0
     assert run("chat", golden_bundle, IMAGE, "-p", "Hi", *CHAT, hook=hook).returncode == 0
-
-
-# Cut short.
-
-
-def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object], str]]:
-    """Each command, and a hook that makes it stop in the middle of its work."""
-    weights = SLOW.format(
-        module="internvl_edge.export.weights", owner="Weight", function="cast_blocks"
-    )
-    shapes = SLOW.format(
-        module="internvl_edge.export.checkpoint", owner="Checkpoint", function="_read_shapes"
-    )
-    decode = SLOW.format(module="internvl_edge.runtime.engine", owner="Engine", function="decode")
-    prefill = SLOW.format(module="internvl_edge.runtime.engine", owner="Engine", function="prefill")
-    tile = SLOW.format(module="internvl_edge.runtime.model", owner="InternVL", function="tile")
-    demo = f"""
-import importlib.util, types
-def find(name, package=None, find_spec=importlib.util.find_spec):
-    if name != "internvl_edge.examples.tiny_ocr":
-        return find_spec(name, package)
-    return types.SimpleNamespace(submodule_search_locations=[{str(room)!r}])
-importlib.util.find_spec = find
-"""
-    chat = ["chat", golden, "-p", "Please describe the image.", *CHAT]
-    return {
-        "export": (["export", CHECKPOINT, "-o", room / "bundle"], weights),
-        "inspect": (["inspect", CHECKPOINT], shapes),
-        "chat, prefill": (chat, prefill),
-        "chat, decode": (chat, decode),
-        "chat --json": ([*chat, "--json"], decode),
-        "demo, export": (["demo"], demo + weights),
-        "demo, image": (["demo", *CHAT[:4]], demo + tile),
-    }
-
-
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", _slow_commands(Path(), Path()))
-def test_interrupted(
-    golden_bundle: Path, tmp_path: Path, name: str, sent: signal.Signals, status: int
-) -> None:
-    room, cache = tmp_path / "room", tmp_path / "cache"
-    shutil.copytree(CHECKPOINT, room / "checkpoint")
-    script = {"image": IMAGE, "turns": [{"question": "What is it?", "answer": "A sign."}]}
-    (room / "receipt.json").write_text(json.dumps(script))
-    arguments, hook = _slow_commands(golden_bundle, room)[name]
-    process = subprocess.Popen(
-        command(*arguments, hook=hook),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
-    )
-    assert process.stdout is not None
-    if not any(line.endswith("working\n") for line in process.stdout):
-        pytest.fail(f"the command ended by itself: {process.communicate()}")
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == status
-    assert "Traceback" not in errors
-    assert errors.strip() == ("interrupted" if sent == signal.SIGINT else "")
-    assert sorted(os.listdir(room)) == ["checkpoint", "receipt.json"]
-    left = [path for path in cache.rglob("*") if "partial" in path.name]
-    assert left == []
-
-
-def test_interrupt_of_an_answer_keeps_the_conversation(golden_bundle: Path) -> None:
-    """At a terminal: the first Ctrl-C ends the answer, Ctrl-D the conversation."""
-    hook = """
-from internvl_edge.runtime.engine import Engine
-def slowly(*arguments, decode=Engine.decode):
-    time.sleep(0.05)
-    return decode(*arguments)
-Engine.decode = slowly
-"""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command("chat", golden_bundle, *CHAT[:4], hook=hook),
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    os.close(theirs)
-    assert process.stdout is not None
-    assert "Ctrl-C" in process.stdout.readline()
-    os.write(ours, b"Please describe the image.\n")
-    assert process.stdout.read(3).startswith("> ")  # the prompt, then the answer's first letter
-    process.send_signal(signal.SIGINT)
-    os.write(ours, b"\x04")
-    _, errors = process.communicate(timeout=30)
-    os.close(ours)
-    assert process.returncode == 0
-    assert errors.startswith("[cancelled]")
-    assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["chat", "BUNDLE", "-p", "Hi", *CHAT]],
-    ids=["inspect", "inspect --json", "chat"],
-)
-def test_broken_pipe(golden_bundle: Path, arguments: list[str]) -> None:
-    """The reader of the output, such as `head`, is gone before anything is written."""
-    arguments = [str(golden_bundle) if item == "BUNDLE" else item for item in arguments]
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        ended = subprocess.run(
-            command(*arguments),
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-        )
-    finally:
-        os.close(writing)
-    assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_head(golden_bundle: Path) -> None:
-    line = f"{shlex.join(command('inspect', golden_bundle))} | head -1"
-    ended = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-    assert ended.stderr == ""
-    assert len(ended.stdout.splitlines()) == 1
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("name", ["inspect", "chat"])
-def test_output_that_cannot_be_written(golden_bundle: Path, name: str) -> None:
-    more = [] if name == "inspect" else ["-p", "Hi", *CHAT]
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            command(name, golden_bundle, *more),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-        )
-    assert ended.returncode == 2
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "No space left" in line
 
 
 def test_images_may_stand_behind_options(
