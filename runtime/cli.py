@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn, TypeAlias, get_args
 
 from internvl_edge.runtime.contract import (
     MANIFEST,
@@ -23,6 +23,9 @@ from internvl_edge.runtime.contract import (
     VisionPrecision,
 )
 from internvl_edge.runtime.errors import DeviceError, ExportError, InternVLEdgeError, LimitError
+
+#: What `ArgumentParser.add_subparsers` returns.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -212,6 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
 
+    _add_export(commands)
+    _add_chat(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_export(commands: Commands) -> None:
     export = commands.add_parser("export", help="Hugging Face checkpoint to bundle")
     export.add_argument("checkpoint", metavar="CHECKPOINT")
     export.add_argument("-o", "--output", required=True, metavar="BUNDLE")
@@ -241,6 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     export.set_defaults(run=_export)
 
+
+def _add_chat(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="ask about images, once or in a conversation")
     chat.add_argument("bundle", metavar="BUNDLE")
     chat.add_argument("images", nargs="*", metavar="IMAGE")
@@ -258,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(chat)
     chat.set_defaults(run=_chat)
 
+
+def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="measure beside a reference, correctness first")
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
     kernels = subjects.add_parser("kernels", help="tiling and pixel shuffle against Pillow, NumPy")
@@ -275,7 +289,6 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     accuracy.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     accuracy.set_defaults(run=_bench_accuracy)
-    return parser
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
