@@ -10,6 +10,7 @@ from internvl_edge.export.budget import within_budget
 from internvl_edge.export.calibration_run import calibrate, open_workspace
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
+from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
 from internvl_edge.export.graph import Progress
 from internvl_edge.export.report import most_sensitive, to_json, unit_costs
 from internvl_edge.export.writer import ignore_total, write_bundle
@@ -73,6 +74,11 @@ def export_bundle(
         raise ExportError(
             f"kv {kv} does not go with language {language}: attention takes int8 or"
             f" {default_cache(language)}, which is how that decoder computes"
+        )
+    if recipe.kv == "int8" and not takes_int8_cache():
+        raise ExportError(
+            "kv int8 needs an onnxruntime whose GroupQueryAttention takes a quantised cache, as"
+            " 1.31 does; update onnxruntime (Python 3.11 or later)"
         )
     decisions: Decisions = {}
     record, workspace = None, None

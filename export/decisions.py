@@ -31,7 +31,7 @@ Decisions = dict[str, Any]
 #: Rows of each matrix the search looks at.
 SEARCH_ROWS = 256
 #: Rows GPTQ takes at a time, per thread.
-GPTQ_ROWS = 512
+GPTQ_ROWS = 1024
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ QUANTISED_RSS_LIMIT = 4 * GIB
 DISK_NEEDED = 16 * GIB
 #: Rows are sums of up to 16,384 float32 products of order one; torch adds them in another order.
 TOLERANCE = 2e-3
-FLOAT_OUTPUT = "float_output.npz"
 
 #: VmHWM rather than ru_maxrss: the latter is inherited from the parent across exec.
 EXPORT = """
@@ -80,17 +79,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def picture() -> NDArray[np.uint8]:
     return np.asarray(generate(1)[0].image.resize((448, 448)))
 
 
+@pytest.fixture(scope="module")
+def float_run(checkpoint: Path, picture: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
+    """Peak resident bytes of the float export, and what the bundle computes."""
+    bundle = checkpoint.parent / "bundle"
+    return _export(checkpoint, bundle), _run(bundle, checkpoint, picture)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("true_width")
-def test_float_export(checkpoint: Path, tmp_path: Path, picture: NDArray[np.uint8]) -> None:
-    bundle = tmp_path / "bundle"
-    assert _export(checkpoint, bundle) < RSS_LIMIT
-    got = _run(bundle, checkpoint, picture)
+def test_float_export(
+    checkpoint: Path, picture: NDArray[np.uint8], float_run: tuple[int, dict[str, Any]]
+) -> None:
+    peak, got = float_run
+    assert peak < RSS_LIMIT
     reference = load_reference(checkpoint, true_width_config())
     context = _context_id(checkpoint)
     reference.config.image_token_id = reference.model.config.image_token_id = context
@@ -99,7 +106,6 @@ def test_float_export(checkpoint: Path, tmp_path: Path, picture: NDArray[np.uint
     np.testing.assert_allclose(got["rows"], rows, rtol=0, atol=TOLERANCE)
     logits = reference_logits(reference, _ids(context).tolist(), tiles)[-20:]
     np.testing.assert_allclose(got["logits"], logits, rtol=0, atol=TOLERANCE)
-    np.savez(checkpoint / FLOAT_OUTPUT, **got)
 
 
 @pytest.mark.slow
@@ -116,12 +122,11 @@ def test_quantised_export(
     checkpoint: Path,
     tmp_path: Path,
     picture: NDArray[np.uint8],
+    float_run: tuple[int, dict[str, Any]],
     precision: dict[str, str],
     rows_cosine: float,
     logits_cosine: float,
 ) -> None:
-    if not (checkpoint / FLOAT_OUTPUT).exists():
-        pytest.skip("needs the output of test_float_export")
     calibration = tmp_path / "calibration"
     calibration.mkdir()
     for number, item in enumerate(generate(6, seed=1)):
@@ -130,7 +135,7 @@ def test_quantised_export(
     peak = _export(checkpoint, bundle, **precision, calibration=str(calibration))
     assert peak < QUANTISED_RSS_LIMIT
     got = _run(bundle, checkpoint, picture)
-    expected = np.load(checkpoint / FLOAT_OUTPUT)
+    _, expected = float_run
     assert _cosine(got["rows"], expected["rows"]) > rows_cosine
     assert _cosine(got["logits"], expected["logits"]) > logits_cosine
 

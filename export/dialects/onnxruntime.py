@@ -189,3 +189,13 @@ class OnnxRuntimeDialect:
             )
             for part, values in named.items()
         ]
+
+
+def takes_int8_cache() -> bool:
+    """Whether the installed ONNX Runtime has int8 keys and values in GroupQueryAttention."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    return any(
+        schema.name == "GroupQueryAttention" and "k_scale" in (i.name for i in schema.inputs)
+        for schema in get_all_operator_schema()
+    )

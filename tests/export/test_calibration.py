@@ -15,10 +15,12 @@ from PIL import Image
 
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
+from internvl_edge.export import bundle as bundle_module
 from internvl_edge.export import calibration_run, writer
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.decisions import QuantOptions, record
+from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
 from internvl_edge.export.gptq import error_factors, gptq_blocks, moments
 from internvl_edge.export.groups import (
     head_groups,
@@ -218,6 +220,15 @@ def test_a_budget_keeps_as_many_units_as_it_takes(tmp_path: Path, checkpoint: Pa
     with pytest.raises(ExportError, match="cannot be met"):
         export_bundle(checkpoint, tmp_path / "none", vision="int8", language="int4", budget=1e-12)
     assert not (tmp_path / "none").exists()
+
+
+def test_an_onnxruntime_without_int8_cache_is_named(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert takes_int8_cache()
+    monkeypatch.setattr(bundle_module, "takes_int8_cache", lambda: False)
+    with pytest.raises(ExportError, match="update onnxruntime"):
+        export_bundle(checkpoint, tmp_path / "bundle", kv="int8")
 
 
 @pytest.mark.parametrize("magnitude", [20, 100])
