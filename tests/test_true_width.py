@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import small_config, write_checkpoint
+from checkpoints import KV8, small_config, write_checkpoint
 from numpy.typing import NDArray
 from oracle import load_reference, reference_logits, reference_rows
 
@@ -113,8 +113,8 @@ def test_float_export(
 @pytest.mark.parametrize(
     ("precision", "rows_cosine", "logits_cosine"),
     [
-        ({"vision": "int8", "language": "int8", "kv": "int8"}, 0.999, 0.999),
-        ({"vision": "int8", "language": "int4", "kv": "int8"}, 0.999, 0.99),
+        ({"vision": "int8", "language": "int8", **KV8}, 0.999, 0.999),
+        ({"vision": "int8", "language": "int4", **KV8}, 0.999, 0.99),
     ],
     ids=["int8", "int4"],
 )

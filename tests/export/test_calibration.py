@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from checkpoints import GOLDEN, small_config, write_checkpoint
+from checkpoints import GOLDEN, KV8, small_config, write_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,7 +20,6 @@ from internvl_edge.export import calibration_run, writer
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint import Checkpoint
 from internvl_edge.export.decisions import QuantOptions, record
-from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
 from internvl_edge.export.gptq import error_factors, gptq_blocks, moments
 from internvl_edge.export.groups import (
     head_groups,
@@ -43,7 +42,7 @@ from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, QUANTISATION_REPORT, VISION_GRAPH
 
 BLOCK32 = QuantOptions(block=32)
-ALL = {"vision": "int8", "language": "int4", "kv": "int8", "options": BLOCK32}
+ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +67,10 @@ def decibels(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
         # An 8-bit rounding is about 40 dB below a normal signal, a 4-bit one about 20; a handful
         # of them in a row costs up to 10 dB more.
         ({"vision": "int8"}, 30, 28),
-        ({"kv": "int8"}, 200, 35),
+        (KV8, 200, 35),
         ({"language": "int8", "options": BLOCK32}, 200, 30),
         ({"language": "int4", "options": BLOCK32}, 200, 15),
-        ({"language": "fp16", "kv": "int8"}, 200, 35),
+        ({"language": "fp16", **KV8}, 200, 35),
         (ALL, 30, 14),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -225,7 +224,6 @@ def test_a_budget_keeps_as_many_units_as_it_takes(tmp_path: Path, checkpoint: Pa
 def test_an_onnxruntime_without_int8_cache_is_named(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert takes_int8_cache()
     monkeypatch.setattr(bundle_module, "takes_int8_cache", lambda: False)
     with pytest.raises(ExportError, match="update onnxruntime"):
         export_bundle(checkpoint, tmp_path / "bundle", kv="int8")
