@@ -23,7 +23,7 @@ Feeds = Mapping[str, NDArray[np.generic]]
 Arrays = dict[str, NDArray[Any]]
 Build = Callable[[OnnxRuntimeDialect, WeightReader, CachePrecision], None]
 
-#: Inputs kept per layer for the search: the spread of its error over draws is a few percent.
+#: Inputs kept per layer for the search.
 SAMPLE_ROWS = 128
 _PREFIX = "observed:"
 

@@ -15,8 +15,7 @@ from internvl_edge.runtime.tokenizer import Tokenizer
 
 #: Items drawn from the generator when the user brings no data.
 DEFAULT_ITEMS = 24
-#: Most tiles of a calibration picture: statistics settle long before a model's own limit, and
-#: the 26B tower costs 12 TFLOP a tile.
+#: Most tiles of a calibration picture: the 26B tower costs 12 TFLOP a tile.
 MAX_TILES = 6
 
 

@@ -28,7 +28,7 @@ ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 #: Shares of the largest activation tried as the int8 range.
 INPUT_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 #: Factors must bring the error down to this share. Where there are outlier channels they bring it
-#: to a hundredth; a small gain is fitted to the calibration inputs and lost on others (on the
+#: to a tenth and less; a small gain is fitted to the calibration inputs and lost on others (on the
 #: golden model, W8A8 with pictures unlike the calibration's: every gain taken 24.6 dB, none
 #: 31.9 dB).
 LEAST_GAIN = 0.5

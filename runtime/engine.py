@@ -14,7 +14,7 @@ from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.rope import rope_base
 from internvl_edge.runtime.specs import ModelSpec
 
-#: Most tokens of one prefill pass; larger ones no longer make the matrix products faster.
+#: Most tokens of one prefill pass: bounds the activations of the MLP (512 x 16,384 x 4 = 34 MB).
 MAX_CHUNK = 512
 #: Bound on the attention scores of a prefill pass (heads * tokens * keys * 4 bytes), in bytes.
 SCORE_BYTES = 256 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,18 @@ from internvl_edge.runtime import InternVL
 def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoint exported in float32."""
     return export_bundle(GOLDEN / "model", tmp_path_factory.mktemp("golden") / "bundle")
+
+
+@pytest.fixture
+def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the golden bundle, to be damaged."""
+    return Path(shutil.copytree(golden_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the golden checkpoint, to be damaged."""
+    return Path(shutil.copytree(GOLDEN / "model", tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="session")

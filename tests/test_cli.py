@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,6 @@ from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.cli import main
 from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.preprocess import load_image
-
-
-@pytest.fixture
-def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(golden_bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-
 
 # Every class of error.
 

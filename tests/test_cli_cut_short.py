@@ -16,16 +16,6 @@ import pytest
 from command_line import CHAT, CHECKPOINT, IMAGE, SLOW, command
 
 
-@pytest.fixture
-def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(golden_bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-
-
 def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object], str]]:
     """Each command, and a hook that makes it stop in the middle of its work."""
     weights = SLOW.format(
