@@ -1,6 +1,6 @@
 """The CUDA kernels on a device: equal to the CPU library first, then time and share of bandwidth.
 
-    internvl-edge bench kernels --device cuda [--json]
+    internvl-edge bench kernels --device cuda [--json] [--store DIR]
 
 Times are of CUDA events around a graph of `LAUNCHES` calls, the median of several such; the copy
 bandwidth is a device-to-device copy's, timed the same way. Bytes are the input read once and the
@@ -10,17 +10,22 @@ output written once: what lies between the passes of tiling counts against the k
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internvl_edge.bench.kernels import FEATURES, INT8_SCALE, WrongResultError, photo
+from internvl_edge.bench.results import check_writable, write_result
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray
+from internvl_edge.runtime.cuda import Cuda
 
 LAUNCHES = 20
 GROUPS = 7
@@ -40,45 +45,78 @@ class DeviceRow:
     percent_of_copy: float
 
 
-def run_cuda_kernels(*, as_json: bool = False) -> int:
+def run_cuda_kernels(*, as_json: bool = False, store: Path | None = None) -> int:
     """Check and time every kernel on the current device; print; return 0, or 1 if one is wrong.
 
+    Args:
+        as_json: print the report as JSON.
+        store: directory to write it to as well, as <device>-<date>.json.
+
     Raises:
-        CudaError, BuildError: no device, driver, bindings or nvcc.
+        DeviceError, BuildError: no device, driver, bindings or nvcc.
+        LimitError: the directory cannot be written to.
     """
-    bench = DeviceBench(CudaKernels.open())
-    rows = []
+    cuda = Cuda.open()
+    path = None if store is None else store / f"kernels-{_slug(cuda.name)}-{date.today()}.json"
+    check_writable(path)
     try:
-        for layout, dtype in (("nchw", "float32"), ("nchw", "float16"), ("patches", "float16")):
-            rows.append(bench.tiling(layout, dtype))
-        rows += [bench.shuffle(dtype) for dtype in ("float16", "int8")]
+        with cuda.active():
+            report = DeviceBench(cuda).report()
     except WrongResultError as error:
         print(f"WRONG: {error}")
         return 1
-    finally:
-        bench.driver("cuStreamDestroy", bench.stream)
-    rate = round(bench.copy / 1e9, 1)
-    if as_json:
-        report = {"copy_gigabytes_per_s": rate, "rows": [asdict(row) for row in rows]}
-        print(json.dumps(report, indent=2))
-        return 0
-    print(f"device-to-device copy, read + written: {rate} GB/s; results equal to the CPU library")
-    for row in rows:
-        print(
-            f"  {row.name}: {row.kernel_ms:.3f} ms, {row.megabytes} MB,"
-            f" {row.gigabytes_per_s} GB/s = {row.percent_of_copy} % of copy"
-        )
+    if path is not None:
+        write_result(report, path)
+    print(json.dumps(report, indent=2) if as_json else _render(report))
     return 0
 
 
-class DeviceBench:
-    """Kernels, a stream of their own, and the copy bandwidth they are held against."""
+def _slug(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
-    def __init__(self, kernels: CudaKernels) -> None:
-        self.kernels, self.driver = kernels, kernels.driver
-        self.driver.context()
-        self.stream = int(self.driver("cuStreamCreate", 1))  # 1: not tied to the default stream
+
+def _render(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['device']} (sm_{report['sm']}), driver {report['driver']}; device-to-device copy,"
+        f" read + written: {report['copy_gigabytes_per_s']} GB/s; results equal to the CPU library"
+    ]
+    lines += [
+        f"  {row['name']}: {row['kernel_ms']:.3f} ms, {row['megabytes']} MB,"
+        f" {row['gigabytes_per_s']} GB/s = {row['percent_of_copy']} % of copy"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
+class DeviceBench:
+    """Kernels on a device, and the copy bandwidth they are held against."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda, self.driver, self.stream = cuda, cuda.driver, cuda.stream
+        self.kernels = CudaKernels(cuda.driver)
         self.copy = self._copy_bandwidth()
+
+    def report(self) -> dict[str, Any]:
+        """Every kernel, and what it ran on.
+
+        Raises:
+            WrongResultError: a kernel's result is not the CPU library's.
+        """
+        tilings = (("nchw", "float32"), ("nchw", "float16"), ("patches", "float16"))
+        rows = [self.tiling("tiles", "uint8")]  # what the runtime uses
+        rows += [self.tiling(layout, dtype) for layout, dtype in tilings]
+        rows += [self.shuffle(dtype) for dtype in ("float16", "int8")]
+        return {
+            "device": self.cuda.name,
+            "sm": "{}{}".format(*self.cuda.capability),
+            "driver": int(self.driver("cuDriverGetVersion")),
+            "date": str(date.today()),
+            "launches": LAUNCHES,
+            "groups": GROUPS,
+            "copy_gigabytes_per_s": round(self.copy / 1e9, 1),
+            "rows": [asdict(row) for row in rows],
+        }
 
     def tiling(self, layout: str, dtype: str) -> DeviceRow:
         pixels = photo(*SIZE)
@@ -138,11 +176,8 @@ class DeviceBench:
 
     def _copy_bandwidth(self) -> float:
         """Bytes a second, read plus written, of a large copy on the device."""
-        source, target = (int(self.driver("cuMemAlloc", COPY_BYTES)) for _ in range(2))
-        call = ("cuMemcpyDtoDAsync", target, source, COPY_BYTES, self.stream)
-        seconds = self._time(lambda: self.driver(*call))
-        for address in (source, target):
-            self.driver("cuMemFree", address)
+        source, target = (self.cuda.empty((COPY_BYTES,), np.uint8) for _ in range(2))
+        seconds = self._time(lambda: self.cuda.copy(source.address, target.address, COPY_BYTES))
         return 2 * COPY_BYTES / seconds
 
     def _time(self, launch: Callable[[], Any]) -> float:
@@ -151,23 +186,14 @@ class DeviceBench:
         The launches are recorded as a CUDA graph, so that the device never waits for Python:
         queueing one call takes the host longer than running it takes the device.
         """
-        driver, stream = self.driver, self.stream
-        mode = driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        driver("cuStreamBeginCapture", stream, mode)
-        for _ in range(LAUNCHES):
-            launch()
-        graph = driver("cuStreamEndCapture", stream)
-        executable = driver("cuGraphInstantiate", graph, 0)
-        start, stop = driver("cuEventCreate", 0), driver("cuEventCreate", 0)
+        with self.cuda.capture() as graph:
+            for _ in range(LAUNCHES):
+                launch()
         groups = []
         for _ in range(GROUPS):
-            driver("cuEventRecord", start, stream)
-            driver("cuGraphLaunch", executable, stream)
-            driver("cuEventRecord", stop, stream)
-            driver("cuEventSynchronize", stop)
-            groups.append(float(driver("cuEventElapsedTime", start, stop)) / 1e3 / LAUNCHES)
-        for event in (start, stop):
-            driver("cuEventDestroy", event)
-        driver("cuGraphExecDestroy", executable)
-        driver("cuGraphDestroy", graph)
+            start = self.cuda.event()
+            graph.launch()
+            stop = self.cuda.event()
+            stop.wait()
+            groups.append(start.seconds_until(stop) / LAUNCHES)
         return statistics.median(groups)

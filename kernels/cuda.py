@@ -40,6 +40,7 @@ from internvl_edge.kernels.jobs import (
 from internvl_edge.kernels.ops import job_axes
 from internvl_edge.kernels.weights import Weights
 
+TILING_SOURCE, SHUFFLE_SOURCE = CUDA_SOURCES
 SHORT = {"uint8": "u8", "float32": "f32", "float16": "f16", "int8": "i8"}
 MAX_GRID_YZ = 65535
 TILE_THREADS = 128
@@ -55,7 +56,7 @@ class CudaKernels:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self._functions: dict[tuple[int, str], Any] = {}
-        self._modules: dict[int, list[Any]] = {}
+        self._modules: dict[tuple[int, str], Any] = {}
         self._axes: OrderedDict[tuple[int, int, int], AxisStruct] = OrderedDict()
         self._scratch = Scratch(driver)
         self._staging = Scratch(driver)
@@ -187,8 +188,8 @@ class CudaKernels:
                 " DeviceArray.of(driver, array) or a framework's"
             )
         producer = producer_stream(array)
-        if producer is not None and producer != stream:
-            self.driver("cuStreamSynchronize", producer)
+        if producer is not None:
+            self.driver.order(producer, stream)
         return describe(array)
 
     def _axis(self, context: int, axis: Weights) -> AxisStruct:
@@ -227,20 +228,18 @@ class CudaKernels:
 
     def _function(self, context: int, name: str) -> Any:
         if (context, name) not in self._functions:
-            module = self._load(context)[int("shuffle" in name)]
+            source = SHUFFLE_SOURCE if "shuffle" in name else TILING_SOURCE
             self._functions[context, name] = self.driver(
-                "cuModuleGetFunction", module, name.encode()
+                "cuModuleGetFunction", self._module(context, source), name.encode()
             )
         return self._functions[context, name]
 
-    def _load(self, context: int) -> list[Any]:
-        """The modules of CUDA_SOURCES in this context."""
-        if context not in self._modules:
-            self._modules[context] = [
-                self.driver("cuModuleLoadData", cuda_binary(source).read_bytes())
-                for source in CUDA_SOURCES
-            ]
-        return self._modules[context]
+    def _module(self, context: int, source: str) -> Any:
+        """One of CUDA_SOURCES, loaded into this context."""
+        if (context, source) not in self._modules:
+            image = cuda_binary(source).read_bytes()
+            self._modules[context, source] = self.driver("cuModuleLoadData", image)
+        return self._modules[context, source]
 
 
 def scratch_bytes(height: int, plan: TilePlan) -> int:

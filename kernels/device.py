@@ -6,11 +6,28 @@ as the objects of torch, CuPy, PyCUDA and cuda.core.
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Event flags: no time stamp, so that recording costs less.
+EVENT_WITHOUT_TIME = 2
+#: How the driver names the legacy default stream where 0 would mean "none".
+LEGACY_STREAM = 1
+
+_REMEDIES = {
+    2: "use fewer tiles, a smaller max_context, or a bundle of lower precision",
+    100: "there is no NVIDIA GPU here, or CUDA_VISIBLE_DEVICES hides it",
+    209: "the kernels were not built for this GPU; build them with a newer CUDA toolkit",
+    803: "the driver and the CUDA libraries do not fit together; update the driver",
+}
+_NO_REMEDY = "see the reason's name in the CUDA driver API's list of errors"
 
 
 class CudaError(RuntimeError):
@@ -18,25 +35,31 @@ class CudaError(RuntimeError):
 
 
 class Driver:
-    """`cuda.bindings.driver` with every status checked; a call returns what follows the status."""
+    """`cuda.bindings.driver` with every status checked; a call returns what follows the status.
 
-    def __init__(self, bindings: Any) -> None:
+    Args:
+        bindings: the module, or what stands in for it.
+        failure: the exception a refused call raises.
+    """
+
+    def __init__(self, bindings: Any, failure: type[Exception] = CudaError) -> None:
         self.bindings = bindings
+        self.failure = failure
 
     @classmethod
-    def open(cls) -> Driver:
+    def open(cls, failure: type[Exception] = CudaError) -> Driver:
         """Import the bindings and initialise the driver.
 
         Raises:
-            CudaError: no cuda-python, no driver, or no device.
+            failure: no cuda-python, no driver, or no device.
         """
         try:
             from cuda.bindings import driver as bindings
         except ImportError as error:
-            raise CudaError(
-                "CUDA kernels need cuda-python: pip install 'internvl-edge[tensorrt]'"
+            raise failure(
+                "CUDA needs cuda-python: pip install 'internvl-edge[gpu]', or use device='cpu'"
             ) from error
-        driver = cls(bindings)
+        driver = cls(bindings, failure)
         driver("cuInit", 0)
         return driver
 
@@ -44,10 +67,14 @@ class Driver:
         try:
             status, *values = getattr(self.bindings, name)(*arguments)
         except RuntimeError as error:  # the bindings load libcuda at the first call
-            raise CudaError(f"{name}: {error}; is an NVIDIA driver installed?") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise self.failure(
+                f"{name}: {reason}; install an NVIDIA driver, or use device='cpu'"
+            ) from error
         if int(status) != 0:
             reason = getattr(status, "name", status)
-            raise CudaError(f"{name} failed: {reason} ({int(status)})")
+            remedy = _REMEDIES.get(int(status), _NO_REMEDY)
+            raise self.failure(f"{name} failed: {reason} ({int(status)}); {remedy}")
         return values[0] if len(values) == 1 else tuple(values)
 
     def context(self) -> int:
@@ -61,6 +88,24 @@ class Driver:
         context = self("cuDevicePrimaryCtxRetain", self("cuDeviceGet", 0))
         self("cuCtxSetCurrent", context)
         return int(context)
+
+    @contextmanager
+    def in_context(self, context: int) -> Iterator[None]:
+        """Make a context the calling thread's current one for a while."""
+        self("cuCtxPushCurrent", context)
+        try:
+            yield
+        finally:
+            self("cuCtxPopCurrent")
+
+    def order(self, first: int, then: int) -> None:
+        """What is on stream `then` from now on waits for what is on `first`; the host does not."""
+        if (first or LEGACY_STREAM) == (then or LEGACY_STREAM):
+            return
+        event = self("cuEventCreate", EVENT_WITHOUT_TIME)
+        self("cuEventRecord", event, first)
+        self("cuStreamWaitEvent", then, event, 0)
+        self("cuEventDestroy", event)  # the driver keeps it until it has happened
 
     def upload(self, array: NDArray[Any]) -> int:
         """A copy of a host array in new device memory; its address.
@@ -79,7 +124,7 @@ class Driver:
         attribute = self.bindings.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
         try:
             return int(self("cuPointerGetAttribute", attribute, array.ctypes.data)) or None
-        except CudaError:  # the driver does not know pageable memory
+        except self.failure:  # the driver does not know pageable memory
             return None
 
 
@@ -104,21 +149,29 @@ class Scratch:
 
 
 class DeviceArray:
-    """An array in device memory of its own: for callers without a framework, and for tests."""
+    """An array in device memory, C-contiguous: of its own, freed with it, or part of another's."""
 
     def __init__(
         self, driver: Driver, shape: tuple[int, ...], dtype: Any, address: int | None = None
     ) -> None:
+        """Memory at `address` is taken over; without one, new memory is allocated."""
         self._driver, self.shape, self.dtype = driver, shape, np.dtype(dtype)
-        self.nbytes = int(np.prod(shape)) * self.dtype.itemsize
-        driver.context()
+        self._context = driver.context()
         self.address = address or int(driver("cuMemAlloc", max(self.nbytes, 1)))
+        self._whole: DeviceArray | None = None  # whose memory this is part of
+        self._free: Callable[[], Any] = release_with(
+            self, driver, self._context, "cuMemFree", self.address
+        )
 
     @classmethod
     def of(cls, driver: Driver, array: NDArray[Any]) -> DeviceArray:
         """A copy of a host array."""
         driver.context()
         return cls(driver, array.shape, array.dtype, driver.upload(array))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -130,16 +183,69 @@ class DeviceArray:
             "strides": None,
         }
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Some neighbours along the first axis, in the same memory."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"rows of a device array are neighbours, not every {step}th")
+        begin = self.address + start * (self.nbytes // max(len(self), 1))
+        return self._part((max(stop - start, 0), *self.shape[1:]), begin)
+
+    def of_shape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """The same memory in another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{self.shape} cannot be seen as {shape}: sizes differ")
+        return self._part(shape, self.address)
+
+    def _part(self, shape: tuple[int, ...], address: int) -> DeviceArray:
+        part = DeviceArray.view(self._driver, shape, self.dtype, address)
+        part._whole = self if self._whole is None else self._whole
+        return part
+
+    @classmethod
+    def view(cls, driver: Driver, shape: tuple[int, ...], dtype: Any, address: int) -> DeviceArray:
+        """Memory that belongs to somebody else and outlives this array."""
+        array = object.__new__(cls)
+        array._driver, array._context = driver, driver.context()
+        array.shape, array.dtype, array.address = shape, np.dtype(dtype), address
+        array._whole, array._free = None, _nothing
+        return array
+
     def to_host(self) -> NDArray[Any]:
         """Wait for the device and copy back."""
         host = np.empty(self.shape, self.dtype)
-        self._driver("cuCtxSynchronize")
-        self._driver("cuMemcpyDtoH", host.ctypes.data, self.address, self.nbytes)
+        with self._driver.in_context(self._context):
+            self._driver("cuCtxSynchronize")
+            self._driver("cuMemcpyDtoH", host.ctypes.data, self.address, self.nbytes)
         return host
 
     def free(self) -> None:
-        """Give the memory back; the array must not be used afterwards."""
-        self._driver("cuMemFree", self.address)
+        """Give the memory back now, if it is the array's own; do not use it or its parts again."""
+        self._free()
+
+
+def release_with(
+    owner: Any, driver: Driver, context: int, call: str, handle: Any
+) -> weakref.finalize[..., Any]:
+    """Give a handle back to the driver when its owner goes, or when the result is called.
+
+    Not when the process ends: the driver may be gone by then, and the handle with it.
+    """
+    release = weakref.finalize(owner, _release, driver, context, call, handle)
+    release.atexit = False
+    return release
+
+
+def _release(driver: Driver, context: int, call: str, handle: Any) -> None:
+    with driver.in_context(context):
+        driver(call, handle)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Described:
@@ -167,8 +273,15 @@ def describe(array: Any) -> NDArray[Any]:
 
 
 def producer_stream(array: Any) -> int | None:
-    """The stream a device array's pending work is on, if its owner says."""
-    stream = array.__cuda_array_interface__.get("stream")
+    """The stream a device array's pending work is on; None: there is none to wait for.
+
+    Version 3 of the interface says so. Older ones, torch's among them, do not: the default stream
+    is taken, on which torch works unless told otherwise.
+    """
+    interface = array.__cuda_array_interface__
+    if interface.get("version", 0) < 3:
+        return LEGACY_STREAM
+    stream = interface.get("stream")
     return int(stream) if stream else None
 
 

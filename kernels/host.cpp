@@ -6,6 +6,7 @@
 #include <system_error>
 #include <thread>
 
+#include "host_block.h"
 #include "host_shuffle.h"
 #include "host_tasks.h"
 
@@ -105,6 +106,12 @@ extern "C" int32_t ive_cpu_tile_elements(const ive::TileJob* job) {
          : vertical_elements<ive::kPatches, float>(*job);
   }
   return ive::kOk;
+}
+
+extern "C" int32_t ive_cpu_pixel_shuffle_blocks(const ive::ShuffleJob* job) {
+  return job->in_type == ive::kFloat32   ? ive::host::shuffle_blocks_of<float>(*job)
+         : job->in_type == ive::kFloat16 ? ive::host::shuffle_blocks_of<ive::Half>(*job)
+                                         : ive::kBadArgument;
 }
 
 // Index arithmetic and launch shapes, for the tests and for bindings in other languages.

@@ -5,91 +5,39 @@
 
 namespace {
 
-constexpr int kWarp = 32;
-
 // Sum over the block, the same in every thread. `partial` holds one float per warp.
 __device__ __forceinline__ float block_sum(float value, float* partial) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
+  for (int step = ive::kWarp / 2; step > 0; step /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, step);
   }
   __syncthreads();  // earlier readers of `partial` are done
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % ive::kWarp == 0) partial[threadIdx.x / ive::kWarp] = value;
   __syncthreads();
-  float sum = 0;
-  for (int warp = 0; warp < ive::kShuffleThreads / kWarp; ++warp) sum += partial[warp];
-  return sum;
+  return ive::sum_of_warps(partial);
 }
 
-// `kWidth` neighbouring elements moved as one aligned access.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T at[kWidth];
-};
-
-// One output token: read once from global memory into shared, two passes of statistics there
-// (mean, then squared distances from it: no cancellation), written once.
-template <typename In, typename Out, int kWidth>
+// One output token; host_block.h does the same on the CPU.
+template <typename In, typename Out, int width>
 __device__ __forceinline__ void shuffle_token(const ive::ShuffleJob& job, In* staged,
                                               float* partial) {
-  using Source = Pack<In, kWidth>;
-  using Target = Pack<Out, kWidth>;
-  const int64_t token = blockIdx.x;
-  const int32_t width = 4 * job.channels;
-  const In* in = static_cast<const In*>(job.in);
-  float sum = 0;
-  for (int32_t m = threadIdx.x * kWidth; m < width; m += ive::kShuffleThreads * kWidth) {
-    const Source pack = *reinterpret_cast<const Source*>(in + ive::source_index(job, token, m));
-    *reinterpret_cast<Source*>(staged + m) = pack;
-    for (int i = 0; i < kWidth; ++i) sum += ive::to_float(pack.at[i]);
-  }
-  const bool norm = job.weight != nullptr;
+  const ive::TokenThread<In, Out, width> thread{job, staged, blockIdx.x,
+                                                static_cast<int32_t>(threadIdx.x)};
+  const float sum = thread.stage();
   float mean = 0, inverse = 1;
-  if (norm) {
-    // A thread reads back only what it staged itself, so no barrier is needed for `staged`.
-    mean = block_sum(sum, partial) / static_cast<float>(width);
-    float squares = 0;
-    for (int32_t m = threadIdx.x * kWidth; m < width; m += ive::kShuffleThreads * kWidth) {
-      const Source pack = *reinterpret_cast<const Source*>(staged + m);
-      for (int i = 0; i < kWidth; ++i) {
-        const float d = ive::to_float(pack.at[i]) - mean;
-        squares += d * d;
-      }
-    }
-    inverse = 1.0f / sqrtf(block_sum(squares, partial) / static_cast<float>(width) + job.eps);
+  if (job.weight != nullptr) {
+    mean = ive::mean_over_token(job, block_sum(sum, partial));
+    inverse = ive::inverse_deviation(job, block_sum(thread.squares(mean), partial));
   }
-  Out* out = static_cast<Out*>(job.out) + token * width;
-  for (int32_t m = threadIdx.x * kWidth; m < width; m += ive::kShuffleThreads * kWidth) {
-    const Source source = *reinterpret_cast<const Source*>(staged + m);
-    Target target;
-    Pack<float, kWidth> weight, bias;
-    if (norm) {
-      weight = *reinterpret_cast<const Pack<float, kWidth>*>(job.weight + m);
-      bias = *reinterpret_cast<const Pack<float, kWidth>*>(job.bias + m);
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      float x = ive::to_float(source.at[i]);
-      if (norm) x = ive::layer_norm(x, mean, inverse, weight.at[i], bias.at[i]);
-      ive::store(&target.at[i], x, job.scale);
-    }
-    *reinterpret_cast<Target*>(out + m) = target;
-  }
+  thread.write(mean, inverse);
 }
 
 template <typename In, typename Out>
 __device__ __forceinline__ void shuffle(const ive::ShuffleJob& job) {
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float partial[ive::kShuffleThreads / kWarp];
+  __shared__ float partial[ive::kShuffleWarps];
   In* staged = reinterpret_cast<In*>(shared);
-  constexpr int kVector = 16 / sizeof(In);  // 16-byte reads; a run is 2C elements
-  const auto multiple_of = [](const void* address, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(address) % bytes == 0;  // null is
-  };
-  const bool aligned = job.channels % kVector == 0 && multiple_of(job.in, 16) &&
-                       multiple_of(job.out, sizeof(Out) * kVector) &&
-                       multiple_of(job.weight, sizeof(float) * kVector) &&
-                       multiple_of(job.bias, sizeof(float) * kVector);
-  if (aligned) {
-    shuffle_token<In, Out, kVector>(job, staged, partial);
+  if (ive::takes_packs<In, Out>(job)) {
+    shuffle_token<In, Out, ive::kPackWidth<In>>(job, staged, partial);
   } else {
     shuffle_token<In, Out, 1>(job, staged, partial);
   }

@@ -3,6 +3,8 @@
 // there to int8 with the next layer's scale. One read, one write. Bodies for CUDA and C++ alike.
 #pragma once
 
+#include <cmath>
+
 #include "common.cuh"
 
 namespace ive {
@@ -61,7 +63,9 @@ IVE_BODY void store(float* to, float value, float) { *to = value; }
 IVE_BODY void store(Half* to, float value, float) { *to = to_half(value); }
 IVE_BODY void store(int8_t* to, float value, float scale) { *to = quantise(value, scale); }
 
+constexpr int32_t kWarp = 32;
 constexpr int32_t kShuffleThreads = 256;
+constexpr int32_t kShuffleWarps = kShuffleThreads / kWarp;
 
 IVE_BODY LaunchShape shuffle_shape(const ShuffleJob& job) {  // one block per output token
   return LaunchShape{token_count(job), 1, 1, kShuffleThreads};
@@ -70,6 +74,103 @@ IVE_BODY LaunchShape shuffle_shape(const ShuffleJob& job) {  // one block per ou
 // Dynamic shared memory in bytes: one token in the input's type.
 IVE_BODY int64_t shuffle_shared(const ShuffleJob& job) {
   return 4 * static_cast<int64_t>(job.channels) * (job.in_type == kFloat16 ? 2 : 4);
+}
+
+// Neighbouring elements moved as one aligned access.
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Pack {
+  T at[width];
+};
+
+template <typename In>
+constexpr int kPackWidth = 16 / sizeof(In);  // 16-byte reads; a run is 2C elements
+
+IVE_BODY bool is_multiple(const void* address, size_t bytes) {  // null is
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
+// Whether every pack of a job is aligned and within one run.
+template <typename In, typename Out>
+IVE_BODY bool takes_packs(const ShuffleJob& job) {
+  constexpr int width = kPackWidth<In>;
+  return job.channels % width == 0 && is_multiple(job.in, 16) &&
+         is_multiple(job.out, sizeof(Out) * width) &&
+         is_multiple(job.weight, sizeof(float) * width) &&
+         is_multiple(job.bias, sizeof(float) * width);
+}
+
+// What one thread of a block does to its token, between the sums over the block: packs `thread`,
+// `thread` + 256, .. are read once from global memory into `staged`, and written once from there.
+// A thread reads back only what it staged itself, so no barrier is needed for `staged`.
+template <typename In, typename Out, int width>
+struct TokenThread {
+  const ShuffleJob& job;
+  In* staged;  // (4 * channels,)
+  int64_t token;
+  int32_t thread;
+
+  // Stages the token; the sum of this thread's elements.
+  IVE_BODY float stage() const {
+    const In* in = static_cast<const In*>(job.in);
+    float sum = 0;
+    for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
+      const Source pack = *reinterpret_cast<const Source*>(in + source_index(job, token, m));
+      *reinterpret_cast<Source*>(staged + m) = pack;
+      for (int i = 0; i < width; ++i) sum += to_float(pack.at[i]);
+    }
+    return sum;
+  }
+
+  // Of the distances from the mean: a second pass, so that nothing cancels.
+  IVE_BODY float squares(float mean) const {
+    float sum = 0;
+    for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
+      const Source pack = *reinterpret_cast<const Source*>(staged + m);
+      for (int i = 0; i < width; ++i) {
+        const float distance = to_float(pack.at[i]) - mean;
+        sum += distance * distance;
+      }
+    }
+    return sum;
+  }
+
+  IVE_BODY void write(float mean, float inverse) const {
+    const bool norm = job.weight != nullptr;
+    Out* out = static_cast<Out*>(job.out) + token * 4 * job.channels;
+    for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
+      const Source source = *reinterpret_cast<const Source*>(staged + m);
+      Pack<Out, width> target;
+      Pack<float, width> weight, bias;
+      if (norm) {
+        weight = *reinterpret_cast<const Pack<float, width>*>(job.weight + m);
+        bias = *reinterpret_cast<const Pack<float, width>*>(job.bias + m);
+      }
+      for (int i = 0; i < width; ++i) {
+        float x = to_float(source.at[i]);
+        if (norm) x = layer_norm(x, mean, inverse, weight.at[i], bias.at[i]);
+        store(&target.at[i], x, job.scale);
+      }
+      *reinterpret_cast<Pack<Out, width>*>(out + m) = target;
+    }
+  }
+
+ private:
+  using Source = Pack<In, width>;
+};
+
+// The end of a sum over the block; `partial` holds one float per warp.
+IVE_BODY float sum_of_warps(const float* partial) {
+  float sum = 0;
+  for (int warp = 0; warp < kShuffleWarps; ++warp) sum += partial[warp];
+  return sum;
+}
+
+IVE_BODY float mean_over_token(const ShuffleJob& job, float sum) {
+  return sum / static_cast<float>(4 * job.channels);
+}
+
+IVE_BODY float inverse_deviation(const ShuffleJob& job, float squares) {
+  return 1.0f / sqrtf(mean_over_token(job, squares) + job.eps);
 }
 
 }  // namespace ive

@@ -12,7 +12,7 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from internvl_edge.kernels import ops
 from internvl_edge.runtime.errors import ImageError
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+ImageLike: TypeAlias = (
+    "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | DeviceImage"
+)
 
 #: Pixels above which an image is refused before it is decoded: where Pillow stops as well (two
 #: times the 89 Mpx at which it warns). A 40-tile grid shows 8 Mpx, so nothing is gained beyond.
@@ -29,6 +31,48 @@ MAX_PIXELS = 178_956_970
 #: Longest side, JPEG's own limit. Resizing goes one axis at a time, so that the picture between
 #: the passes is as high as the original, however thin that was.
 MAX_SIDE = 65_535
+
+
+class DeviceImage(Protocol):
+    """An image in CUDA memory: uint8 `(H, W, 3)` of torch, CuPy, PyCUDA, Numba, `DeviceArray`."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class Tiler(Protocol):
+    """Makes tiles of an image, where the backend takes them."""
+
+    def __call__(
+        self,
+        image: ImageLike,
+        *,
+        tile_size: int,
+        min_tiles: int,
+        max_tiles: int,
+        thumbnail: bool,
+    ) -> tuple[Any, bytes]:
+        """Tiles uint8 `(tiles, tile_size, tile_size, 3)`, and 32 bytes that name the content."""
+
+
+def tile_on_host(
+    image: ImageLike, *, tile_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
+) -> tuple[NDArray[np.uint8], bytes]:
+    """The tiler of the CPU; see `load_image` and `tile_image`."""
+    decoded = load_image(image)
+    tiles = tile_image(
+        decoded,
+        tile_size=tile_size,
+        min_tiles=min_tiles,
+        max_tiles=max_tiles,
+        thumbnail=thumbnail,
+    )
+    return tiles, content_hash(np.asarray(decoded))
+
+
+def tiles_on_host(tiles: Any) -> NDArray[np.uint8]:
+    """Any tiler's tiles as a NumPy array."""
+    return tiles if isinstance(tiles, np.ndarray) else tiles.to_host()
 
 
 def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -59,6 +103,11 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
             stream = io.BytesIO(Path(source).read_bytes())
         except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with NUL
             raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
+    elif hasattr(source, "__cuda_array_interface__"):
+        raise ImageError(
+            f"an image in device memory ({type(source).__name__}) needs device='cuda'; load the"
+            " model so, or copy the image to the host"
+        )
     else:
         raise ImageError(
             f"an image is a path, bytes, PIL.Image or uint8 array, not {type(source).__name__}"
@@ -82,10 +131,10 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
-def content_hash(image: Image.Image) -> bytes:
-    """sha256 of an RGB image's size and pixels: equal for equal content, whatever the file."""
-    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
-    digest.update(image.tobytes())
+def content_hash(pixels: NDArray[np.uint8]) -> bytes:
+    """sha256 of the size and pixels of RGB `(H, W, 3)`: equal for equal content, whatever file."""
+    digest = hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()
 
 
@@ -166,12 +215,17 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
+def check_array(array: NDArray[Any], max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError unless an array is an image: uint8 `(H, W, 3)`, not too large."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(
             f"an image array is uint8 of shape (H, W, 3), not {array.dtype} {array.shape}"
         )
     _check_pixels((array.shape[1], array.shape[0]), max_pixels, "image array")
+
+
+def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
+    check_array(array, max_pixels)
     return Image.fromarray(np.ascontiguousarray(array))
 
 

@@ -48,16 +48,18 @@ class RopeTable:
         self._base = spec.rope_theta
         self._filled = 0
 
-    def prepare(self, start: int, total_length: int, base: float) -> None:
-        """Make rows start..total_length-1 right for `base`."""
+    def prepare(self, start: int, total_length: int, base: float) -> slice:
+        """Make rows start..total_length-1 right for `base`; return the rows written."""
         if base != self._base:
             self._base, self._filled = base, 0
             # Only the rows of this pass are read: cached keys were rotated when they were written.
-            self._fill(start, total_length)
-        elif total_length > self._filled:
+            return self._fill(start, total_length)
+        if total_length > self._filled:
             stop = min(max(total_length, self._filled + _BLOCK), len(self.cos))
-            self._fill(self._filled, stop)
-            self._filled = stop
+            begin, self._filled = self._filled, stop
+            return self._fill(begin, stop)
+        return slice(0, 0)
 
-    def _fill(self, start: int, stop: int) -> None:
+    def _fill(self, start: int, stop: int) -> slice:
         self.cos[start:stop], self.sin[start:stop] = rope_rows(self._spec, self._base, start, stop)
+        return slice(start, stop)

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.images import planes_of
-from internvl_edge.kernels.jobs import TilePlan
+from internvl_edge.kernels.jobs import ShuffleJob, ShufflePlan, TilePlan
 
 
 def exact(shape: tuple[int, ...], dtype: Any = np.uint8) -> Any:
@@ -53,14 +53,28 @@ def elements(library: ctypes.CDLL, image: Any, name: str, height: int, side: int
     library.ive_cpu_tile_elements(ctypes.byref(job))
 
 
-def shuffle_everything() -> None:
-    for rows, columns, channels in ((2, 2, 1), (4, 6, 7), (2, 8, 129)):
+def blocks(library: ctypes.CDLL, x: Any, grid: tuple[int, int], norm: dict[str, Any]) -> None:
+    """The CUDA kernel's blocks, for every type of output."""
+    for dtype, scale in (("float32", None), ("float16", None), ("int8", 0.1)):
+        plan = ShufflePlan.of(x.shape, x.dtype, grid, "v1", dtype, scale, 1e-5)
+        job, out = ShuffleJob(), np.empty(plan.shape, plan.dtype)
+        plan.fill(job)
+        job.input, job.out = x.ctypes.data, out.ctypes.data
+        for name, array in norm.items():
+            setattr(job, name, array.ctypes.data)
+        assert library.ive_cpu_pixel_shuffle_blocks(ctypes.byref(job)) == 0
+
+
+def shuffle_everything(library: ctypes.CDLL) -> None:
+    for rows, columns, channels in ((2, 2, 1), (4, 6, 7), (2, 8, 129), (2, 2, 64)):
         norm = {
             "weight": np.ones(4 * channels, np.float32),
             "bias": np.zeros(4 * channels, np.float32),
         }
         for dtype in ("float32", "float16"):
             x = exact((3, 1 + rows * columns, channels), dtype)
+            for given in ({}, norm):
+                blocks(library, x, (rows, columns), given)
             for version in ("v1", "v2"):
                 options: dict[str, Any] = {"grid": (rows, columns), "version": version}
                 for out in ("float32", "float16"):
@@ -83,7 +97,7 @@ def main(path: str, *mode: str) -> None:
         job.out = small.ctypes.data
         library.ive_cpu_tile(ctypes.byref(job), 1)
     tile_everything(library)
-    shuffle_everything()
+    shuffle_everything(library)
     print("clean")
 
 

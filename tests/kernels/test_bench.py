@@ -61,7 +61,7 @@ def test_report_of_a_device(
     if ops.cpu_kernels() is None:
         pytest.skip("no C++ compiler here")
     driver, bindings = open_driver()
-    monkeypatch.setattr(Driver, "open", lambda: driver)
+    monkeypatch.setattr(Driver, "open", lambda failure: driver)
     monkeypatch.setattr(cuda, "cuda_binary", lambda source: binary(tmp_path, source))
     for name, value in (
         ("SIZE", (90, 60)),
@@ -73,12 +73,23 @@ def test_report_of_a_device(
         ("GROUPS", 2),
     ):
         monkeypatch.setattr(cuda_bench, name, value)
-    assert main(["bench", "kernels", "--device", "cuda", "--json"]) == 0
+    store = tmp_path / "results"
+    command = ["bench", "kernels", "--device", "cuda", "--store", str(store)]
+    assert main([*command, "--json"]) == 2
+    assert "no such directory" in capsys.readouterr().err
+    store.mkdir()
+    assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["rows"]) == 5
+    (path,) = store.iterdir()
+    assert path.name == f"kernels-stand-in-{report['date']}.json"
+    assert json.loads(path.read_text()) == report
+    assert len(report["rows"]) == 6
+    assert report["sm"] == "87"
     assert report["rows"][0]["kernel_ms"] == ELAPSED_MS / 2
     # What stays is the kernels' own: weights of the axes and the scratch.
     assert len(bindings.memory) == 3 * 3 + 1
+    assert main(command) == 0
+    assert "stand-in (sm_87), driver 13020" in capsys.readouterr().out
 
 
 def binary(folder: Path, source: str) -> Path:

@@ -76,7 +76,7 @@ def test_modules_weights_and_scratch_are_made_once(kernels: Kernels) -> None:
     before = [len(bindings.named(name)) for name in ("cuModuleLoadData", "cuMemAlloc")]
     cuda_kernels.tile(image, out=out, **GRID)
     after = [len(bindings.named(name)) for name in ("cuModuleLoadData", "cuMemAlloc")]
-    assert before == after == [2, 2 + 4 * 3 + 1]  # out, image; four axes of three; scratch
+    assert before == after == [1, 2 + 4 * 3 + 1]  # out, image; four axes of three; scratch
 
 
 def test_weights_are_dropped_when_there_are_many(
@@ -101,7 +101,7 @@ def test_pinned_memory_is_read_in_place_and_other_memory_copied(kernels: Kernels
     np.testing.assert_array_equal(out.to_host(), expected)
     ((_, _, size, stream),) = bindings.named("cuMemcpyHtoDAsync")
     assert (size, stream) == (PIXELS.nbytes, 3)
-    bindings.pinned.add(PIXELS.ctypes.data)
+    bindings.pinned[PIXELS.ctypes.data] = PIXELS
     cuda_kernels.tile(PIXELS, out=out, stream=3, **GRID)
     np.testing.assert_array_equal(out.to_host(), expected)
     assert len(bindings.named("cuMemcpyHtoDAsync")) == 1
@@ -133,23 +133,48 @@ def test_pixel_shuffle(kernels: Kernels, dtype: str) -> None:
     on_device = {name: DeviceArray.of(cuda_kernels.driver, a) for name, a in norm.items()}
     source = DeviceArray.of(cuda_kernels.driver, x)
     cuda_kernels.pixel_shuffle(source, out=out, stream=9, **on_device, **options)
-    np.testing.assert_array_equal(out.to_host(), ops.pixel_shuffle(x, **norm, **options))
+    expected = ops.pixel_shuffle(x, **norm, **options).astype(np.float32)
+    # One rounding of the output's type: the kernel sums in another order than the CPU library.
+    atol = {"float32": 1e-5, "float16": np.spacing(np.float16(8)), "int8": 1}[dtype]
+    np.testing.assert_allclose(out.to_host().astype(np.float32), expected, rtol=0, atol=atol)
     ((name, *shape),) = bindings.named("cuLaunchKernel")
     assert name.startswith("ive_pixel_shuffle_f32_")
     assert shape[:8] == [8, 1, 1, 256, 1, 1, 51200, 9]
     assert bindings.named("cuFuncSetAttribute") == [(name, "dynamic shared", 51200)]
 
 
-def test_work_on_another_stream_is_waited_for(kernels: Kernels) -> None:
+@pytest.mark.parametrize(
+    ("interface", "producer"),
+    [({"stream": 4}, 4), ({"stream": 1}, 1), ({"version": 2}, 1)],  # torch's version is 2
+    ids=["another", "the default", "not told"],
+)
+def test_work_on_another_stream_is_waited_for_by_the_device(
+    kernels: Kernels, interface: dict[str, int], producer: int
+) -> None:
+    cuda_kernels, bindings = kernels
+    image = DeviceArray.of(cuda_kernels.driver, np.zeros_like(PIXELS))
+    produced = SimpleNamespace(__cuda_array_interface__=image.__cuda_array_interface__ | interface)
+    out = empty(cuda_kernels, (7, 28, 28, 3), "uint8")
+    bindings.calls.clear()
+    # The picture is still on its way, on its own stream.
+    pixels = np.ascontiguousarray(PIXELS)
+    bindings.do_cuMemcpyHtoDAsync(image.address, pixels.ctypes.data, pixels.nbytes, producer)
+    cuda_kernels.tile(produced, out=out, stream=6, **GRID)
+    bindings.drain(6)
+    np.testing.assert_array_equal(out.to_host(), ops.tile(PIXELS, **GRID))
+    recorded, waiting = bindings.named("cuEventRecord", "cuStreamWaitEvent")
+    assert (recorded[1], waiting[0]) == (producer, 6)
+
+
+def test_work_on_the_same_stream_is_not_waited_for(kernels: Kernels) -> None:
     cuda_kernels, bindings = kernels
     image = DeviceArray.of(cuda_kernels.driver, PIXELS)
-    interface = image.__cuda_array_interface__ | {"stream": 4}
-    produced = SimpleNamespace(__cuda_array_interface__=interface)
     out = empty(cuda_kernels, (7, 28, 28, 3), "uint8")
-    cuda_kernels.tile(produced, out=out, stream=4, **GRID)
-    assert (4,) not in bindings.named("cuStreamSynchronize")
-    cuda_kernels.tile(produced, out=out, stream=6, **GRID)
-    assert bindings.named("cuStreamSynchronize").count((4,)) == 1
+    for stream, said in ((4, 4), (0, 1)):
+        interface = image.__cuda_array_interface__ | {"stream": said}
+        produced = SimpleNamespace(__cuda_array_interface__=interface)
+        cuda_kernels.tile(produced, out=out, stream=stream, **GRID)
+    assert bindings.named("cuEventRecord", "cuStreamWaitEvent") == []
 
 
 @pytest.mark.parametrize(
@@ -210,7 +235,7 @@ def test_without_a_driver_the_error_asks_for_one() -> None:
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
     driver = Driver(SimpleNamespace(cuInit=init))
-    with pytest.raises(CudaError, match=r"libcuda.so.1; is an NVIDIA driver installed\?"):
+    with pytest.raises(CudaError, match=r"libcuda.so.1; install an NVIDIA driver"):
         driver("cuInit", 0)
 
 

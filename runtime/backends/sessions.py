@@ -1,0 +1,199 @@
+"""Opening graphs in ONNX Runtime: one provider and no other, inputs and outputs as agreed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internvl_edge.runtime import contract
+from internvl_edge.runtime.bundle import Bundle
+from internvl_edge.runtime.errors import BundleError, DeviceError
+from internvl_edge.runtime.prepared import find_prepared
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_ORT_TYPE = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Where a session runs.
+
+    Attributes:
+        device: ONNX Runtime's name of the device's memory.
+        options: the provider's.
+        fuses: whether operators may become others that compute differently: weights of 4 and 8
+            bits then meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr).
+    """
+
+    device: str = "cpu"
+    options: Mapping[str, str] = field(default_factory=dict)
+    fuses: bool = True
+
+    @property
+    def name(self) -> str:
+        return PROVIDERS[self.device]
+
+
+def check_provider(device: str) -> None:
+    """Raise DeviceError unless the installed ONNX Runtime was built for "cpu" or "cuda"."""
+    import onnxruntime as ort
+
+    if PROVIDERS[device] not in ort.get_available_providers():
+        raise DeviceError(
+            f"device {device!r} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
+            f" has {ort.get_available_providers()}; install internvl-edge[gpu] or use"
+            " device='cpu'"
+        )
+
+
+def open_graphs(
+    bundle: Bundle, provider: Provider, threads: int | None
+) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """The vision and the language graph, checked against the contract.
+
+    Raises:
+        BundleError: a graph does not load, or its inputs are not the contract's.
+        DeviceError: the provider did not start.
+    """
+    open_graph = partial(open_checked, bundle, bundle.path, provider=provider, threads=threads)
+    return open_graph(contract.VISION_GRAPH), open_graph(contract.LANGUAGE_GRAPH)
+
+
+class CpuGraphs:
+    """Both graphs of a bundle on the CPU, prepared for this machine where they are.
+
+    Args:
+        bundle: a verified bundle.
+        threads: intra-op threads; None is one per core.
+        one_at_a_time: open a graph when it is asked for, and close the other before.
+
+    Raises:
+        BundleError: a graph does not load, or its inputs are not the contract's.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
+        folder = find_prepared(bundle) or bundle.path
+        self._open = partial(open_checked, bundle, folder, provider=Provider(), threads=threads)
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._lock = threading.Lock()
+        if not one_at_a_time:
+            # Packing weights keeps one core busy, and there are two graphs.
+            graphs = (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
+            with ThreadPoolExecutor(len(graphs)) as pool:
+                self._sessions = dict(zip(graphs, pool.map(self._open, graphs), strict=True))
+
+    @property
+    def vision(self) -> ort.InferenceSession:
+        return self._session(contract.VISION_GRAPH)
+
+    @property
+    def language(self) -> ort.InferenceSession:
+        return self._session(contract.LANGUAGE_GRAPH)
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        with self._lock:
+            if graph not in self._sessions:
+                self._sessions.clear()  # first: their memory is needed
+                self._sessions[graph] = self._open(graph)
+            return self._sessions[graph]
+
+
+def open_checked(
+    bundle: Bundle, folder: Path, graph: str, provider: Provider, threads: int | None
+) -> ort.InferenceSession:
+    """One graph of a bundle, from the bundle itself or prepared elsewhere; see `open_graphs`."""
+    spec, manifest = bundle.spec, bundle.manifest
+    session = open_session(folder, graph, provider, threads)
+    if graph == contract.VISION_GRAPH:
+        check_contract(
+            session,
+            contract.vision_inputs(spec.vision),
+            contract.vision_outputs(spec.vision, spec.language, manifest.vision, manifest.dialect),
+        )
+    else:
+        check_contract(
+            session,
+            contract.language_inputs(
+                spec.language, manifest.language, manifest.kv, manifest.dialect
+            ),
+            contract.language_outputs(spec.language, manifest.kv, manifest.dialect),
+        )
+    return session
+
+
+def open_session(
+    folder: Path, graph: str, provider: Provider, threads: int | None
+) -> ort.InferenceSession:
+    """Load one graph.
+
+    Raises:
+        BundleError: the graph does not load.
+        DeviceError: the provider did not start. ONNX Runtime itself goes on with the CPU then.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not provider.fuses:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    chosen = {provider.name: dict(provider.options)}
+    chosen.setdefault(PROVIDERS["cpu"], {})  # for operators that only the CPU has
+    said = io.StringIO()  # it prints when another provider than the CPU's raises, and falls back
+    catching = provider.device != "cpu"
+    try:
+        with contextlib.redirect_stdout(said) if catching else contextlib.nullcontext():
+            path = str(folder / graph)
+            session = ort.InferenceSession(path, options, providers=list(chosen.items()))
+    except Exception as error:
+        raise BundleError(f"{folder / graph} does not load: {error}") from error
+    if session.get_providers()[0] != provider.name:
+        reason = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
+        raise DeviceError(
+            f"{provider.name} is installed but did not start (got {session.get_providers()});"
+            " check the driver and CUDA libraries, or use device='cpu'"
+            + (f" (ONNX Runtime: {reason[:500]})" if reason else "")
+        )
+    return session
+
+
+def check_contract(
+    session: ort.InferenceSession, inputs: list[contract.Tensor], outputs: list[contract.Tensor]
+) -> None:
+    """Raise BundleError unless names, types and fixed dimensions are the contract's."""
+    for nodes, tensors in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        try:
+            got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
+        except UnicodeDecodeError as error:
+            raise BundleError(f"a graph has a damaged name: {error}; export it anew") from error
+        wanted = {(t.name, _ORT_TYPE[t.dtype], _fixed(t.shape)) for t in tensors}
+        if got != wanted:
+            raise BundleError(
+                f"graph and manifest do not match: graph {sorted(got - wanted, key=str)[:2]},"
+                f" manifest {sorted(wanted - got, key=str)[:2]}; export the checkpoint with this"
+                " version of internvl-edge"
+            )
+
+
+def _fixed(shape: Sequence[int | str]) -> tuple[int | None, ...]:
+    """A shape with None for the symbolic dimensions."""
+    return tuple(dim if isinstance(dim, int) else None for dim in shape)

@@ -1,0 +1,129 @@
+"""From a device's name to what runs on it: a backend, and the tiler that feeds it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+from internvl_edge.kernels.ops import cpu_kernels
+from internvl_edge.runtime.backends import Backend
+from internvl_edge.runtime.bundle import Bundle
+from internvl_edge.runtime.errors import DeviceError, LimitError
+from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.prepared import is_prepared
+from internvl_edge.runtime.preprocess import Tiler, tile_on_host
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+
+#: On a CUDA device the cache is committed when it is allocated, so a chat gets this many
+#: positions unless told otherwise: room for 41 tiles and some turns. On the CPU pages are
+#: committed as they fill, and a chat gets the model's whole context.
+CUDA_CONTEXT = 16384
+
+_log = logging.getLogger("internvl_edge")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A device in use.
+
+    Attributes:
+        backend: runs the graphs.
+        tile: cuts images into tiles the backend takes.
+        context: tokens a chat has room for unless told otherwise; None: as many as the model.
+        memory: what fits beside the model; None where the device says so itself.
+    """
+
+    backend: Backend
+    tile: Tiler
+    context: int | None = None
+    memory: MemoryGuard | None = None
+
+
+def open_device(
+    bundle: Bundle,
+    device: str,
+    threads: int | None,
+    stream: Any = None,
+    *,
+    low_memory: bool = False,
+) -> Opened:
+    """Load a bundle's graphs on a device.
+
+    Args:
+        bundle: a verified bundle.
+        device: see `Device`; "auto" takes CUDA where it works, else the CPU, and says why.
+        threads: CPU threads; None is one per core.
+        stream: CUDA stream to work on; see `Cuda.open`.
+        low_memory: on the CPU, hold one graph at a time.
+
+    Raises:
+        DeviceError: the device is unknown or not available.
+        BundleError: a graph does not load.
+        LimitError: `threads` is not positive.
+    """
+    if device not in get_args(Device):
+        raise DeviceError(f"unknown device {device!r}; use 'auto', 'cpu' or 'cuda'")
+    if threads is not None and threads < 1:
+        raise LimitError(f"threads is {threads}, it must be at least 1")
+    if stream is not None and device not in ("auto", "cuda"):
+        raise DeviceError(f"a CUDA stream was given for device {device!r}; use device='cuda'")
+    if device == "tensorrt":
+        return _open_tensorrt()
+    if device == "cuda" and bundle.manifest.dialect != "onnxruntime":
+        raise DeviceError(
+            f"{bundle.path} was written --for {bundle.manifest.dialect}: device 'cuda' runs the"
+            " onnxruntime dialect; use device='cpu' for reference results"
+        )
+    if device == "cpu" or bundle.manifest.dialect != "onnxruntime":
+        return _open_cpu(bundle, threads, low_memory)
+    try:
+        return _open_cuda(bundle, threads, stream)
+    except DeviceError as error:
+        if device == "cuda":
+            raise
+        reason = f"auto: {error}"
+    _say_once(f"running on the CPU ({reason})")
+    return _open_cpu(bundle, threads, low_memory, reason)
+
+
+def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str = "") -> Opened:
+    from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from internvl_edge.runtime.backends.reference import ReferenceBackend
+
+    cpu_kernels()  # compiled once per machine: here rather than in the first answer
+    if bundle.manifest.dialect != "onnxruntime":
+        return Opened(ReferenceBackend(bundle, threads), tile_on_host)
+    guard = MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory)
+    guard.check_load()
+    backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)
+    return Opened(backend, tile_on_host, memory=guard)
+
+
+def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
+    from internvl_edge.runtime.backends.onnxruntime_cuda import (
+        OnnxRuntimeCudaBackend,
+        cuda_provider,
+    )
+    from internvl_edge.runtime.backends.sessions import check_provider
+    from internvl_edge.runtime.cuda import Cuda
+    from internvl_edge.runtime.device_tiling import DeviceTiler
+
+    check_provider("cuda")
+    cuda = Cuda.open(stream)
+    backend = OnnxRuntimeCudaBackend(bundle, cuda, cuda_provider(cuda), threads)
+    return Opened(backend, DeviceTiler.of(cuda), CUDA_CONTEXT)
+
+
+def _open_tensorrt() -> Opened:
+    from internvl_edge.runtime.cuda import Cuda
+
+    Cuda.open()  # without a GPU this is the error that helps
+    raise DeviceError("this version runs no TensorRT engines; use device='cuda'")
+
+
+@lru_cache(maxsize=8)
+def _say_once(message: str) -> None:
+    _log.warning(message)
