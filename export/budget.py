@@ -14,6 +14,7 @@ from internvl_edge.export.calibrate import Sample
 from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe
 from internvl_edge.export.report import most_sensitive, unit_costs
+from internvl_edge.export.sensitivity import divergence
 from internvl_edge.export.writer import write_bundle
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.model import InternVL
@@ -59,12 +60,6 @@ def within_budget(
     return replace(recipe.options, keep_worst=low)
 
 
-def divergence(exact: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    """Mean KL(exact || got) in nats over rows of logits `(rows, vocab)`."""
-    p, q = _log_softmax(exact), _log_softmax(got)
-    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
-
-
 class Judge:
     """Runs the model under different recipes over the same sequences."""
 
@@ -88,9 +83,3 @@ class Judge:
             model = InternVL.load(bundle, device="cpu", verify="size")
             parts = [model.logits_of_tiles(s.ids.tolist(), s.tiles)[-ROWS:] for s in self._samples]
         return np.concatenate(parts)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +24,17 @@ from internvl_edge.export.decisions import (
     make_plan,
 )
 from internvl_edge.export.mapping import TOK_EMBEDDINGS
-from internvl_edge.export.observe import Collector, run_float, run_quantised
+from internvl_edge.export.observe import Collector, Device, run_float, run_planned
 from internvl_edge.export.plan import RescaledSource
 from internvl_edge.export.quantize import Floats
+from internvl_edge.export.ranges import RangeCollector
 from internvl_edge.export.units import (
     KEY,
     NEXT,
     VALUE,
     Unit,
-    embed_unit,
-    head_unit,
-    language_unit,
-    projector_unit,
-    vision_unit,
+    make_unit,
+    unit_names,
 )
 from internvl_edge.export.weights import WeightReader
 from internvl_edge.runtime.contract import CachePrecision
@@ -77,6 +74,7 @@ class Calibration:
         recipe: what is to be quantised, and how.
         store: for resuming.
         advance: called with 1 after each unit.
+        device: where the float units run; the quantised ones run on the CPU.
     """
 
     def __init__(
@@ -87,6 +85,7 @@ class Calibration:
         recipe: Recipe,
         store: Store,
         advance: Callable[[int], None],
+        device: Device = "cpu",
     ) -> None:
         self._source = source
         self._samples = samples
@@ -94,32 +93,26 @@ class Calibration:
         self._recipe = recipe
         self._store = store
         self._advance = advance
+        self._device = device
         self._spec = source.spec
+        self._lengths = [len(sample.ids) for sample in samples]
 
     def run(self) -> Decisions:
         """Decisions for the whole model, all units merged."""
-        spec, language = self._spec, self._spec.language
         merged: Decisions = {}
-        tiles = np.concatenate([sample.tiles for sample in self._samples])
-        lengths = [len(sample.ids) for sample in self._samples]
-        nothing = np.empty((0, 0), np.float32)
-        x = self._step("embed", merged, lambda _: embed_unit(spec, tiles), nothing)
-        for layer in range(spec.vision.layers_run):
-            x = self._step(f"vision.{layer}", merged, partial(vision_unit, spec, layer), x)
-        rows = self._step("projector", merged, partial(projector_unit, spec), x)
-        x = self._sequences(rows)
-        for layer in range(language.num_hidden_layers):
-            make = partial(language_unit, language, layer, lengths=lengths)
-            x = self._step(f"language.{layer}", merged, make, x)
-        self._step("head", merged, partial(head_unit, language, lengths=lengths), x)
+        x: NDArray[Any] = np.concatenate([sample.tiles for sample in self._samples])
+        for name in unit_names(self._spec):
+            x = self._step(name, merged, x)
+            if name == "projector" and x.size:  # else a later unit is finished: nobody reads it
+                tokens = embed_tokens(self._source, self._samples)
+                x = place_rows(tokens, self._samples, x, self._context_id)
         return merged
 
-    def _step(
-        self, name: str, merged: Decisions, make: Callable[[Floats], Unit], x: Floats
-    ) -> Floats:
+    def _step(self, name: str, merged: Decisions, x: NDArray[Any]) -> Floats:
         done = self._store.load(name)
         if done is None:
-            self._store.save(name, *self._compute(make(x)))
+            unit = make_unit(self._spec, name, x, self._lengths)
+            self._store.save(name, *self._compute(unit))
             done = self._store.load(name)  # mapped from disk: a layer's arrays need not stay
         if done is None:
             raise AssertionError(f"{name} was saved but cannot be loaded")
@@ -132,21 +125,27 @@ class Calibration:
         layer = int(unit.name.rpartition(".")[2]) if "." in unit.name else 0
         compensate = unit.name.startswith("language.") and self._recipe.compensates
         collector = Collector(layer, with_moments=compensate)
+        ranges = RangeCollector()
         reader = WeightReader(self._source, "float32")
         results: list[Floats] = []
         sizes: dict[str, Floats] = {}
-        for outputs in run_float(unit.build, unit.feeds("fp32"), reader, collector):
+        runs = run_float(unit.build, unit.feeds("fp32"), reader, collector, ranges, self._device)
+        for outputs in runs:
             results.append(outputs[NEXT])
             for part in (KEY, VALUE):
                 if part in outputs:
                     largest = np.abs(outputs[part][0]).max(axis=1)
                     sizes[part] = np.maximum(sizes.get(part, largest), largest)
         form = self._recipe.form(unit.name)
-        decisions = decide(unit.groups, collector, self._source, form, compensate=compensate)
+        naive = self._recipe.options.naive
+        decisions = decide(
+            unit.groups, collector, self._source, form, naive=naive, compensate=compensate
+        )
         if sizes:
             decisions |= decide_cache(
                 self._spec.language, layer, decisions, sizes[KEY], sizes[VALUE]
             )
+        decisions |= ranges.decisions()
         decisions |= self._compare(unit, decisions, results)
         return decisions, np.concatenate(results)
 
@@ -159,7 +158,7 @@ class Calibration:
         cache: CachePrecision = "int8" if plan.cache else "fp32"
         feeds = islice(unit.feeds(cache), COMPARED_RUNS)
         signal = noise = product = other = 0.0
-        runs = run_quantised(unit.build, feeds, reader, plan, cache)
+        runs = run_planned(unit.build, feeds, reader, plan, cache)
         for expected, outputs in zip(exact, runs, strict=False):
             got = outputs[NEXT].astype(np.float64)
             signal += float((expected.astype(np.float64) ** 2).sum())
@@ -170,17 +169,22 @@ class Calibration:
         cosine = product / max(np.sqrt(signal * other), 1e-30)
         return {f"unit:{unit.name}": np.array([sqnr, cosine], np.float32)}
 
-    def _sequences(self, rows: Floats) -> Floats:
-        """Embeddings of all samples, one after another, image rows in place: `(tokens, hidden)`."""
-        hidden = self._spec.language.hidden_size
-        ids = np.concatenate([sample.ids for sample in self._samples])
-        x = np.zeros((len(ids), hidden), np.float32)
-        if not rows.size:  # a later unit is finished already: nobody reads this
-            return x
-        start = 0
-        for block in self._source.blocks(TOK_EMBEDDINGS):
-            found = (ids >= start) & (ids < start + len(block))
-            x[found] = block[ids[found] - start]
-            start += len(block)
-        x[ids == self._context_id] = rows.reshape(-1, hidden)
-        return x
+
+def embed_tokens(source: WeightSource, samples: Sequence[Sample]) -> Floats:
+    """Embeddings of all samples' tokens, one sample after another: `(tokens, hidden)`."""
+    ids = np.concatenate([sample.ids for sample in samples])
+    x = np.zeros((len(ids), source.spec.language.hidden_size), np.float32)
+    start = 0
+    for block in source.blocks(TOK_EMBEDDINGS):
+        found = (ids >= start) & (ids < start + len(block))
+        x[found] = block[ids[found] - start]
+        start += len(block)
+    return x
+
+
+def place_rows(tokens: Floats, samples: Sequence[Sample], rows: Floats, context_id: int) -> Floats:
+    """`tokens` with the image rows of all samples in their slots."""
+    ids = np.concatenate([sample.ids for sample in samples])
+    placed = tokens.copy()
+    placed[ids == context_id] = rows.reshape(-1, tokens.shape[1])
+    return placed

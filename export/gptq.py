@@ -2,9 +2,8 @@
 
 Columns are rounded in order; the error of each is spread over those still to come, so that the
 layer's output on the calibration inputs changes least. On 4-bit layers of the tiny_ocr model, half
-way through its training, this
-gains 6 dB of output SQNR over AWQ's rescaling, on inputs not calibrated with (block 32 symmetric:
-round to nearest 23.2, clipping 24.5, AWQ 24.5, GPTQ 30.2 dB).
+way through its training, this gains 6 dB of output SQNR over AWQ's rescaling, on inputs not
+calibrated with (block 32 symmetric: round to nearest 23.2, clipping 24.5, AWQ 24.5, GPTQ 30.2 dB).
 """
 
 from __future__ import annotations

@@ -6,9 +6,19 @@ import math
 from pathlib import Path
 
 from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.decisions import Recipe
 from internvl_edge.export.mapping import LANGUAGE, PROJECTOR, VISION, expected_shapes
-from internvl_edge.runtime.inspection import ITEM_BYTES, Report, describe, fits_in_memory
+from internvl_edge.export.sizes import bundle_bytes
+from internvl_edge.runtime.inspection import Report, describe, fits_in_memory
 from internvl_edge.runtime.specs import ModelSpec
+
+#: Bundles whose sizes are told, named by the decoder's precision.
+RECIPES = {
+    "fp32": Recipe("fp32", "fp32", "fp32"),
+    "fp16": Recipe("fp16", "fp16", "fp16"),
+    "int8": Recipe("int8", "int8", "fp32"),
+    "int4": Recipe("int8", "int4", "fp32"),
+}
 
 
 def inspect_checkpoint(path: Path) -> Report:
@@ -19,7 +29,7 @@ def inspect_checkpoint(path: Path) -> Report:
     """
     spec = Checkpoint(path).spec
     parameters = parameter_counts(spec)
-    sizes = {name: parameters["total"] * item for name, item in ITEM_BYTES.items()}
+    sizes = {name: sum(bundle_bytes(spec, recipe).values()) for name, recipe in RECIPES.items()}
     return {
         "kind": "checkpoint",
         "path": str(path),

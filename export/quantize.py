@@ -121,9 +121,17 @@ def dequantize_blocks(blocks: Blocks, form: BlockFormat, columns: int) -> Floats
     return np.asarray(full.reshape(len(full), -1)[:, :columns])
 
 
-def quantize_channels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantise `(rows, columns)` to int8 with one symmetric scale per row, `(rows,)`."""
-    scales = _nonzero(np.abs(weight).max(axis=1, initial=0.0) / INT8_MAX)
+def quantize_channels(
+    weight: Floats, scale_dtype: str = "float32"
+) -> tuple[NDArray[np.int8], Floats]:
+    """Quantise `(rows, columns)` to int8 with one symmetric scale per row, `(rows,)`.
+
+    The scales are rounded up to `scale_dtype` first, so that storing them so loses nothing more.
+    """
+    exact = np.abs(weight).max(axis=1, initial=0.0) / INT8_MAX
+    stored = exact.astype(scale_dtype)
+    stored = np.where(stored < exact, np.nextafter(stored, stored.dtype.type(np.inf)), stored)
+    scales = _nonzero(stored.astype(np.float32))
     values = np.rint(weight / scales[:, np.newaxis])
     return np.clip(values, -INT8_MAX, INT8_MAX).astype(np.int8), scales
 

@@ -101,6 +101,14 @@ def search(
     return Choice(ones, plain[1], plain[0], naive)
 
 
+def unsearched(stats: InputStats, weights: Sequence[Floats], form: BlockFormat | None) -> Choice:
+    """No factors and the full range: what `search` has to beat."""
+    exact = [stats.rows @ weight.T for weight in weights]
+    ones = np.ones(stats.rows.shape[1], np.float32)
+    error, scale = _evaluate(stats, weights, exact, ones, form, (1.0,))
+    return Choice(ones, scale, error, error)
+
+
 def full_scale(largest: Floats) -> float:
     """int8 scale that reaches the largest activation."""
     return max(float(largest.max()), 1e-12) / INT8_MAX

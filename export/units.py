@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,36 @@ class Unit:
     build: Callable[[Dialect, WeightReader, CachePrecision], None]
     feeds: Callable[[CachePrecision], Iterator[Feeds]]
     groups: Sequence[Group] = ()
+
+
+def unit_names(spec: ModelSpec) -> list[str]:
+    """All units in the order they run."""
+    return [
+        "embed",
+        *(f"vision.{layer}" for layer in range(spec.vision.layers_run)),
+        "projector",
+        *(f"language.{layer}" for layer in range(spec.language.num_hidden_layers)),
+        "head",
+    ]
+
+
+def make_unit(spec: ModelSpec, name: str, x: NDArray[Any], lengths: Sequence[int]) -> Unit:
+    """The unit of that name on the output `x` of the one before it.
+
+    Args:
+        x: for "embed" the tiles; for the first decoder layer the sequences, image rows in place.
+        lengths: tokens of each sequence.
+    """
+    part, _, layer = name.partition(".")
+    if part == "embed":
+        return embed_unit(spec, x)
+    if part == "vision":
+        return vision_unit(spec, int(layer), x)
+    if part == "projector":
+        return projector_unit(spec, x)
+    if part == "language":
+        return language_unit(spec.language, int(layer), x, lengths)
+    return head_unit(spec.language, x, lengths)
 
 
 def embed_unit(spec: ModelSpec, tiles: NDArray[np.uint8]) -> Unit:
@@ -132,7 +163,7 @@ def head_unit(spec: LanguageSpec, x: Floats, lengths: Sequence[int]) -> Unit:
 
     def build(dialect: Dialect, reader: WeightReader, _: CachePrecision) -> None:
         graph = dialect.graph
-        graph.input(_rows(X, spec.hidden_size))
+        graph.input(Tensor(X, "float32", ("tokens", spec.hidden_size)))
         graph.input(Tensor(contract.LOGIT_ROWS, "int64", ("rows",)))
         logits = head(spec, dialect, reader, X, "")
         graph.output(logits, _rows(NEXT, spec.vocab_size))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.runtime.bundle import read_manifest
-from internvl_edge.runtime.contract import CachePrecision
+from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
+from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
+from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.memory import available_memory, plan_memory
+from internvl_edge.runtime.prepared import is_prepared
 from internvl_edge.runtime.specs import ModelSpec
 
 Report = dict[str, Any]
+
+#: Tokens of question and answer in the memory that `inspect` states.
+TEXT_TOKENS = 512
 
 #: Bytes of one value in each precision.
 ITEM_BYTES: dict[CachePrecision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -31,9 +38,72 @@ def inspect_bundle(path: Path) -> Report:
         "dialect": manifest.dialect,
         "precision": manifest.precision,
         "file_bytes": size,
+        **_parts(manifest, size),
+        **_outside_float16(path),
         **describe(manifest.spec, manifest.parameters, manifest.kv),
-        "fits_in_memory": fits_in_memory(size),
+        "memory": _memory(path, manifest),
     }
+
+
+def _memory(path: Path, manifest: Manifest) -> Report:
+    """Peak memory of one answer on the CPU, for one tile and for the largest picture."""
+    spec = manifest.spec
+    most = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
+    prepared = is_prepared(Bundle(path, manifest))
+
+    def total(tiles: int, *, low_memory: bool) -> int:
+        tokens = tiles * spec.vision.tokens_per_tile + TEXT_TOKENS
+        return plan_memory(
+            manifest, tokens=tokens, tiles=tiles, prepared=prepared, low_memory=low_memory
+        ).total
+
+    return {
+        "weights": "mapped from prepared files" if prepared else "copied when loaded",
+        "one_tile_bytes": total(1, low_memory=False),
+        "one_tile_low_memory_bytes": total(1, low_memory=True),
+        f"{most}_tiles_bytes": total(most, low_memory=False),
+        "available_bytes": available_memory(),
+    }
+
+
+def _parts(manifest: Manifest, size: int) -> Report:
+    """Bytes and precision of each part; what is no weight is graphs, tokenizer and padding."""
+    if not manifest.parts:  # an older bundle
+        return {}
+    parts = {
+        name: {"bytes": entry.bytes, "precision": _precision(entry.precision)}
+        for name, entry in manifest.parts.items()
+    }
+    rest = size - sum(entry.bytes for entry in manifest.parts.values())
+    return {"parts": parts | {"graphs_and_padding": {"bytes": rest, "precision": ""}}}
+
+
+def _outside_float16(path: Path) -> Report:
+    """Linear layers kept in float32 and what for, where calibration found any."""
+    reasons: dict[str, list[str]] = {}
+    try:
+        report = json.loads((path / QUANTISATION_REPORT).read_text(encoding="utf-8"))
+        for value in report.get("outside_float16") or ():
+            if value["place"] == "norm":  # norms compute in float32 anyway
+                continue
+            loss = "overflows" if value["sqnr_db"] is None else f"{value['sqnr_db']:.0f} dB"
+            reason = f"{value['place']} reaches {value['largest']:.3g} ({loss})"
+            reasons.setdefault(value["weight"], []).append(reason)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"cannot read {path / QUANTISATION_REPORT}: {error}; export again"
+        ) from error
+    return {"kept_fp32": {name: ", ".join(why) for name, why in reasons.items()}} if reasons else {}
+
+
+def _precision(counts: Mapping[str, int]) -> str:
+    """`int8`, or `int8 (176), fp16 (4)` where matrices differ."""
+    if len(counts) < 2:
+        return next(iter(counts), "")
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{label} ({count})" for label, count in ranked)
 
 
 def render(report: Report) -> str:
@@ -42,7 +112,8 @@ def render(report: Report) -> str:
     for key, value in report.items():
         if isinstance(value, dict):
             lines.append(f"{key}:")
-            lines += [f"  {name:22} {_value(name, item)}" for name, item in value.items()]
+            unit = "bytes" if key.endswith("bytes") else ""
+            lines += [f"  {name:22} {_value(name + unit, item)}" for name, item in value.items()]
         else:
             lines.append(f"{key:24} {_value(key, value)}")
     return "\n".join(lines)
@@ -88,12 +159,12 @@ def fits_in_memory(size: int) -> str:
 
 
 def _value(name: str, value: object) -> str:
+    if isinstance(value, dict):  # one part
+        return f"{_bytes(value['bytes']):>12} {value['precision']}".rstrip()
     if isinstance(value, int) and name.endswith("bytes"):
         return _bytes(value)
     if isinstance(value, int) and value >= 100_000:
         return f"{value:,}"
-    if isinstance(value, int) and name in ITEM_BYTES:
-        return _bytes(value)
     return str(value)
 
 

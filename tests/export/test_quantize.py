@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.export.packing import pack_blocks, pack_channels, pack_table
+from internvl_edge.export.packing import Channels, pack_blocks, pack_channels, pack_table
 from internvl_edge.export.plan import LinearPlan
 from internvl_edge.export.quantize import (
     BlockFormat,
@@ -21,6 +21,7 @@ from internvl_edge.export.quantize import (
     dequantize_blocks,
     quantize_blocks,
     quantize_channels,
+    unpack,
 )
 from internvl_edge.export.weights import Weight
 from internvl_edge.runtime import CheckpointError
@@ -117,7 +118,9 @@ def test_qgemm_reads_the_layout() -> None:
     weight, x = _matrix(20, 40, 2), np.random.default_rng(1).standard_normal((5, 40))
     bias = np.linspace(-1, 1, 20).astype(np.float32)
     plan = LinearPlan("int8", input_scale=float(np.abs(x).max() / 127))
-    values, scales, int_bias = _arrays(pack_channels(_weight(weight), _weight(bias), plan))
+    values, scales, int_bias = _channel_arrays(
+        pack_channels(_weight(weight), _weight(bias), plan)[0]
+    )
     quantized = np.clip(np.rint(x / np.float32(plan.input_scale)) + 128, 0, 255).astype(np.uint8)
     scale = np.array(plan.input_scale, np.float32)
     inputs = [scale, np.array(128, np.uint8), values, scales, np.zeros(20, np.int8), int_bias]
@@ -129,9 +132,44 @@ def test_qgemm_reads_the_layout() -> None:
     assert (np.abs(int_bias * step - bias) <= 0.5001 * step).all()
 
 
+@given(parts=st.integers(1, 20), seed=st.integers(0, 99))
+def test_gain_and_parts_change_nothing_but_the_scales(parts: int, seed: int) -> None:
+    """Any sign of gain, and zero; the parts together are the whole."""
+    weight, random = _matrix(20, 16, seed), np.random.default_rng(seed)
+    bias, gain = random.standard_normal((2, 20)).astype(np.float32)
+    gain[3] = 0
+    plan = LinearPlan("int8", input_scale=0.05)
+    (plain,) = pack_channels(_weight(weight), _weight(bias), plan)
+    packed = pack_channels(_weight(weight), _weight(bias), plan, _weight(gain), parts)
+    values, scales, int_bias = _channel_arrays(plain)
+    runs = [_channel_arrays(channels) for channels in packed]
+    got = [np.concatenate(part) for part in zip(*runs, strict=True)]
+    np.testing.assert_array_equal(got[0], values)
+    np.testing.assert_array_equal(got[1], scales * gain)
+    np.testing.assert_array_equal(got[2], int_bias)
+
+
+def test_qgemm_takes_scales_of_any_sign() -> None:
+    weight, x = _matrix(20, 40, 2), np.random.default_rng(1).integers(0, 256, (5, 40), np.uint8)
+    gain, bias = np.linspace(-2, 2, 20, dtype=np.float32), np.ones(20, np.float32)
+    gain[7] = 0
+    (packed,) = pack_channels(
+        _weight(weight), _weight(bias), LinearPlan("int8", input_scale=0.1), _weight(gain)
+    )
+    values, scales, int_bias = _channel_arrays(packed)
+    scale, zero = np.array(0.1, np.float32), np.array(128, np.uint8)
+    inputs = [scale, zero, values, scales, np.zeros(20, np.int8), int_bias]
+    got = _run("QGemm", x, inputs, {"transB": 1})
+    expected = ((x.astype(np.float32) - 128) * 0.1 @ weight.T + bias) * gain
+    step = np.abs(weight).max(axis=1) / 127 * np.abs(gain)
+    # Half a step of the weight for each of 40 inputs up to 12.8, and half a step of the bias.
+    assert (np.abs(got - expected) <= (20 * 12.8 + 0.1) * step + 1e-6).all()
+    assert not got[:, 7].any()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_round_to_nearest_is_as_good_as_onnxruntimes(symmetric: bool) -> None:
-    """ONNX Runtime's own quantiser on the same weight: our error is not larger."""
+def test_blocks_agree_with_onnxruntimes_quantiser(symmetric: bool) -> None:
+    """Scales, values and the error of the layer's output, on the same weight and inputs."""
     from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
     rows, columns, block = 64, 256, 32
@@ -146,14 +184,41 @@ def test_round_to_nearest_is_as_good_as_onnxruntimes(symmetric: bool) -> None:
     form = BlockFormat(4, block, symmetric)
     ours = quantize_blocks(weight, form, ratios=(1.0,))
     clipped = quantize_blocks(weight, form)
-    errors = [
-        float(((dequantize_blocks(blocks, form, columns) - weight) ** 2).mean())
-        for blocks in (theirs, ours, clipped)
-    ]
-    # Symmetric: theirs puts the largest value at -8 (its scales may be negative, which TensorRT
-    # does not take), ours at +-7: steps 8/7 as wide. Clipping makes up for it.
-    assert errors[1] <= ((8 / 7) ** 2 if symmetric else 1.01) * errors[0]
-    assert errors[2] < 1.05 * errors[0]
+    if symmetric:
+        # Theirs puts the largest value at -8 (scales may be negative, which TensorRT does not
+        # take), ours at +-7: steps 8/7 as wide. Clipping makes up for it.
+        np.testing.assert_allclose(ours.scales, np.abs(theirs.scales) * (8 / 7), rtol=1e-6)
+    else:
+        np.testing.assert_allclose(ours.scales, theirs.scales, rtol=1e-6)
+        np.testing.assert_array_equal(ours.zero_points, theirs.zero_points)
+        # At a tie of two values either may be taken.
+        steps = unpack(ours.packed, 4).astype(int) - unpack(theirs.packed, 4)
+        assert np.abs(steps).max() <= 1
+        assert np.count_nonzero(steps) <= 0.001 * steps.size
+    x = np.random.default_rng(5).standard_normal((500, columns)).astype(np.float32)
+    backs = [dequantize_blocks(blocks, form, columns) for blocks in (theirs, ours, clipped)]
+    for error in (
+        [float(((back - weight) ** 2).mean()) for back in backs],
+        [float(((x @ (back - weight).T) ** 2).mean()) for back in backs],
+    ):
+        assert error[1] <= ((8 / 7) ** 2 if symmetric else 1.01) * error[0]
+        assert error[2] < 1.05 * error[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 12), columns=st.integers(1, 90), seed=st.integers(0, 999))
+def test_channels_agree_with_onnxruntimes_quantiser(rows: int, columns: int, seed: int) -> None:
+    from onnxruntime.quantization.quant_utils import quantize_data
+
+    weight = _matrix(rows, columns, seed)
+    values, scales = quantize_channels(weight)
+    for row, ours, scale in zip(weight, values, scales, strict=True):
+        zero, their_scale, theirs = quantize_data(row, TensorProto.INT8, symmetric=True)
+        assert zero == 0
+        assert scale == pytest.approx(float(their_scale), rel=1e-6)
+        assert np.abs(ours.astype(int) - theirs).max() <= 1  # either side of a tie
+        theirs_back, ours_back = theirs * their_scale, ours * scale
+        assert np.abs(ours_back - row).max() <= np.abs(theirs_back - row).max() + 1e-5 * scale
 
 
 def test_table_comes_back() -> None:
@@ -189,6 +254,10 @@ def _arrays(parts: list[Weight]) -> list[NDArray[Any]]:
     for part, array in zip(parts, arrays, strict=True):
         assert (array.shape, str(array.dtype)) == (part.shape, part.dtype)
     return arrays
+
+
+def _channel_arrays(channels: Channels) -> list[NDArray[Any]]:
+    return _arrays([channels.values, channels.scales, channels.bias])
 
 
 def _run(
