@@ -119,33 +119,60 @@ def _made(weight: Weight, blocks: Blocks) -> list[Weight]:
     ]
 
 
-def pack_channels(weight: Weight, bias: Weight | None, plan: LinearPlan) -> list[Weight]:
-    """Tensors for QGemm: int8 values, one scale per row, and the bias in the product's int32."""
-    rows = weight.shape[0]
-    parts = [
-        Part("", "int8", weight.shape),
-        Part(".scales", "float32", (rows,)),
-        Part(".bias", "int32", (rows,)),
-    ]
+@dataclass(frozen=True)
+class Channels:
+    """Tensors of one QGemm: int8 values, one scale per row, the bias in the product's int32."""
+
+    values: Weight
+    scales: Weight
+    bias: Weight
+
+
+def pack_channels(
+    weight: Weight,
+    bias: Weight | None,
+    plan: LinearPlan,
+    gain: Weight | None = None,
+    parts: int = 1,
+) -> list[Channels]:
+    """Tensors for `parts` QGemms, each with a run of the weight's rows.
+
+    A gain `(rows,)` goes into the scales, the only place where QGemm leaves the integers: exact
+    for any sign and for zero.
+    """
+    rows, columns = weight.shape
+    made = []
+    for i, run in enumerate(np.array_split(np.arange(rows), parts)):
+        place = f".{i}" if parts > 1 else ""
+        made += [
+            Part(place, "int8", (len(run), columns)),
+            Part(f"{place}.scales", "float32", run.shape),
+            Part(f"{place}.bias", "int32", run.shape),
+        ]
 
     def finish(arrays: list[NDArray[np.generic]]) -> list[NDArray[np.generic]]:
         values, scales = arrays
-        added = np.zeros(rows) if bias is None else np.concatenate(list(bias.cast_blocks()))
+        added = np.zeros(rows) if bias is None else _whole(bias)
         # A row of zeros may have any scale: one that holds its bias to 24 bits.
         empty = ~values.any(axis=1)
         fine = np.maximum(np.abs(added), 1e-6) / (plan.input_scale * 2**24)
-        scales = np.where(empty, fine, scales).astype(np.float32)
-        steps = np.rint(added / (scales.astype(np.float64) * plan.input_scale))
+        product_scales: Floats = np.where(empty, fine, scales).astype(np.float32)
+        steps = np.rint(added / (product_scales.astype(np.float64) * plan.input_scale))
         limits = np.iinfo(np.int32)
-        return [values, scales, np.clip(steps, limits.min, limits.max).astype(np.int32)]
+        if gain is not None:
+            product_scales = product_scales * _whole(gain)
+        int32_bias = np.clip(steps, limits.min, limits.max).astype(np.int32)
+        split = (np.array_split(array, parts) for array in (values, product_scales, int32_bias))
+        return [array for run in zip(*split, strict=True) for array in run]
 
-    return Packed(weight, parts, quantize_channels, finish).weights()
+    packed = Packed(weight, made, quantize_channels, finish).weights()
+    return [Channels(*packed[i : i + 3]) for i in range(0, len(packed), 3)]
 
 
 def pack_table(weight: Weight) -> list[Weight]:
     """Tensors for an embedding table: int8 values and float32 scales per run of a row."""
     rows, columns = weight.shape
-    runs = columns // TABLE_RUN if columns % TABLE_RUN == 0 else 1
+    runs = table_runs(columns)
     parts = [Part("", "int8", weight.shape), Part(".scales", "float32", (rows, runs))]
 
     def quantize(block: Floats) -> Arrays:
@@ -153,6 +180,15 @@ def pack_table(weight: Weight) -> list[Weight]:
         return values.reshape(block.shape), scales.reshape(-1, runs)
 
     return Packed(weight, parts, quantize).weights()
+
+
+def table_runs(columns: int) -> int:
+    """Scales of one row of an int8 embedding table."""
+    return columns // TABLE_RUN if columns % TABLE_RUN == 0 else 1
+
+
+def _whole(weight: Weight) -> Floats:
+    return np.concatenate(list(weight.cast_blocks())).astype(np.float32)
 
 
 def _form(plan: LinearPlan) -> BlockFormat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import helper
 
-from internvl_edge.export.dialects import AttentionShape, Dialect
+from internvl_edge.export.dialects import AttentionShape, Dialect, Linear
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.export.mapping import PROJECTOR, VISION
 from internvl_edge.export.weights import Weight, WeightReader, resample_positions
@@ -25,7 +25,7 @@ def build_vision(
     x = embed_tiles(vision, dialect, reader)
     for layer in range(vision.layers_run):
         x = encoder_layer(vision, dialect, reader, layer, x)
-    (output,) = contract.vision_outputs(vision, spec.language, precision)
+    (output,) = contract.vision_outputs(vision, spec.language, precision, dialect.name)
     graph.output(project(spec, dialect, reader, x), output)
 
 
@@ -80,13 +80,16 @@ def _embeddings(
         x = graph.node("Reshape", [x, graph.shape(-1, 3 * p * p)], "rows")
         weight = reader.tensor(f"{prefix}.patch_embedding.weight", (width, 3 * p * p))
         x = dialect.linear(x, weight, reader.tensor(f"{prefix}.patch_embedding.bias"), "patch")
+        x = graph.cast(x, reader.dtype, "patch.cast")
         x = graph.node("Reshape", [x, graph.shape(-1, g * g, width)], "tokens")
         patch_positions = graph.weight(
             reader.computed(f"{prefix}.position_embedding", positions[1:])
         )
         x = graph.node("Add", [x, patch_positions], "positioned")
         # One class row per tile: (1, 1, hidden) repeated over the tiles.
-        count = graph.node("Shape", [pixels], "tiles", {"start": 0, "end": 1})
+        # A Slice, for TensorRT's parser reads the whole Shape whatever its attributes say.
+        sizes, first = graph.node("Shape", [pixels], "sizes"), graph.shape(0)
+        count = graph.node("Slice", [sizes, first, graph.shape(1), first], "tiles")
         times = graph.node("Concat", [count, graph.shape(1, 1)], "times", {"axis": 0})
         row = graph.weight(reader.computed(f"{prefix}.class_embedding", class_row[np.newaxis]))
         classes = graph.node("Expand", [row, times], "class")
@@ -99,30 +102,30 @@ def _layer(spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str
     with dialect.graph.scope("attention"):
         y = _norm(spec, dialect, reader, f"{prefix}.norm1", x, "norm")
         y = _attention(spec, dialect, reader, f"{prefix}.attn", y)
-        x = _add_scaled(dialect.graph, x, y, reader.tensor(f"{prefix}.ls1"))
+        proj = _linear(reader, f"{prefix}.attn.proj", "proj", reader.tensor(f"{prefix}.ls1"))
+        y = dialect.linear(y, proj.weight, proj.bias, proj.name, proj.gain)
+        x = dialect.add(x, y, "output")
     with dialect.graph.scope("mlp"):
         y = _norm(spec, dialect, reader, f"{prefix}.norm2", x, "norm")
-        y = _linear(dialect, reader, f"{prefix}.mlp.fc1", y, "fc1")
-        y = _linear(dialect, reader, f"{prefix}.mlp.fc2", dialect.gelu(y, "gelu"), "fc2")
-        return _add_scaled(dialect.graph, x, y, reader.tensor(f"{prefix}.ls2"))
+        up = _linear(reader, f"{prefix}.mlp.fc1", "fc1")
+        down = _linear(reader, f"{prefix}.mlp.fc2", "fc2", reader.tensor(f"{prefix}.ls2"))
+        y = dialect.gelu_mlp(y, up, down)
+        return dialect.add(x, y, "output")
 
 
 def _attention(
     spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str, x: str
 ) -> str:
     bias = reader.tensor(f"{prefix}.qkv.bias") if spec.qkv_bias else None
-    qkv = dialect.linear(x, reader.tensor(f"{prefix}.qkv.weight"), bias, "qkv")
-    query, key, value = dialect.graph.nodes(
-        "Split", [qkv], "split", 3, {"axis": -1, "num_outputs": 3}
-    )
+    weight = reader.tensor(f"{prefix}.qkv.weight")
+    query, key, value = dialect.split_linear(x, weight, bias, 3, "qkv")
     if spec.qk_normalization:
         # Over the full width, before the heads are split.
         eps = spec.layer_norm_eps
         query = dialect.rms_norm(query, reader.tensor(f"{prefix}.q_norm.weight"), eps, "q_norm")
         key = dialect.rms_norm(key, reader.tensor(f"{prefix}.k_norm.weight"), eps, "k_norm")
     shape = AttentionShape(spec.sequence_length, spec.num_attention_heads, spec.hidden_size)
-    y = dialect.full_attention((query, key, value), shape, "attend")
-    return _linear(dialect, reader, f"{prefix}.proj", y, "proj")
+    return dialect.full_attention((query, key, value), shape, "attend")
 
 
 def _pixel_shuffle(spec: VisionSpec, graph: GraphBuilder, x: str) -> str:
@@ -144,8 +147,8 @@ def _projector(spec: ModelSpec, dialect: Dialect, reader: WeightReader, x: str) 
     with dialect.graph.scope("projector"):
         weight, bias = reader.tensor(f"{PROJECTOR}.0.weight"), reader.tensor(f"{PROJECTOR}.0.bias")
         x = dialect.layer_norm(x, weight, bias, PROJECTOR_EPS, "norm")
-        x = _linear(dialect, reader, f"{PROJECTOR}.1", x, "fc1")
-        return _linear(dialect, reader, f"{PROJECTOR}.3", dialect.gelu(x, "gelu"), "fc2")
+        up = _linear(reader, f"{PROJECTOR}.1", "fc1")
+        return dialect.gelu_mlp(x, up, _linear(reader, f"{PROJECTOR}.3", "fc2"))
 
 
 def _norm(
@@ -158,14 +161,8 @@ def _norm(
     return dialect.layer_norm(x, weight, bias, spec.layer_norm_eps, name)
 
 
-def _linear(dialect: Dialect, reader: WeightReader, prefix: str, x: str, name: str) -> str:
-    weight, bias = reader.tensor(f"{prefix}.weight"), reader.tensor(f"{prefix}.bias")
-    return dialect.linear(x, weight, bias, name)
-
-
-def _add_scaled(graph: GraphBuilder, x: str, y: str, scale: Weight) -> str:
-    scaled = graph.node("Mul", [y, graph.weight(scale)], "scaled")
-    return graph.node("Add", [x, scaled], "output")
+def _linear(reader: WeightReader, prefix: str, name: str, gain: Weight | None = None) -> Linear:
+    return Linear(reader.tensor(f"{prefix}.weight"), reader.tensor(f"{prefix}.bias"), name, gain)
 
 
 def _onnx_type(dtype: str) -> int:

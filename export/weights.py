@@ -17,7 +17,10 @@ Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor to be written: `blocks` yields its values in order, a run of rows at a time."""
+    """A tensor to be written: `blocks` yields its values in order, a run of rows at a time.
+
+    Of dtype "int4" they are bytes of two values, the first one in the low nibble.
+    """
 
     name: str
     dtype: str
@@ -32,7 +35,8 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        count = int(np.prod(self.shape))
+        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
 
     def cast_blocks(self) -> Iterator[NDArray[np.generic]]:
         """The blocks in `dtype`.
@@ -41,7 +45,7 @@ class Weight:
             CheckpointError: a value is NaN or infinite.
             ExportError: a finite value does not fit `dtype`.
         """
-        if np.dtype(self.dtype).kind != "f":  # packed already
+        if self.dtype not in ("float32", "float16"):  # packed already
             yield from self.blocks()
             return
         for block in self.blocks():

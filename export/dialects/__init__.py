@@ -11,20 +11,17 @@ from typing import Protocol
 
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.specs import LanguageSpec
 
 
 @dataclass(frozen=True)
 class CacheNames:
-    """Values the cached attention of one layer reads."""
+    """Values the cached attention of one layer reads; what all layers read is the contract's."""
 
     layer: int
     past_key: str
     past_value: str
-    last_position: str
-    total_length: str
-    rope_cos: str
-    rope_sin: str
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,38 @@ class AttentionShape:
     width: int
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer's tensors and its node's name: the arguments of `Dialect.linear`."""
+
+    weight: Weight
+    bias: Weight | None
+    name: str
+    gain: Weight | None = None
+
+
 class Dialect(Protocol):
     """Writes blocks into the graph it was made for."""
 
+    name: DialectName
     graph: GraphBuilder
 
-    def linear(self, x: str, weight: Weight, bias: Weight | None, name: str) -> str:
-        """`(rows, in)` -> `(rows, out)`; the weight is `(out, in)`."""
+    def linear(
+        self, x: str, weight: Weight, bias: Weight | None, name: str, gain: Weight | None = None
+    ) -> str:
+        """`(rows, in)` -> `(rows, out)`; the weight is `(out, in)`.
+
+        Args:
+            gain: `(out,)`, multiplies the result, bias included (LayerScale).
+        """
+
+    def split_linear(
+        self, x: str, weight: Weight, bias: Weight | None, parts: int, name: str
+    ) -> list[str]:
+        """Like `linear`, the result's columns in `parts` equal runs."""
+
+    def gelu_mlp(self, x: str, up: Linear, down: Linear) -> str:
+        """`up`, exact (erf) GELU, `down`: one method, for its middle is the widest value of all."""
 
     def layer_norm(self, x: str, weight: Weight, bias: Weight, eps: float, name: str) -> str: ...
 
@@ -53,10 +75,11 @@ class Dialect(Protocol):
     ) -> tuple[str, str]:
         """The norm of `x + residual`, and the sum itself."""
 
-    def gelu(self, x: str, name: str) -> str:
-        """Exact (erf) GELU."""
+    def gated_silu(self, gate: str, up: str, name: str) -> str:
+        """`silu(gate) * up`"""
 
-    def silu(self, x: str, name: str) -> str: ...
+    def add(self, x: str, y: str, name: str) -> str:
+        """The sum of a residual stream and what is added to it."""
 
     def full_attention(self, qkv: tuple[str, str, str], shape: AttentionShape, name: str) -> str:
         """Bidirectional attention within each run of rows; query, key, value `(rows, width)`."""
