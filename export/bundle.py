@@ -7,16 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.export.budget import within_budget
-from internvl_edge.export.calibration_run import calibrate, open_workspace
-from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.calibration_run import (
+    CalibrationOptions,
+    calibrate,
+    open_workspace,
+)
+from internvl_edge.export.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
 from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
 from internvl_edge.export.graph import Progress
+from internvl_edge.export.observe import Device, check_device
+from internvl_edge.export.plot import cost_plot
+from internvl_edge.export.ranges import check_ranges, ranges_of
 from internvl_edge.export.report import most_sensitive, to_json, unit_costs
-from internvl_edge.export.writer import ignore_total, write_bundle
+from internvl_edge.export.writer import check_formats, ignore_total, write_bundle
 from internvl_edge.runtime.contract import (
     MANIFEST,
+    QUANTISATION_PLOT,
+    QUANTISATION_REPORT,
     CachePrecision,
+    DialectName,
     LanguagePrecision,
     VisionPrecision,
     default_cache,
@@ -28,14 +38,17 @@ from internvl_edge.runtime.tokenizer import Tokenizer, tokenizer_files
 
 
 def export_bundle(
-    checkpoint: str | Path,
+    checkpoint: str | Path | ModelSource,
     output: str | Path,
     *,
     vision: VisionPrecision = "fp32",
     language: LanguagePrecision = "fp32",
     kv: CachePrecision | None = None,
+    dialect: DialectName = "onnxruntime",
     options: QuantOptions = DEFAULT_OPTIONS,
     calibration: str | Path | None = None,
+    calibration_device: Device = "cpu",
+    sensitivity: bool | None = None,
     budget: float | None = None,
     overwrite: bool = False,
     progress: Callable[[int], Progress] | None = None,
@@ -44,13 +57,18 @@ def export_bundle(
     """Convert a checkpoint directory into a bundle.
 
     Args:
-        checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout.
+        checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout, or weights that come
+            from elsewhere.
         output: directory to create; written beside its place and renamed when complete.
         vision: precision of the vision tower's and projector's linear layers.
         language: precision of the decoder's linear layers.
         kv: precision of the KV cache; None stores keys and values as they are computed.
+        dialect: who the graphs are written for; the weights and scales are the same for all.
         options: how to quantise; see `QuantOptions`.
         calibration: folder or .jsonl with pictures and prompts; None uses the generator.
+        calibration_device: where the float model runs for it.
+        sensitivity: measure what each unit costs in KL divergence of the logits; None does where
+            that takes minutes at most.
         budget: keep as many units at half precision, the most sensitive first, as bring the KL
             divergence of the logits on the calibration data below this, in nats.
         overwrite: replace an existing bundle at `output`.
@@ -63,41 +81,66 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint cannot be read.
         CalibrationDataError: the calibration data cannot be read.
+        DeviceError: the calibration's device is not available.
         ExportError: the bundle cannot be written.
     """
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     target = Path(output)
     _check_target(target, overwrite)
     tokenizer = _check_tokenizer(source.directory, source.spec)
-    recipe = Recipe(vision, language, kv or default_cache(language), options)
-    if recipe.kv not in ("int8", default_cache(language)):
-        raise ExportError(
-            f"kv {kv} does not go with language {language}: attention takes int8 or"
-            f" {default_cache(language)}, which is how that decoder computes"
-        )
-    if recipe.kv == "int8" and not takes_int8_cache():
-        raise ExportError(
-            "kv int8 needs an onnxruntime whose GroupQueryAttention takes a quantised cache, as"
-            " 1.31 does; update onnxruntime (Python 3.11 or later)"
-        )
+    recipe = Recipe(vision, language, kv or default_cache(language, dialect), options, dialect)
+    _check_cache(recipe)
     decisions: Decisions = {}
-    record, workspace = None, None
+    calibrated, workspace = None, None
     if recipe.needs_calibration:
+        check_formats(source, recipe)
+        check_device(calibration_device)
         workspace = open_workspace(target, source, recipe, calibration)
         advance = calibration_progress or ignore_total
-        decisions, record, samples = calibrate(source, recipe, calibration, workspace, advance)
+        how = CalibrationOptions(calibration, sensitivity, calibration_device)
+        calibrated = calibrate(source, recipe, how, workspace, advance)
+        decisions = calibrated.decisions
         if budget is not None:
+            samples = calibrated.samples
             options = within_budget(source, recipe, decisions, samples, tokenizer, budget)
     costs = unit_costs(decisions)
     kept = (*options.keep_fp16, *most_sensitive(costs, options.keep_worst))
     recipe = replace(recipe, options=replace(options, keep_fp16=kept))
-    report = None if record is None else to_json(record, costs, kept)
+    reports = {}
+    if calibrated is not None:
+        outside = ranges_of(decisions) if recipe.guards_float16 else None
+        check_ranges(outside or ())
+        reports[QUANTISATION_REPORT] = to_json(calibrated.record, costs, kept, outside)
+        if costs:
+            reports[QUANTISATION_PLOT] = cost_plot(costs, kept)
     write_bundle(
-        source, target, recipe, decisions, tokenizer=tokenizer, report=report, progress=progress
+        source, target, recipe, decisions, tokenizer=tokenizer, reports=reports, progress=progress
     )
     if workspace is not None:
         workspace.remove()
     return target
+
+
+def _check_cache(recipe: Recipe) -> None:
+    """Raise ExportError unless the dialect's attention takes the KV cache's precision."""
+    computed = default_cache(recipe.language, recipe.dialect)
+    if recipe.kv not in ("int8", computed):
+        raise ExportError(
+            f"kv {recipe.kv} does not go with language {recipe.language}: attention takes int8 or"
+            f" {computed}, which is how that decoder computes"
+        )
+    if recipe.kv != "int8":
+        return
+    if recipe.dialect == "tensorrt":
+        raise ExportError(
+            "kv int8 does not go with --for tensorrt: TensorRT's cache update (TensorScatter) takes"
+            f" no integers; keep {computed}, or export --for tensorrt-portable"
+        )
+    if recipe.dialect == "onnxruntime" and not takes_int8_cache():
+        raise ExportError(
+            "kv int8 needs an onnxruntime whose GroupQueryAttention takes a quantised cache, as"
+            " 1.31 does; update onnxruntime (Python 3.11 or later)"
+        )
 
 
 def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:

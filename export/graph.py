@@ -43,7 +43,8 @@ class GraphBuilder:
     `/language/layers.7/attention/qkv`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, opset: int = OPSET) -> None:
+        self.opset = opset
         self._name = name
         self._path = [name]
         self._nodes: list[onnx.NodeProto] = []
@@ -51,6 +52,7 @@ class GraphBuilder:
         self._outputs: dict[str, Tensor] = {}  # value -> the tensor it leaves the graph as
         self._constants: dict[str, TensorProto] = {}
         self._placed: list[Placed] = []
+        self._dtypes: dict[str, str] = {}
         self._data_bytes = 0
 
     @property
@@ -71,6 +73,7 @@ class GraphBuilder:
 
     def input(self, tensor: Tensor) -> str:
         self._inputs.append(tensor)
+        self._dtypes[tensor.name] = tensor.dtype
         return tensor.name
 
     def output(self, value: str, tensor: Tensor) -> None:
@@ -104,11 +107,29 @@ class GraphBuilder:
             op, list(inputs), results, name=address, domain=domain, **(attributes or {})
         )
         self._nodes.append(node)
+        given = [self._dtypes.get(value, "") for value in inputs]
+        self._dtypes |= dict.fromkeys(results, _result_dtype(op, attributes or {}, given))
         return results
+
+    def dtype(self, value: str) -> str:
+        """NumPy dtype name of a value made so far."""
+        return self._dtypes[value]
+
+    def cast(self, value: str, dtype: str, name: str) -> str:
+        """`value` itself where it has this dtype already."""
+        if self._dtypes[value] == dtype:
+            return value
+        return self.node("Cast", [value], name, {"to": _onnx_type(dtype)})
+
+    def sources(self, value: str) -> list[str]:
+        """Inputs of the node that makes `value`; none for an input of the graph or a weight."""
+        makers = (node for node in self._nodes if value in node.output)
+        return [name for node in makers for name in node.input]
 
     def constant(self, values: NDArray[np.generic], name: str) -> str:
         """A small tensor stored in the graph itself; equal names must mean equal values."""
         self._constants[name] = numpy_helper.from_array(values, name)
+        self._dtypes[name] = str(values.dtype)
         return name
 
     def shape(self, *dims: int) -> str:
@@ -118,6 +139,7 @@ class GraphBuilder:
     def weight(self, weight: Weight) -> str:
         """A tensor in the data file."""
         self._placed.append(Placed(weight, self._data_bytes))
+        self._dtypes[weight.name] = weight.dtype
         self._data_bytes += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
         return weight.name
 
@@ -151,7 +173,7 @@ class GraphBuilder:
                 *(_external(placed, data_name) for placed in self._placed),
             ],
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self.opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(
@@ -159,16 +181,30 @@ class GraphBuilder:
         )
 
 
+def _result_dtype(op: str, attributes: Mapping[str, Any], given: Sequence[str]) -> str:
+    """Casting operators set the dtype of their results, all others keep that of an input."""
+    if op == "Cast":
+        return str(helper.tensor_dtype_to_np_dtype(attributes["to"]))
+    fixed = {"Shape": "int64", "Less": "bool", "LessOrEqual": "bool"}
+    source = {"DequantizeLinear": 1, "QuantizeLinear": 2, "Where": 1}
+    return fixed.get(op) or given[source.get(op, 0)]
+
+
+def _onnx_type(dtype: str) -> int:
+    if dtype == "int4":
+        return int(TensorProto.INT4)
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.name, kind, list(tensor.shape))
+    return helper.make_tensor_value_info(tensor.name, _onnx_type(tensor.dtype), list(tensor.shape))
 
 
 def _external(placed: Placed, location: str) -> TensorProto:
     weight = placed.weight
     proto = TensorProto(
         name=weight.name,
-        data_type=helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype)),
+        data_type=_onnx_type(weight.dtype),
         dims=weight.shape,
         data_location=TensorProto.EXTERNAL,
     )

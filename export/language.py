@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx import TensorProto
-
 from internvl_edge.export.dialects import CacheNames, Dialect
 from internvl_edge.export.mapping import LANGUAGE
 from internvl_edge.export.weights import Weight, WeightReader, wqkv_rows
@@ -23,9 +21,9 @@ def build_language(
 ) -> None:
     """Write the whole decoder into `dialect.graph`."""
     graph = dialect.graph
-    for tensor in contract.language_inputs(spec, precision, cache):
+    for tensor in contract.language_inputs(spec, precision, cache, dialect.name):
         graph.input(tensor)
-    outputs = {tensor.name: tensor for tensor in contract.language_outputs(spec, cache)}
+    outputs = {t.name: t for t in contract.language_outputs(spec, cache, dialect.name)}
     hidden, residual = contract.EMBEDDINGS, ""
     for layer in range(spec.num_hidden_layers):
         step = decoder_layer(spec, dialect, reader, layer, hidden, residual)
@@ -76,7 +74,7 @@ def head(
     # Only the rows asked for reach the head: 92,553 columns are most of a short prompt's work.
     rows = graph.node("Gather", [normed, contract.LOGIT_ROWS], "rows", {"axis": 0})
     logits = dialect.linear(rows, reader.tensor(f"{LANGUAGE}.output.weight"), None, "head")
-    return graph.node("Cast", [logits], "logits", {"to": TensorProto.FLOAT})
+    return graph.cast(logits, "float32", "logits")
 
 
 def _add_norm(
@@ -101,10 +99,6 @@ def _attention(
             layer=layer,
             past_key=contract.past_key(layer),
             past_value=contract.past_value(layer),
-            last_position=contract.LAST_POSITION,
-            total_length=contract.TOTAL_LENGTH,
-            rope_cos=contract.ROPE_COS,
-            rope_sin=contract.ROPE_SIN,
         )
         y, key, value = dialect.cached_attention(qkv, cache, spec, "attend")
         bias = reader.tensor(f"{prefix}.wo.bias") if spec.bias else None
@@ -116,5 +110,5 @@ def _feed_forward(dialect: Dialect, reader: WeightReader, prefix: str, x: str) -
     with dialect.graph.scope("feed_forward"):
         gate = dialect.linear(x, reader.tensor(f"{prefix}.w1.weight"), None, "w1")
         up = dialect.linear(x, reader.tensor(f"{prefix}.w3.weight"), None, "w3")
-        gated = dialect.graph.node("Mul", [dialect.silu(gate, "silu"), up], "gated")
+        gated = dialect.gated_silu(gate, up, "gated")
         return dialect.linear(gated, reader.tensor(f"{prefix}.w2.weight"), None, "w2")

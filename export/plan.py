@@ -61,12 +61,15 @@ class QuantPlan:
     Attributes:
         row_factors: float32 `(out,)` by tensor: its rows are multiplied by them.
         column_factors: float32 `(in,)` by tensor: its columns are multiplied by them.
+        wide: weights of the linear layers whose result leaves float16's range or precision; a
+            graph that computes in float16 runs them with a float32 result.
     """
 
     linears: Mapping[str, LinearPlan] = field(default_factory=dict)
     row_factors: Mapping[str, Floats] = field(default_factory=dict)
     column_factors: Mapping[str, Floats] = field(default_factory=dict)
     cache: Mapping[int, CacheScales] = field(default_factory=dict)
+    wide: frozenset[str] = frozenset()
 
 
 class RescaledSource:

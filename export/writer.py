@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +15,28 @@ from numpy.lib import format as npy_format
 
 from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.decisions import Decisions, Recipe, make_plan
-from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.dialects.registry import new_dialect
 from internvl_edge.export.graph import GraphBuilder, Progress
 from internvl_edge.export.inspection import parameter_counts
 from internvl_edge.export.language import build_language
-from internvl_edge.export.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.mapping import TOK_EMBEDDINGS, expected_shapes
 from internvl_edge.export.packing import pack_table
-from internvl_edge.export.plan import QuantPlan, RescaledSource
+from internvl_edge.export.plan import LinearPlan, QuantPlan, RescaledSource
+from internvl_edge.export.sizes import OTHER, part_entries, part_of
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import Weight, WeightReader
 from internvl_edge.runtime.bundle import FileEntry, Manifest, file_entry
 from internvl_edge.runtime.contract import (
-    COMPUTE_DTYPE,
     EMBEDDING_SCALES,
     EMBEDDING_TABLE,
     MANIFEST,
-    QUANTISATION_REPORT,
+    compute_dtype,
 )
 from internvl_edge.runtime.errors import ExportError
 
 #: Room asked for beyond the weights: graphs, tokenizer, manifest, file system overhead.
 SLACK_BYTES = 16 << 20
+NO_REPORTS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ class Layout:
     embedding: list[Weight]  # the table, and its scales when it is quantised
 
     @property
+    def weights(self) -> list[Weight]:
+        return [*self.vision.weights, *self.language.weights, *self.embedding]
+
+    @property
     def weight_bytes(self) -> int:
-        parts = [*self.vision.weights, *self.language.weights, *self.embedding]
-        return sum(weight.nbytes for weight in parts)
+        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def file_bytes(self) -> int:
@@ -64,7 +68,7 @@ def write_bundle(
     decisions: Decisions,
     *,
     tokenizer: Sequence[Path],
-    report: str | None = None,
+    reports: Mapping[str, str] = NO_REPORTS,
     progress: Callable[[int], Progress] | None = None,
 ) -> None:
     """Write a model under a recipe and the decisions calibration made for it.
@@ -72,16 +76,17 @@ def write_bundle(
     Args:
         target: directory to create, or an existing bundle to replace.
         tokenizer: files to copy.
-        report: content of quantisation.json, if any.
+        reports: further text files by name, such as quantisation.json.
         progress: called with the total of bytes; returns a function called with each increment.
 
     Raises:
         ExportError: no space, or the directory cannot be written; nothing is left behind.
     """
-    layout = plan_export(source, recipe, make_plan(recipe, decisions))
-    _check_space(target, layout.file_bytes)
+    plan = make_plan(recipe, decisions)
+    layout = plan_export(source, recipe, plan)
+    check_space(target, layout.file_bytes)
     advance = (progress or ignore_total)(layout.weight_bytes)
-    with _written_aside(Path(os.path.realpath(target))) as aside:
+    with written_aside(Path(os.path.realpath(target))) as aside:
         files = layout.vision.save(aside, advance) | layout.language.save(aside, advance)
         names = (EMBEDDING_TABLE, EMBEDDING_SCALES)[: len(layout.embedding)]
         for name, weight in zip(names, layout.embedding, strict=True):
@@ -89,39 +94,52 @@ def write_bundle(
         for path in tokenizer:
             shutil.copyfile(path, aside / path.name)
             files[path.name] = file_entry(aside / path.name)
-        if report is not None:
-            (aside / QUANTISATION_REPORT).write_text(report, encoding="utf-8")
-            files[QUANTISATION_REPORT] = file_entry(aside / QUANTISATION_REPORT)
+        for name, text in reports.items():
+            (aside / name).write_text(text, encoding="utf-8")
+            files[name] = file_entry(aside / name)
         manifest = Manifest(
             spec=source.spec,
-            dialect=OnnxRuntimeDialect.name,
+            dialect=recipe.dialect,
             vision=recipe.vision,
             language=recipe.language,
             kv=recipe.kv,
             embedding=recipe.embedding,
             parameters=parameter_counts(source.spec),
             files=files,
+            parts=part_entries(layout.weights, plan),
         )
         (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+
+
+def check_formats(source: WeightSource, recipe: Recipe) -> None:
+    """Plan the export before calibration has decided anything: formats are known by then.
+
+    Raises:
+        ExportError: the dialect does not take a format, or a shape in it.
+    """
+    linears = {
+        name: LinearPlan(kind, recipe.block_form(name) if kind == "blocks" else None)
+        for name in expected_shapes(source.spec)
+        if part_of(name) not in (OTHER, "embedding") and (kind := recipe.kind(name)) != "float"
+    }
+    plan_export(source, recipe, QuantPlan(linears))
 
 
 def plan_export(source: WeightSource, recipe: Recipe, plan: QuantPlan) -> Layout:
     """Build both graphs; no weight beyond the vision embeddings is read yet."""
     rescaled = RescaledSource(source, plan)
-    vision_graph, language_graph = GraphBuilder("vision"), GraphBuilder("language")
-    vision_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.vision])
-    language_reader = WeightReader(rescaled, COMPUTE_DTYPE[recipe.language])
-    build_vision(source.spec, OnnxRuntimeDialect(vision_graph, plan), vision_reader, recipe.vision)
-    build_language(
-        source.spec.language,
-        OnnxRuntimeDialect(language_graph, plan),
-        language_reader,
-        recipe.language,
-        recipe.kv,
-    )
-    table = language_reader.tensor(TOK_EMBEDDINGS)
-    embedding = pack_table(table) if recipe.embedding == "int8" else [table]
-    return Layout(vision_graph, language_graph, embedding)
+    reader = WeightReader(rescaled, compute_dtype(recipe.vision, recipe.dialect))
+    vision = new_dialect(recipe.dialect, "vision", plan, reader.dtype)
+    build_vision(source.spec, vision, reader, recipe.vision)
+    reader = WeightReader(rescaled, compute_dtype(recipe.language, recipe.dialect))
+    language = new_dialect(recipe.dialect, "language", plan, reader.dtype)
+    build_language(source.spec.language, language, reader, recipe.language, recipe.kv)
+    table = reader.tensor(TOK_EMBEDDINGS)
+    if recipe.embedding == "int8":
+        embedding = pack_table(replace(table, dtype="float32"))
+    else:
+        embedding = [table]
+    return Layout(vision.graph, language.graph, embedding)
 
 
 def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
@@ -135,7 +153,7 @@ def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
     return file_entry(path)
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
     parent = target.absolute().parent
     try:
         while not parent.exists():
@@ -151,7 +169,7 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path) -> Iterator[Path]:
     """A directory beside `target` that takes its place on success and vanishes otherwise."""
     aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:

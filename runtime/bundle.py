@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from internvl_edge.runtime.contract import (
     EMBEDDING_TABLE,
-    LANGUAGE_GRAPH,
+    LANGUAGE_FILES,
     MANIFEST,
-    VISION_GRAPH,
+    VISION_FILES,
     CachePrecision,
+    DialectName,
     LanguagePrecision,
     VisionPrecision,
 )
@@ -48,17 +49,26 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class PartEntry:
+    """One part of the weights: its bytes, and the number of its matrices at each precision."""
+
+    bytes: int
+    precision: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The content of bundle.json."""
+    """The content of bundle.json. `parts` is empty in bundles written before there were any."""
 
     spec: ModelSpec
-    dialect: str
+    dialect: DialectName
     vision: VisionPrecision
     language: LanguagePrecision
     kv: CachePrecision
     embedding: CachePrecision
     parameters: Mapping[str, int]
     files: Mapping[str, FileEntry]
+    parts: Mapping[str, PartEntry] = field(default_factory=dict)
 
     @property
     def precision(self) -> dict[str, str]:
@@ -73,6 +83,7 @@ class Manifest:
                 "dialect": self.dialect,
                 "precision": self.precision,
                 "parameters": dict(self.parameters),
+                "parts": {name: vars(entry) for name, entry in self.parts.items()},
                 "spec": self.spec.to_dict(),
                 "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
             },
@@ -87,6 +98,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    verify: Verify = "hash"  # how its files were checked
 
     @property
     def spec(self) -> ModelSpec:
@@ -112,8 +124,8 @@ def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
     directory = Path(path)
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
-        _check_file(directory / name, entry, verify)
-    return Bundle(directory, manifest)
+        check_file(directory / name, entry, verify)
+    return Bundle(directory, manifest, verify)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -143,10 +155,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{MANIFEST}: {error}") from error
     return Manifest(
         spec=spec,
-        dialect=str(data.get("dialect")),
+        dialect=_dialect(data),
         **{part: _precision(data, part) for part in _PRECISIONS},
         parameters={name: _count(name, n) for name, n in _object(data, "parameters").items()},
         files=_files(data),
+        parts=_parts(data) if "parts" in data else {},
     )
 
 
@@ -164,8 +177,13 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_file(path: Path, entry: FileEntry, verify: Verify) -> None:
-    remedy = "copy the bundle again or export it anew"
+def check_file(
+    path: Path,
+    entry: FileEntry,
+    verify: Verify,
+    remedy: str = "copy the bundle again or export it anew",
+) -> None:
+    """Raise BundleError unless a file is there, has its size and, on request, its hash."""
     try:
         if not path.is_file():
             raise BundleError(f"{path} is missing; {remedy}")
@@ -188,6 +206,16 @@ def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
+def _dialect(data: Mapping[str, Any]) -> DialectName:
+    for name in get_args(DialectName):
+        if data.get("dialect") == name:
+            return cast("DialectName", name)
+    raise BundleError(
+        f"{MANIFEST}: dialect is {data.get('dialect')!r}, this runtime reads"
+        f" {', '.join(get_args(DialectName))}; export the checkpoint again"
+    )
+
+
 def _precision(data: Mapping[str, Any], part: str) -> Any:
     value = _object(data, "precision").get(part)
     known = get_args(_PRECISIONS[part])
@@ -204,6 +232,15 @@ def _count(name: str, value: object) -> int:
     return value
 
 
+def _parts(data: Mapping[str, Any]) -> dict[str, PartEntry]:
+    parts = {}
+    for name in (entries := _object(data, "parts")):
+        entry = _object(entries, name)
+        counts = {label: _count(name, n) for label, n in _object(entry, "precision").items()}
+        parts[name] = PartEntry(_count(f"{name} bytes", entry.get("bytes")), counts)
+    return parts
+
+
 def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
     files = {}
     for name, entry in _object(data, "files").items():
@@ -213,7 +250,7 @@ def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise BundleError(f"{MANIFEST}: bad entry for file {name!r}: {entry!r}")
         files[name] = FileEntry(_count(f"{name} bytes", entry.get("bytes")), entry["sha256"])
-    for needed in (VISION_GRAPH, LANGUAGE_GRAPH, EMBEDDING_TABLE):
+    for needed in (*VISION_FILES, *LANGUAGE_FILES, EMBEDDING_TABLE):
         if needed not in files:
             raise BundleError(f"{MANIFEST} does not list {needed}; export the checkpoint again")
     return files

@@ -15,22 +15,22 @@ VisionPrecision = Literal["fp32", "fp16", "int8"]
 LanguagePrecision = Literal["fp32", "fp16", "int8", "int4"]
 CachePrecision = Literal["fp32", "fp16", "int8"]
 
-#: NumPy dtype name of the activations of a graph whose linear weights have this precision.
-COMPUTE_DTYPE: dict[LanguagePrecision, str] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "int8": "float32",
-    "int4": "float32",
-}
+#: Who the graphs are written for: ONNX Runtime; TensorRT 10.15 and later (RTX, JetPack 7.2);
+#: TensorRT 10.3 (JetPack 6.1 and 6.2).
+DialectName = Literal["onnxruntime", "tensorrt", "tensorrt-portable"]
+
 #: NumPy dtype name of stored keys and values.
 CACHE_DTYPE: dict[CachePrecision, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 VISION_GRAPH = "vision.onnx"
 LANGUAGE_GRAPH = "language.onnx"
+VISION_FILES = (VISION_GRAPH, "vision.data")
+LANGUAGE_FILES = (LANGUAGE_GRAPH, "language.data")
 EMBEDDING_TABLE = "embedding.npy"
 EMBEDDING_SCALES = "embedding.scales.npy"
 MANIFEST = "bundle.json"
 QUANTISATION_REPORT = "quantisation.json"
+QUANTISATION_PLOT = "quantisation.svg"
 
 TILES = "tiles"
 IMAGE_EMBEDDINGS = "image_embeddings"
@@ -40,6 +40,8 @@ ROPE_COS = "rope.cos"
 ROPE_SIN = "rope.sin"
 LAST_POSITION = "last_position"
 TOTAL_LENGTH = "total_length"
+POSITIONS = "positions"
+KEY_POSITIONS = "key_positions"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
 
@@ -74,45 +76,68 @@ def vision_inputs(spec: VisionSpec) -> list[Tensor]:
     return [Tensor(TILES, "uint8", ("tiles", spec.tile_size, spec.tile_size, 3))]
 
 
+def compute_dtype(precision: LanguagePrecision, dialect: DialectName = "onnxruntime") -> str:
+    """NumPy dtype name of the activations of a graph whose linear weights have this precision.
+
+    ONNX Runtime's integer kernels take and give float32, TensorRT's float16.
+    """
+    half = precision == "fp16" or (precision != "fp32" and dialect != "onnxruntime")
+    return "float16" if half else "float32"
+
+
 def vision_outputs(
-    spec: VisionSpec, language: LanguageSpec, precision: VisionPrecision
+    spec: VisionSpec,
+    language: LanguageSpec,
+    precision: VisionPrecision,
+    dialect: DialectName = "onnxruntime",
 ) -> list[Tensor]:
     shape = ("tiles", spec.tokens_per_tile, language.hidden_size)
-    return [Tensor(IMAGE_EMBEDDINGS, COMPUTE_DTYPE[precision], shape)]
+    return [Tensor(IMAGE_EMBEDDINGS, compute_dtype(precision, dialect), shape)]
 
 
-def default_cache(language: LanguagePrecision) -> CachePrecision:
+def default_cache(
+    language: LanguagePrecision, dialect: DialectName = "onnxruntime"
+) -> CachePrecision:
     """Keys and values as they are computed."""
-    return "fp16" if COMPUTE_DTYPE[language] == "float16" else "fp32"
+    return "fp16" if compute_dtype(language, dialect) == "float16" else "fp32"
 
 
 def language_inputs(
-    spec: LanguageSpec, precision: LanguagePrecision, cache: CachePrecision
+    spec: LanguageSpec,
+    precision: LanguagePrecision,
+    cache: CachePrecision,
+    dialect: DialectName = "onnxruntime",
 ) -> list[Tensor]:
-    """Batch 1. `tokens` rows are appended behind `total_length - tokens` cached positions.
+    """Batch 1. `tokens` rows are appended behind the positions that are cached already.
 
-    The KV cache has a fixed `context` length; past and present must share one buffer, so that a
-    step writes its own rows and copies nothing. The rotary tables are inputs because dynamic NTK
-    scaling makes them depend on the total length.
+    The KV cache has a fixed `context` length. The rotary tables are inputs because dynamic NTK
+    scaling makes them depend on the total length. Where the rows stand is told in the dialect's
+    way: ONNX Runtime's attention takes the total length; TensorRT's graphs take `positions`, and
+    with `key_positions` (0, 1, ... up to any number that is enough) how far the cache is read.
     """
-    dtype = COMPUTE_DTYPE[precision]
+    dtype = compute_dtype(precision, dialect)
     tensors = [
         Tensor(EMBEDDINGS, dtype, ("tokens", spec.hidden_size)),
         Tensor(ROPE_COS, dtype, ("context", spec.head_dim // 2)),
         Tensor(ROPE_SIN, dtype, ("context", spec.head_dim // 2)),
-        Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
-        Tensor(TOTAL_LENGTH, "int32", ()),
+        *_place(dialect),
         Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
     ]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache)
+        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache, "context")
     return tensors
 
 
-def language_outputs(spec: LanguageSpec, cache: CachePrecision) -> list[Tensor]:
+def language_outputs(
+    spec: LanguageSpec, cache: CachePrecision, dialect: DialectName = "onnxruntime"
+) -> list[Tensor]:
+    """Logits and the cache: whole, in the buffer of the past, so that a step writes its own rows
+    and copies nothing; from the tensorrt-portable dialect only the new rows, to be put there.
+    """
+    length = "tokens" if dialect == "tensorrt-portable" else "context"
     tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache)
+        tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache, length)
     return tensors
 
 
@@ -121,7 +146,18 @@ def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
     return (1, spec.num_key_value_heads, capacity, spec.head_dim)
 
 
-def _cache_pair(key: str, value: str, spec: LanguageSpec, cache: CachePrecision) -> list[Tensor]:
+def _place(dialect: DialectName) -> list[Tensor]:
+    if dialect == "onnxruntime":
+        return [
+            Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
+            Tensor(TOTAL_LENGTH, "int32", ()),
+        ]
+    return [Tensor(POSITIONS, "int64", ("tokens",)), Tensor(KEY_POSITIONS, "int64", ("keys",))]
+
+
+def _cache_pair(
+    key: str, value: str, spec: LanguageSpec, cache: CachePrecision, length: str
+) -> list[Tensor]:
     dtype = CACHE_DTYPE[cache]
-    shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
+    shape = (1, spec.num_key_value_heads, length, spec.head_dim)
     return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

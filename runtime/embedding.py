@@ -48,7 +48,7 @@ class EmbeddingTable:
                 f" {expected}; export again"
             )
         scales = _map(bundle, contract.EMBEDDING_SCALES) if manifest.embedding == "int8" else None
-        return cls(table, scales, contract.COMPUTE_DTYPE[manifest.language])
+        return cls(table, scales, contract.compute_dtype(manifest.language, manifest.dialect))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.floating]:
         """A fresh array `(len(ids), hidden)`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,13 @@ class Cache(Protocol):
 
     state: CacheState
 
+    @property
+    def nbytes(self) -> int:
+        """Memory its filled positions take."""
+
+    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
+        """Take positions `start..stop` of another cache of the same backend; `state` stays."""
+
 
 class Backend(Protocol):
     """Runs the two graphs of a bundle."""
@@ -23,8 +30,11 @@ class Backend(Protocol):
     def description(self) -> str:
         """One line for people: library, version, provider, threads."""
 
-    def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
-        """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`."""
+    def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
+        """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.
+
+        Tiles are a NumPy array, or what the tiler that came with the backend makes.
+        """
 
     def new_cache(self, capacity: int) -> Cache:
         """Allocate keys and values for `capacity` positions, once."""

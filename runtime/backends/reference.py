@@ -1,0 +1,149 @@
+"""Graphs written for TensorRT on ONNX Runtime's CPU kernels: what an engine should compute.
+
+The operators are standard ones, so the very same files run here, slowly: the oracle that engines
+and the other dialect are compared with. It is too kind to float16: ONNX Runtime has few such
+kernels on the CPU, multiplies in float32 and drops pairs of casts that meet, so that a value beyond
+65,504 may pass. Layers that need float32 are found by calibration, not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime import contract
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends.sessions import Provider, open_graphs
+from internvl_edge.runtime.bundle import Bundle
+from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.rope import RopeTable
+
+#: The cache is read in multiples of this, as an engine's captured graphs do.
+KEY_BUCKET = 256
+
+
+@dataclass
+class ReferenceCache:
+    """Keys and values by input name, written in place."""
+
+    state: CacheState
+    rope: RopeTable
+    pasts: dict[str, Any]  # onnxruntime.OrtValue (1, kv_heads, capacity, head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory its filled positions take."""
+        arrays = [past.numpy() for past in self.pasts.values()]
+        return sum(array.nbytes // self.state.capacity * self.state.length for array in arrays)
+
+    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
+        """Take positions `start..stop` of another cache; `state` stays."""
+        assert isinstance(source, ReferenceCache)
+        for name, past in self.pasts.items():
+            past.numpy()[:, :, start:stop] = source.pasts[name].numpy()[:, :, start:stop]
+
+
+class ReferenceBackend:
+    """Runs a bundle of the tensorrt or tensorrt-portable dialect on the CPU.
+
+    Args:
+        bundle: a verified bundle.
+        threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core).
+
+    Raises:
+        BundleError: a graph does not load (an onnxruntime before 1.24 lacks the newest
+            operators), or its inputs are not the contract's.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        manifest = bundle.manifest
+        self._spec = bundle.spec.language
+        self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
+        self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
+        self._in_place = manifest.dialect == "tensorrt"
+        self._ort_value = ort.OrtValue
+        self._vision, self._language = open_graphs(bundle, Provider(fuses=False), threads)
+        self._description = (
+            f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
+            f" graphs of the {manifest.dialect} dialect"
+        )
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
+        outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})
+        return np.asarray(outputs[0])
+
+    def new_cache(self, capacity: int) -> ReferenceCache:
+        """Allocate `2 * layers` buffers; pages are committed when first written."""
+        shape = contract.cache_shape(self._spec, capacity)
+        try:
+            arrays = {past: np.zeros(shape, self._cache_dtype) for past, _ in self._names()}
+        except MemoryError as error:
+            raise LimitError(
+                f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
+            ) from error
+        pasts = {name: self._ort_value.ortvalue_from_numpy(a) for name, a in arrays.items()}
+        rope = RopeTable(self._spec, capacity, self._dtype)
+        return ReferenceCache(CacheState(capacity), rope, pasts)
+
+    def forward(
+        self,
+        cache: Cache,
+        embeddings: NDArray[np.floating],
+        base: float,
+        logit_rows: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """One pass over new rows; see `Backend.forward`."""
+        assert isinstance(cache, ReferenceCache)
+        start = cache.state.length
+        total = start + len(embeddings)
+        cache.rope.prepare(start, total, base)
+        keys = min(-(-total // KEY_BUCKET) * KEY_BUCKET, cache.state.capacity)
+        binding = self._language.io_binding()
+        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
+        binding.bind_cpu_input(contract.ROPE_COS, cache.rope.cos)
+        binding.bind_cpu_input(contract.ROPE_SIN, cache.rope.sin)
+        binding.bind_cpu_input(contract.POSITIONS, np.arange(start, total))
+        binding.bind_cpu_input(contract.KEY_POSITIONS, np.arange(keys))
+        binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
+        logits = np.empty((len(logit_rows), self._spec.vocab_size), np.float32)
+        binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
+        for past, present in self._names():
+            buffer = cache.pasts[past]
+            binding.bind_ortvalue_input(past, buffer)
+            if self._in_place:
+                binding.bind_ortvalue_output(present, buffer)
+            else:
+                binding.bind_output(present)
+        self._language.run_with_iobinding(binding)
+        if not self._in_place:
+            self._append(cache, binding.get_outputs()[1:], start)
+        return logits
+
+    def _append(self, cache: ReferenceCache, rows: list[Any], start: int) -> None:
+        """Put new rows `(1, kv_heads, tokens, head_dim)` behind the cached ones."""
+        for (past, _), value in zip(self._names(), rows, strict=True):
+            new = value.numpy()
+            # A view: ortvalue_from_numpy and numpy() share the buffer on the CPU.
+            cache.pasts[past].numpy()[:, :, start : start + new.shape[2]] = new
+
+    def _names(self) -> list[tuple[str, str]]:
+        """Names of past and present, in the order they are bound."""
+        return [
+            pair
+            for layer in range(self._spec.num_hidden_layers)
+            for pair in (
+                (contract.past_key(layer), contract.present_key(layer)),
+                (contract.past_value(layer), contract.present_value(layer)),
+            )
+        ]
