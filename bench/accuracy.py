@@ -4,13 +4,14 @@
 
 Every precision is exported from the same checkpoint, calibrated with pictures of training seeds,
 and asked two questions about each held-out picture in one conversation. Beside each quantised
-one stands plain round to nearest, so that what calibration buys is seen.
+one stands plain round to nearest, so that what calibration buys is seen. Every row is compared
+with fp32, question by question. The files written for TensorRT are run by ONNX Runtime's CPU
+kernels: what an engine should answer.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +20,13 @@ from typing import Any
 
 from PIL import Image
 
+from internvl_edge.bench.intervals import Comparison, Estimate
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import read_manifest
+from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.demo import example_room
 from internvl_edge.runtime.errors import LimitError
 
@@ -43,14 +46,19 @@ class Case:
     language: Any = "fp32"
     kv: Any = None
     block: int = BLOCK
+    dialect: DialectName = "onnxruntime"
 
     @property
-    def quantised(self) -> bool:
-        return self.vision == "int8" or self.language in ("int8", "int4")
+    def has_naive(self) -> bool:
+        """Whether rounding to nearest is measured too: once for each quantised precision."""
+        integers = self.vision == "int8" or self.language in ("int8", "int4")
+        return integers and self.dialect == "onnxruntime"
 
 
+#: The row that the others are compared with; it stands first.
+FLOAT = "fp32"
 CASES = (
-    Case("fp32"),
+    Case(FLOAT),
     Case("fp32 + kv8", kv="int8"),
     Case("fp16", "fp16", "fp16"),
     Case("fp16 + kv8", "fp16", "fp16", "int8"),
@@ -59,37 +67,30 @@ CASES = (
     Case("int8 + int4", "int8", "int4"),
     Case("int8 + int4 + kv8", "int8", "int4", "int8"),
     Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
+    Case("fp16, tensorrt", "fp16", "fp16", dialect="tensorrt"),
+    Case("int8 + int4, tensorrt", "int8", "int4", None, 128, "tensorrt"),
+    Case("int8 + int4 + kv8, portable", "int8", "int4", "int8", 128, "tensorrt-portable"),
 )
 
 
 @dataclass(frozen=True)
-class Score:
-    """Answers that equal what is written, to the letter."""
-
-    right: int
-    total: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% confidence interval in percent (Wilson 1927)."""
-        z, p, n = 1.96, self.right / self.total, self.total
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return 100 * (centre - half), 100 * (centre + half)
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table.
+
+    Attributes:
+        megabytes: the bundle's size.
+        score: share of answers that equal what is written, to the letter.
+        right: number of these.
+        against_float: change from the table's fp32 row; None where that is this row or absent.
+        naive: the score of rounding to nearest, where the row is quantised.
+    """
 
     name: str
     megabytes: float
-    score: Score
-    naive: Score | None
+    score: Estimate
+    right: int
+    against_float: Comparison | None
+    naive: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,20 @@ def held_out(count: int) -> Iterator[Question]:
         yield Question(image, turns[:TURNS])
 
 
-def evaluate(model: InternVL, questions: Sequence[Question]) -> Score:
-    """Ask every question greedily; later turns see the model's own earlier answers."""
-    right = total = 0
+def evaluate(model: InternVL, questions: Sequence[Question]) -> list[float]:
+    """Ask every question greedily; later turns see the model's own earlier answers.
+
+    Returns:
+        1.0 for each answer that is right to the letter, else 0.0, in the order of the questions.
+    """
+    scores = []
     for question in questions:
         chat = model.chat()
         for turn, (prompt, answer) in enumerate(question.turns):
             images = [question.image] if turn == 0 else []
             reply = chat.send(prompt, images, max_new_tokens=LONGEST_ANSWER)
-            right += reply.text == answer
-            total += 1
-    return Score(right, total)
+            scores.append(float(reply.text == answer))
+    return scores
 
 
 def run_accuracy(
@@ -132,13 +136,28 @@ def run_accuracy(
     checkpoint = example_room() / "checkpoint"
     questions = list(held_out(images))
     rows = []
-    print(f"{'vision + language':30} {'MB':>6} {'exact':>8} {'95% interval':>16} {'naive':>8}")
+    exact: list[float] | None = None
+    print(
+        f"{'vision + language':30} {'MB':>6} {'exact':>8} {'95% interval':>16} {'naive':>8}"
+        f" {'lost':>5} {'gained':>6} {'McNemar p':>9}"
+    )
     with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
         calibration = _calibration(Path(folder) / "calibration")
         for case in CASES:
             if only and case.name not in only:
                 continue
-            row = _measure(case, checkpoint, Path(folder), calibration, questions, threads)
+            size, scores, naive = _measure(
+                case, checkpoint, Path(folder), calibration, questions, threads
+            )
+            row = Row(
+                case.name,
+                size / 1e6,
+                Estimate.of(scores),
+                round(sum(scores)),
+                None if exact is None else Comparison.of(exact, scores),
+                None if naive is None else Estimate.of(naive),
+            )
+            exact = scores if case.name == FLOAT else exact
             print(_line(row), flush=True)
             rows.append(row)
     if output is not None:
@@ -154,16 +173,18 @@ def _measure(
     calibration: Path,
     questions: Sequence[Question],
     threads: int | None,
-) -> Row:
+) -> tuple[int, list[float], list[float] | None]:
+    """Bytes of the bundle, and the scores with calibration and without (where quantised)."""
     scores = []
     size = 0
-    for naive in (False, True) if case.quantised else (False,):
+    for naive in (False, True) if case.has_naive else (False,):
         bundle = export_bundle(
             checkpoint,
             folder / "bundle",
             vision=case.vision,
             language=case.language,
             kv=case.kv,
+            dialect=case.dialect,
             options=QuantOptions(block=case.block, naive=naive),
             calibration=calibration,
             overwrite=True,
@@ -172,7 +193,7 @@ def _measure(
             size = sum(entry.bytes for entry in read_manifest(bundle).files.values())
         model = InternVL.load(bundle, device="cpu", threads=threads, verify="size")
         scores.append(evaluate(model, questions))
-    return Row(case.name, size / 1e6, scores[0], scores[1] if case.quantised else None)
+    return size, scores[0], scores[1] if case.has_naive else None
 
 
 def _calibration(folder: Path) -> Path:
@@ -189,7 +210,12 @@ def _calibration(folder: Path) -> Path:
 
 
 def _line(row: Row) -> str:
-    low, high = row.score.interval
-    naive = "" if row.naive is None else f"{row.naive.percent:.2f}"
-    interval = f"{low:.2f} to {high:.2f}"
-    return f"{row.name:30} {row.megabytes:6.2f} {row.score.percent:8.2f} {interval:>16} {naive:>8}"
+    interval = f"{100 * row.score.low:.2f} to {100 * row.score.high:.2f}"
+    naive = "" if row.naive is None else f"{100 * row.naive.mean:.2f}"
+    line = (
+        f"{row.name:30} {row.megabytes:6.2f} {100 * row.score.mean:8.2f} {interval:>16} {naive:>8}"
+    )
+    change = row.against_float
+    if change is None:
+        return line
+    return f"{line} {change.lost:5} {change.gained:6} {change.p_value:9.3g}"
