@@ -38,6 +38,16 @@ class WeightSource(Protocol):
         """The tensor in order, as runs of rows of its first axis."""
 
 
+class ModelSource(WeightSource, Protocol):
+    """A whole model to export: weights, and where its tokenizer is."""
+
+    directory: Path
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells it from another: an interrupted calibration goes on with the same only."""
+
+
 class Checkpoint:
     """A checkpoint directory in the InternVL-Chat-V1-5 layout, checked against its own config.
 
@@ -59,9 +69,10 @@ class Checkpoint:
         check_shapes(self._shapes, expected)
 
     @property
-    def files(self) -> list[Path]:
-        """The weight files."""
-        return sorted(set(self._files.values()))
+    def identity(self) -> list[str]:
+        """Names and sizes of the weight files."""
+        files = sorted(set(self._files.values()))
+        return [f"{path.name} {path.stat().st_size}" for path in files]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from internvl_edge.runtime.engine import EncodedImage
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.preprocess import ImageLike
 from internvl_edge.runtime.prompt import place_images
 from internvl_edge.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    from internvl_edge.runtime.model import InternVL, TiledImage
+    from internvl_edge.runtime.images import TiledImage
+    from internvl_edge.runtime.model import InternVL
 
 
 class Chat:
@@ -32,7 +32,6 @@ class Chat:
         self._max_tiles = max_tiles
         self._cache = model.engine.backend.new_cache(model.max_context)
         self._images: list[TiledImage] = []
-        self._encoded: dict[bytes, EncodedImage] = {}
         self._active: TokenStream | None = None
         self.history: list[tuple[str, str]] = []
 
@@ -82,21 +81,17 @@ class Chat:
             [*self.history, (question, None)], shown, self._system_message
         )
 
-        def encode(image: TiledImage, check: Callable[[], None]) -> EncodedImage:
-            if image.key not in self._encoded:
-                self._encoded[image.key] = model.encode_tiled(image, timings, check)
-            return self._encoded[image.key]
-
         def finish(reply: Reply) -> None:
             self.history.append((question, reply.text))
             self._images = shown
             self._active = None
+            for image in shown:
+                image.release()
 
         self._active = model.start(
             ids,
             shown,
             self._cache,
-            encode=encode,
             finish=finish,
             timings=timings,
             started=started,

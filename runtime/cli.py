@@ -1,4 +1,4 @@
-"""Command line: `internvl-edge demo | inspect | export | chat | bench`.
+"""Command line: `internvl-edge demo | inspect | export | prepare | chat | bench`.
 
 Every error a user can cause ends in one line on stderr and exit status 2; Ctrl-C in 130.
 """
@@ -10,22 +10,21 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias, get_args
+from typing import NoReturn, get_args
 
+from internvl_edge.runtime.cli_bench import add_bench
+from internvl_edge.runtime.cli_common import Commands, add_device, export_installed
 from internvl_edge.runtime.contract import (
     MANIFEST,
     QUANTISATION_REPORT,
     CachePrecision,
+    DialectName,
     LanguagePrecision,
     VisionPrecision,
 )
-from internvl_edge.runtime.errors import DeviceError, ExportError, InternVLEdgeError, LimitError
-
-#: What `ArgumentParser.add_subparsers` returns.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from internvl_edge.runtime.errors import InternVLEdgeError, LimitError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -55,18 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
 
 
-@contextmanager
-def _export_installed() -> Iterator[None]:
-    """Turn a missing package of the export extra into an error that names the remedy."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"reading a checkpoint needs the package {error.name}:"
-            " pip install 'internvl-edge[export]'"
-        ) from error
-
-
 def _drop_output() -> None:
     """Send what is left in the buffer nowhere: flushing it at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,7 +77,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _export_quietly(checkpoint: Path, bundle: Path) -> Path:
-    with _export_installed():
+    with export_installed():
         from internvl_edge.export.bundle import export_bundle
     return export_bundle(checkpoint, bundle)
 
@@ -99,18 +86,37 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from internvl_edge.runtime.inspection import inspect_bundle, render
 
     path = Path(arguments.path)
+    if arguments.check:
+        return _check(arguments, path)
+    if arguments.reference is not None or arguments.all_gpus:
+        raise LimitError("--reference and --all-gpus go with inspect --check; add --check")
     if (path / MANIFEST).exists():
         report = inspect_bundle(path)
     else:
-        with _export_installed():
+        with export_installed():
             from internvl_edge.export.inspection import inspect_checkpoint
         report = inspect_checkpoint(path)
     print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
     return 0
 
 
+def _check(arguments: argparse.Namespace, path: Path) -> int:
+    """Exit status 1: the bundle was checked and does not pass."""
+    with export_installed():
+        from internvl_edge.export.gate import check_bundle, render_gate
+        from internvl_edge.export.trt import CAPABILITIES
+
+    report = check_bundle(
+        path,
+        reference=arguments.reference,
+        capabilities=CAPABILITIES if arguments.all_gpus else CAPABILITIES[:1],
+    )
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else render_gate(report))
+    return 1 if report.failures else 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    with _export_installed():
+    with export_installed():
         from internvl_edge.export.bundle import export_bundle
         from internvl_edge.export.decisions import QuantOptions
         from internvl_edge.export.progress import progress_bar
@@ -125,6 +131,7 @@ def _export(arguments: argparse.Namespace) -> int:
             vision=arguments.vision,
             language=arguments.language,
             kv=arguments.kv,
+            dialect=arguments.dialect,
             options=QuantOptions(
                 block=arguments.block,
                 symmetric=not arguments.asymmetric,
@@ -133,6 +140,8 @@ def _export(arguments: argparse.Namespace) -> int:
                 keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdigit()),
             ),
             calibration=arguments.calibration,
+            calibration_device=arguments.calibration_device,
+            sensitivity=arguments.sensitivity,
             budget=arguments.budget,
             overwrite=arguments.overwrite,
             progress=progress,
@@ -144,58 +153,34 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace) -> int:
+    with export_installed():
+        from internvl_edge.export.prepare import prepare_bundle
+        from internvl_edge.export.progress import progress_bar
+    with progress_bar("prepare") as progress:
+        path = prepare_bundle(arguments.bundle, overwrite=arguments.overwrite, progress=progress)
+    print(f"prepared {path}")
+    return 0
+
+
 def _chat(arguments: argparse.Namespace) -> int:
     from internvl_edge.runtime.terminal import run_chat
 
     return run_chat(arguments)
 
 
-def _bench_kernels(arguments: argparse.Namespace) -> int:
-    if arguments.threads is not None and arguments.threads < 1:
-        raise LimitError(f"--threads is {arguments.threads}, it must be at least 1")
-    if arguments.device == "cuda":
-        from internvl_edge.bench.kernels_cuda import run_cuda_kernels
-        from internvl_edge.kernels.build import BuildError
-        from internvl_edge.kernels.device import CudaError
-
-        try:
-            return run_cuda_kernels(as_json=arguments.json)
-        except (CudaError, BuildError) as error:
-            raise DeviceError(str(error)) from error
-    from internvl_edge.bench.kernels import run_kernels
-
-    return run_kernels(threads=arguments.threads, as_json=arguments.json)
-
-
-def _bench_precision(arguments: argparse.Namespace) -> int:
-    with _export_installed():
-        from internvl_edge.bench.precision import run_precision
-
-    if arguments.threads is not None and arguments.threads < 1:
-        raise LimitError(f"--threads is {arguments.threads}, it must be at least 1")
-    return run_precision(threads=arguments.threads, as_json=arguments.json)
-
-
-def _bench_accuracy(arguments: argparse.Namespace) -> int:
-    with _export_installed():
-        from internvl_edge.bench.accuracy import run_accuracy
-
-    return run_accuracy(
-        images=arguments.images,
-        only=arguments.only,
-        threads=arguments.threads,
-        output=arguments.json,
-    )
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, letting IMAGES of `chat` stand behind options as well (argparse before 3.12 fails)."""
+    """Parse, letting a list such as IMAGES stand behind options (argparse before 3.12 fails).
+
+    A command says with the default `trailing` which of its lists that is.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "images")):
+    trailing = getattr(arguments, "trailing", None)
+    if rest and (trailing is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.images += rest
+    if trailing is not None:
+        getattr(arguments, trailing).extend(rest)
     return arguments
 
 
@@ -207,17 +192,34 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="run the bundled tiny model on a real picture")
     demo.add_argument("--repeat", type=int, default=1, help="runs to take the median of")
-    _add_device(demo)
+    add_device(demo)
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint or bundle is, and its sizes")
     inspect.add_argument("path", metavar="CHECKPOINT|BUNDLE")
     inspect.add_argument("--json", action="store_true")
+    inspect.add_argument(
+        "--check",
+        action="store_true",
+        help="of a bundle for TensorRT: run it on the CPU, build its engines without a GPU",
+    )
+    inspect.add_argument(
+        "--reference", type=Path, metavar="BUNDLE", help="the same, exported --for onnxruntime"
+    )
+    inspect.add_argument("--all-gpus", action="store_true", help="build for every GPU generation")
     inspect.set_defaults(run=_inspect)
 
     _add_export(commands)
+
+    prepare = commands.add_parser(
+        "prepare", help="store a bundle's weights as this CPU's kernels want them: mapped at load"
+    )
+    prepare.add_argument("bundle", metavar="BUNDLE")
+    prepare.add_argument("--overwrite", action="store_true", help="write it again")
+    prepare.set_defaults(run=_prepare)
+
     _add_chat(commands)
-    _add_bench(commands)
+    add_bench(commands)
     return parser
 
 
@@ -227,6 +229,13 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("-o", "--output", required=True, metavar="BUNDLE")
     export.add_argument("--vision", choices=get_args(VisionPrecision), default="fp32")
     export.add_argument("--language", choices=get_args(LanguagePrecision), default="fp32")
+    export.add_argument(
+        "--for",
+        dest="dialect",
+        choices=get_args(DialectName),
+        default="onnxruntime",
+        help="who runs the graphs; tensorrt is 10.15 or later, tensorrt-portable 10.3 (JetPack 6)",
+    )
     export.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
     export.add_argument("--block", type=int, choices=(32, 64, 128), default=128)
     export.add_argument("--asymmetric", action="store_true", help="store a zero point per block")
@@ -241,6 +250,18 @@ def _add_export(commands: Commands) -> None:
     )
     export.add_argument(
         "--calibration", metavar="DIR", help="folder or .jsonl of pictures (default: generated)"
+    )
+    export.add_argument(
+        "--calibration-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the float model runs for it",
+    )
+    export.add_argument(
+        "--sensitivity",
+        action=argparse.BooleanOptionalAction,
+        help="measure each layer's share in the logits' KL divergence, one layer at a time"
+        " (default: where that takes minutes at most)",
     )
     export.add_argument(
         "--budget",
@@ -267,30 +288,11 @@ def _add_chat(commands: Commands) -> None:
     chat.add_argument("--system", help="system message instead of the checkpoint's")
     chat.add_argument("--verify", choices=("hash", "size"), default="hash")
     chat.add_argument("--json", action="store_true", help="print replies as JSON lines")
-    _add_device(chat)
-    chat.set_defaults(run=_chat)
-
-
-def _add_bench(commands: Commands) -> None:
-    bench = commands.add_parser("bench", help="measure beside a reference, correctness first")
-    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
-    kernels = subjects.add_parser("kernels", help="tiling and pixel shuffle against Pillow, NumPy")
-    kernels.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    kernels.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
-    kernels.add_argument("--json", action="store_true")
-    kernels.set_defaults(run=_bench_kernels)
-    precision = subjects.add_parser("precision", help="integers against float, at true width")
-    precision.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
-    precision.add_argument("--json", action="store_true")
-    precision.set_defaults(run=_bench_precision)
-    accuracy = subjects.add_parser("accuracy", help="exact match of tiny_ocr at every precision")
-    accuracy.add_argument("--images", type=int, default=2000, help="held-out pictures")
-    accuracy.add_argument("--only", action="append", default=[], help="one row of the table")
-    accuracy.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
-    accuracy.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
-    accuracy.set_defaults(run=_bench_accuracy)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    chat.add_argument(
+        "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"
+    )
+    chat.add_argument(
+        "--image-folder", metavar="DIR", help="keep encoded images there for the next time"
+    )
+    add_device(chat)
+    chat.set_defaults(run=_chat, trailing="images")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.runtime.contract import MANIFEST
+from internvl_edge.runtime.devices import Device
 from internvl_edge.runtime.errors import BundleError, CheckpointError, LimitError
 from internvl_edge.runtime.generation import Reply
-from internvl_edge.runtime.model import Device, InternVL
+from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.preprocess import load_image
 from internvl_edge.runtime.terminal import summary
 
@@ -44,7 +45,8 @@ def run_demo(*, export: Export, device: Device, threads: int | None, repeat: int
     picture, turns = _questions(room)
     bundle = _bundle(checkpoint, export)
     started = time.perf_counter()
-    model = InternVL.load(bundle, device=device, threads=threads)
+    # Nothing is kept between conversations: every repetition does the whole work.
+    model = InternVL.load(bundle, device=device, threads=threads, reuse_bytes=0)
     _say("load", f"{time.perf_counter() - started:.2f} s; {model.engine.backend.description}")
     image = load_image(picture)
     tiles = model.tile(picture)

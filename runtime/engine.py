@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from internvl_edge.runtime.backends import Backend, Cache
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import LimitError, PromptError
+from internvl_edge.runtime.reuse import PrefixStore
 from internvl_edge.runtime.rope import rope_base
 from internvl_edge.runtime.specs import ModelSpec
 
@@ -26,17 +28,29 @@ class Cancelled(Exception):
     """Raised inside a phase when the caller asked to stop; never leaves the runtime."""
 
 
+class PromptImage(Protocol):
+    """An image of a prompt: how many rows it takes, and the rows when they are asked for."""
+
+    @property
+    def signature(self) -> int:
+        """Negative number derived from the image's content; see `CacheState`."""
+
+    @property
+    def rows(self) -> NDArray[np.floating]:
+        """Float `(tiles * tokens_per_tile, hidden)`."""
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image in the language model's width.
-
-    Attributes:
-        rows: float `(tiles * tokens_per_tile, hidden)`.
-        signature: negative number derived from the image's content; see `CacheState`.
-    """
+    """One image in the language model's width; see `PromptImage`."""
 
     rows: NDArray[np.floating]
     signature: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -47,34 +61,60 @@ class TokenSequence:
         ids: int64 `(tokens,)`, image slots holding the context token's id.
         signatures: int64 `(tokens,)`: the ids, with image slots replaced by image signatures.
         slots: int64 `(image rows,)`, positions of the image slots in order.
-        image_rows: float `(image rows, hidden)`.
+        images: whose rows belong into the slots, in order.
     """
 
     ids: NDArray[np.int64]
     signatures: NDArray[np.int64]
     slots: NDArray[np.int64]
-    image_rows: NDArray[np.floating]
+    images: Sequence[PromptImage]
 
     @classmethod
     def build(
-        cls, ids: Sequence[int], context_id: int, images: Sequence[EncodedImage], hidden: int
+        cls, ids: Sequence[int], context_id: int, images: Sequence[PromptImage]
     ) -> TokenSequence:
-        """Join token ids and encoded images.
+        """Join token ids and images.
 
         Raises:
             PromptError: the number of context tokens is not the number of image rows.
         """
         array = np.asarray(ids, np.int64)
         slots = np.flatnonzero(array == context_id)
-        counts = [len(image.rows) for image in images]
+        counts = [len(image) for image in images]
         check_slots(len(slots), sum(counts))
         signatures = array.copy()
         signatures[slots] = np.repeat([image.signature for image in images], counts)
-        rows = [image.rows for image in images] or [np.empty((0, hidden), np.float32)]
-        return cls(array, signatures, slots, np.concatenate(rows))
+        return cls(array, signatures, slots, images)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def image_rows(self, start: int) -> ImageRows:
+        """Rows of the slots from position `start` on. Images that lie before are not asked."""
+        first = int(np.searchsorted(self.slots, start))
+        parts, offset = [], 0
+        for image in self.images:
+            end = offset + len(image)
+            if end > first:
+                parts.append(image.rows[max(0, first - offset) :])
+            offset = end
+        return ImageRows(self.slots[first:], parts)
+
+
+class ImageRows:
+    """The rows that go into some slots `(image rows,)`, in order, from one or many arrays."""
+
+    def __init__(self, slots: NDArray[np.int64], parts: Sequence[NDArray[np.floating]]) -> None:
+        self._slots = slots
+        self._rows = np.concatenate(parts) if parts else None
+
+    def between(
+        self, start: int, stop: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.floating] | None]:
+        """Positions in `start..stop`, counted from `start`, and the rows that belong there."""
+        first, last = np.searchsorted(self._slots, [start, stop])
+        rows = None if self._rows is None else self._rows[first:last]
+        return self._slots[first:last] - start, rows
 
 
 def check_slots(slots: int, rows: int) -> None:
@@ -86,6 +126,19 @@ def check_slots(slots: int, rows: int) -> None:
         )
 
 
+def vision_batch(spec: ModelSpec) -> int:
+    """Tiles of one vision pass."""
+    vision = spec.vision
+    widest = vision.sequence_length * vision.intermediate_size * 4
+    return max(1, VISION_BYTES // max(widest, 1))
+
+
+def prefill_chunk(spec: ModelSpec, total: int) -> int:
+    """Tokens of one prefill pass over a prompt of `total` tokens."""
+    per_token = spec.language.num_attention_heads * max(total, 1) * 4
+    return max(16, min(MAX_CHUNK, SCORE_BYTES // per_token))
+
+
 class Engine:
     """Runs sequences through a backend, chunk by chunk, into a KV cache.
 
@@ -93,20 +146,24 @@ class Engine:
         backend: see `Backend`.
         spec: the model.
         embedding: see `EmbeddingTable`.
+        prefixes: earlier caches to begin from.
     """
 
-    def __init__(self, backend: Backend, spec: ModelSpec, embedding: EmbeddingTable) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        spec: ModelSpec,
+        embedding: EmbeddingTable,
+        prefixes: PrefixStore,
+    ) -> None:
         self.backend = backend
         self._spec = spec
         self._embedding = embedding
+        self._prefixes = prefixes
 
-    def encode_tiles(
-        self, tiles: NDArray[np.uint8], check: Callable[[], None]
-    ) -> NDArray[np.floating]:
+    def encode_tiles(self, tiles: Any, check: Callable[[], None]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)`, in bounded batches."""
-        vision = self._spec.vision
-        widest = vision.sequence_length * vision.intermediate_size * 4
-        batch = max(1, VISION_BYTES // widest)
+        batch = vision_batch(self._spec)
         parts = []
         for start in range(0, len(tiles), batch):
             check()
@@ -116,7 +173,7 @@ class Engine:
     def prefill(
         self, cache: Cache, sequence: TokenSequence, check: Callable[[], None]
     ) -> tuple[NDArray[np.float32], int]:
-        """Bring `cache` to exactly `sequence`, reusing the rows it shares with what is cached.
+        """Bring `cache` to exactly `sequence`, reusing the rows this or another cache holds.
 
         Returns:
             logits of the last position `(vocab,)`, and how many tokens were reused.
@@ -127,13 +184,16 @@ class Engine:
         self._check_length(cache, len(sequence))
         base = rope_base(self._spec.language, len(sequence))
         # The last token is always run: its logits are not in the cache.
-        reused = min(cache.state.common_prefix(sequence.signatures, base), len(sequence) - 1)
-        cache.state.truncate(reused)
+        shared = self._prefixes.fill(cache, sequence.signatures, base)
+        reused = min(shared, len(sequence) - 1)
+        with cache.state.lock:
+            cache.state.truncate(reused)
+        images = sequence.image_rows(reused)
         logits = np.empty(0, np.float32)
         for start, stop in self._chunks(reused, len(sequence)):
             check()
             last = np.array([stop - start - 1])
-            logits = self._forward(cache, sequence, start, stop, base, last)[0]
+            logits = self._forward(cache, sequence, images, start, stop, base, last)[0]
         return logits, reused
 
     def decode(self, cache: Cache, token: int) -> NDArray[np.float32]:
@@ -142,23 +202,32 @@ class Engine:
         base = rope_base(self._spec.language, cache.state.length + 1)
         ids = np.array([token])
         rows = self._embedding.rows(ids)
-        logits = self.backend.forward(cache, rows, base, np.zeros(1, np.int64))
-        cache.state.extend(ids, base)
+        logits = self._append(cache, rows, ids, base, np.zeros(1, np.int64))
         return np.asarray(logits[0])
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
-        """Logits of every position, `(tokens, vocab)`, in a cache of their own."""
+        """Logits of every position, `(tokens, vocab)`."""
+        return np.concatenate(list(self.logit_chunks(sequence)))
+
+    def logit_chunks(
+        self, sequence: TokenSequence, start: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
+        """Logits from position `start` on, `(rows, vocab)` a prefill pass, in a cache of their own.
+
+        A pass before `start` computes one row, which is dropped.
+        """
         cache = self.backend.new_cache(len(sequence))
         base = rope_base(self._spec.language, len(sequence))
-        parts = [
-            self._forward(cache, sequence, start, stop, base, np.arange(stop - start))
-            for start, stop in self._chunks(0, len(sequence))
-        ]
-        return np.concatenate(parts)
+        images = sequence.image_rows(0)
+        for begin, stop in self._chunks(0, len(sequence)):
+            first = min(max(start - begin, 0), stop - begin - 1)
+            rows = np.arange(first, stop - begin)
+            logits = self._forward(cache, sequence, images, begin, stop, base, rows)
+            if stop > start:
+                yield logits
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        per_token = self._spec.language.num_attention_heads * stop * 4
-        size = max(16, min(MAX_CHUNK, SCORE_BYTES // per_token))
+        size = prefill_chunk(self._spec, stop)
         while start < stop:
             yield start, min(start + size, stop)
             start += size
@@ -167,16 +236,30 @@ class Engine:
         self,
         cache: Cache,
         sequence: TokenSequence,
+        images: ImageRows,
         start: int,
         stop: int,
         base: float,
         logit_rows: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         rows = self._embedding.rows(sequence.ids[start:stop])
-        first, last = np.searchsorted(sequence.slots, [start, stop])
-        rows[sequence.slots[first:last] - start] = sequence.image_rows[first:last]
-        logits = self.backend.forward(cache, rows, base, logit_rows)
-        cache.state.extend(sequence.signatures[start:stop], base)
+        slots, values = images.between(start, stop)
+        if len(slots):
+            rows[slots] = values
+        return self._append(cache, rows, sequence.signatures[start:stop], base, logit_rows)
+
+    def _append(
+        self,
+        cache: Cache,
+        rows: NDArray[np.floating],
+        signatures: NDArray[np.int64],
+        base: float,
+        logit_rows: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Run rows behind the cached ones and record them. Others may copy in between, not now."""
+        with cache.state.lock:
+            logits = self.backend.forward(cache, rows, base, logit_rows)
+            cache.state.extend(signatures, base)
         return logits
 
     def _check_length(self, cache: Cache, length: int) -> None:

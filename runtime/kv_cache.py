@@ -5,6 +5,8 @@ The arrays themselves belong to the backend; they are allocated once and written
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,10 @@ class CacheState:
     Each filled position has a signature: the token id, or for an image row a negative number
     derived from the image's content. Two sequences share cached rows exactly as far as their
     signatures agree.
+
+    Attributes:
+        length: filled positions.
+        lock: held by whoever writes rows or copies them.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -22,6 +28,7 @@ class CacheState:
         self._signatures = np.empty(capacity, np.int64)
         self._base: float | None = None
         self.length = 0
+        self.lock = threading.RLock()
 
     def common_prefix(self, signatures: NDArray[np.int64], base: float) -> int:
         """Leading positions of `signatures (tokens,)` that are cached under rotary `base`."""
@@ -30,6 +37,12 @@ class CacheState:
         shared = min(self.length, len(signatures))
         differs = np.flatnonzero(self._signatures[:shared] != signatures[:shared])
         return int(differs[0]) if len(differs) else shared
+
+    def covers(self, other: CacheState) -> bool:
+        """Whether everything another cache holds is held here."""
+        if other.length > self.length or other._base is None:
+            return False
+        return self.common_prefix(other._signatures[: other.length], other._base) == other.length
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; their memory is overwritten later."""

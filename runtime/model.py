@@ -2,68 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.kernels.ops import cpu_kernels
+from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Backend, Cache
 from internvl_edge.runtime.bundle import Bundle, Verify, open_bundle
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.devices import Device, open_device
 from internvl_edge.runtime.embedding import EmbeddingTable
-from internvl_edge.runtime.engine import EncodedImage, Engine, TokenSequence, check_slots
-from internvl_edge.runtime.errors import BundleError, DeviceError, LimitError, PromptError
+from internvl_edge.runtime.engine import Engine, TokenSequence
+from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
-from internvl_edge.runtime.preprocess import ImageLike, content_hash, load_image, tile_image
-from internvl_edge.runtime.prompt import IMAGE_CONTEXT, expand_images, get_template, place_images
+from internvl_edge.runtime.images import LazyImage, TiledImage
+from internvl_edge.runtime.inputs import Inputs
+from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
+from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
 from internvl_edge.runtime.sampling import Sampler, Sampling
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
 
-Device = Literal["auto", "cpu", "cuda"]
-
-#: On a CUDA device the cache is committed when it is allocated, so a chat gets this many
-#: positions unless told otherwise: room for 41 tiles and some turns. On the CPU pages are
-#: committed as they fill, and a chat gets the model's whole context.
-CUDA_CONTEXT = 16384
-
-#: The dialect of the bundles that can be loaded.
-ONNXRUNTIME = "onnxruntime"
-
-#: Most tiles of one image; more would not fit the context of any model of the family.
-MAX_TILES = 1024
+#: Memory for what later prompts may share with earlier ones, unless told otherwise.
+REUSE_BYTES = 1 << 30
 
 GREEDY = Sampling()
 
 
-class TiledImage:
-    """An image cut into tiles, with the identity its rows have in the KV cache."""
-
-    def __init__(self, tiles: NDArray[np.uint8], content: bytes) -> None:
-        self.tiles = tiles  # uint8 (tiles, S, S, 3)
-        self.key = content + len(tiles).to_bytes(2, "little")
-        # Token ids are not negative, so a negative number can never be one.
-        self.signature = -1 - int.from_bytes(content[:7], "little")
-
-
 class InternVL:
-    """A loaded model. Create with `InternVL.load`; safe to use from one thread at a time."""
+    """A loaded model. Create with `InternVL.load`.
+
+    Several threads may use one model; a `Chat` or a `TokenStream` belongs to one at a time.
+    """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer, max_context: int
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        max_context: int,
+        tiler: Tiler = tile_on_host,
+        *,
+        reuse_bytes: int = REUSE_BYTES,
+        image_folder: Path | None = None,
+        memory: MemoryGuard | None = None,
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
+        self._memory = memory
         self.max_context = max_context
-        self.template = get_template(self.spec.prompt.template)
-        self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle))
-        self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
-        self.stop_id = tokenizer.token_id(self.template.stop)
+        self.inputs = Inputs(self.spec, tokenizer, tiler, max_context)
+        self.context_id, self.stop_id = self.inputs.context_id, self.inputs.stop_id
+        shelf = Shelf(reuse_bytes)
+        self._prefixes = PrefixStore(shelf)
+        self._images = ImageStore(shelf, _image_folder(image_folder, bundle))
+        embedding = EmbeddingTable.load(bundle)
+        self.engine = Engine(backend, self.spec, embedding, self._prefixes)
 
     @classmethod
     def load(
@@ -74,6 +77,10 @@ class InternVL:
         threads: int | None = None,
         max_context: int | None = None,
         verify: Verify = "hash",
+        stream: Any = None,
+        reuse_bytes: int = REUSE_BYTES,
+        image_folder: str | os.PathLike[str] | None = None,
+        low_memory: bool = False,
     ) -> InternVL:
         """Load a bundle.
 
@@ -83,26 +90,37 @@ class InternVL:
             threads: CPU threads; None is one per core.
             max_context: most tokens (image rows included) a prompt and its answer may take.
             verify: "hash" checks the sha256 of every file, "size" only their sizes.
+            stream: CUDA stream of the caller's to work on: an integer handle or an object of
+                torch, CuPy, PyCUDA or cuda.core. It must live as long as the model.
+            reuse_bytes: memory for what later prompts may share with earlier ones: rows of images,
+                KV caches of finished answers; 0 keeps nothing.
+            image_folder: where rows of images are kept beyond the process.
+            low_memory: on the CPU, hold one of the two graphs at a time.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
             DeviceError: the device is not available.
-            LimitError: `max_context` is beyond what the model can do.
+            LimitError: `max_context` is beyond what the model can do, or the bundle does not fit
+                into memory.
         """
         bundle = open_bundle(Path(path), verify=verify)
-        cpu_kernels()  # compiled once per machine: here rather than in the first answer
-        if bundle.manifest.dialect != ONNXRUNTIME:
-            raise BundleError(
-                f"{bundle.path} was written for {bundle.manifest.dialect!r}, this runtime reads"
-                f" {ONNXRUNTIME!r} only; export the checkpoint again"
-            )
-        backend, used = _open_backend(bundle, device, threads)
+        opened = open_device(bundle, device, threads, stream, low_memory=low_memory)
         limit = bundle.spec.language.max_context
         if max_context is None:
-            max_context = min(limit, CUDA_CONTEXT) if used == "cuda" else limit
+            max_context = min(limit, opened.context or limit)
         if not 1 <= max_context <= limit:
             raise LimitError(f"max_context {max_context} is outside 1..{limit} of this model")
-        return cls(bundle, backend, Tokenizer.load(bundle.path), max_context)
+        tokenizer = Tokenizer.load(bundle.path)
+        return cls(
+            bundle,
+            opened.backend,
+            tokenizer,
+            max_context,
+            opened.tile,
+            reuse_bytes=reuse_bytes,
+            image_folder=None if image_folder is None else Path(image_folder),
+            memory=opened.memory,
+        )
 
     def generate(
         self,
@@ -142,7 +160,8 @@ class InternVL:
         Args:
             prompt: the user's text, with one `<image>` per image or none (they then come first);
                 or token ids taken as they are: templated and with image slots expanded.
-            images: path, encoded bytes, `PIL.Image` or uint8 `(H, W, 3)` each.
+            images: path, encoded bytes, `PIL.Image` or uint8 `(H, W, 3)` each; on CUDA also arrays
+                in device memory (`__cuda_array_interface__`).
             max_new_tokens: the answer ends there with finish_reason "length".
             max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
             sampling: greedy unless told otherwise.
@@ -160,12 +179,11 @@ class InternVL:
             question = place_images(prompt, len(tiled), earlier_images=0)
             ids = self.encode_conversation([(question, None)], tiled, system_message)
         else:
-            ids = [int(token) for token in prompt]
+            ids = list(prompt)
         return self.start(
             ids,
             tiled,
             None,
-            encode=lambda image, check: self.encode_tiled(image, timings, check),
             finish=lambda reply: None,
             timings=timings,
             started=started,
@@ -185,14 +203,14 @@ class InternVL:
             image: path, encoded bytes, `PIL.Image` or uint8 `(H, W, 3)`.
             max_tiles: most tiles without the thumbnail; None is the checkpoint's own.
         """
-        return self.tile_with_identity(image, max_tiles).tiles
+        return tiles_on_host(self.tile_with_identity(image, max_tiles).pixels())
 
     def encode_images(
         self, images: Sequence[ImageLike], max_tiles: int | None = None
     ) -> NDArray[np.float32]:
         """Embeddings of images, float32 `(tiles * tokens_per_tile of all images, hidden)`."""
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
-        rows = [self.encode_tiled(image, Timings(), _no_check).rows for image in tiled]
+        rows = [self.rows_of(image, Timings(), _no_check) for image in tiled]
         hidden = self.spec.language.hidden_size
         return np.concatenate([np.empty((0, hidden)), *rows]).astype(np.float32)
 
@@ -209,21 +227,32 @@ class InternVL:
             images: in the order of their slots.
             max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
         """
-        ids = self._check_ids(list(token_ids))
+        return np.concatenate(list(self.logit_chunks(token_ids, images, max_tiles)))
+
+    def logit_chunks(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[ImageLike] = (),
+        max_tiles: int | None = None,
+        *,
+        start: int = 0,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Like `logits`, from position `start` on and piece by piece: float32 `(rows, vocab)`.
+
+        The pieces are those of prefill: of the model of 92,553 tokens at most 190 MB each.
+        """
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
-        self._check_slots(ids, tiled)
-        encoded = [self.encode_tiled(image, Timings(), _no_check) for image in tiled]
-        return self.engine.logits(self._sequence(ids, encoded))
+        ids = self.inputs.checked(token_ids, tiled)
+        return self.engine.logit_chunks(self._sequence(ids, tiled, Timings(), _no_check), start)
 
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
         """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
-        ids = self._check_ids([int(token) for token in token_ids])
-        tiled = [TiledImage(tiles, bytes(32))] if len(tiles) else []
-        self._check_slots(ids, tiled)
-        encoded = [self.encode_tiled(image, Timings(), _no_check) for image in tiled]
-        return self.engine.logits(self._sequence(ids, encoded))
+        name = hashlib.sha256(np.ascontiguousarray(tiles).data).digest()
+        tiled = [TiledImage(lambda: (tiles, name))] if len(tiles) else []
+        ids = self.inputs.checked(token_ids, tiled)
+        return self.engine.logits(self._sequence(ids, tiled, Timings(), _no_check))
 
     def encode_conversation(
         self,
@@ -232,12 +261,11 @@ class InternVL:
         system_message: str | None,
     ) -> list[int]:
         """Token ids of a conversation whose `<image>` markers stand for `tiled`, in order."""
-        if system_message is None:
-            system_message = self.spec.prompt.system_message
-        rows = iter([self._rows(image) for image in tiled])
-        # Question by question, so that an answer which happens to contain "<image>" stays text.
-        expanded = [(expand_images(question, rows), answer) for question, answer in turns]
-        return self.tokenizer.encode(self.template.render(expanded, system_message))
+        return self.inputs.conversation(turns, tiled, system_message)
+
+    def tile_with_identity(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
+        """Like `tile`, with the name the image has in the caches."""
+        return self.inputs.tile(image, max_tiles)
 
     def start(
         self,
@@ -245,7 +273,6 @@ class InternVL:
         tiled: Sequence[TiledImage],
         cache: Cache | None,
         *,
-        encode: Callable[[TiledImage, Callable[[], None]], EncodedImage],
         finish: Callable[[Reply], None],
         timings: Timings,
         started: float,
@@ -256,28 +283,36 @@ class InternVL:
         """Check a tokenised prompt and bind the phases to it; `cache` None allocates one."""
         if max_new_tokens < 1:
             raise LimitError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-        self._check_ids(ids)
-        self._check_slots(ids, tiled)
+        ids = self.inputs.checked(ids, tiled)
         timings.prompt_tokens = len(ids)
         # The last token generated is never run, so it needs no place in the cache.
         room = self.max_context - len(ids) + 1
+        if self._memory is not None:
+            held = 0 if cache is None else cache.state.length
+            new = min(len(ids) + max_new_tokens, self.max_context) - held
+            self._memory.check_prompt(max(new, 0), sum(image.tiles for image in tiled))
         if cache is None:
             needed = min(self.max_context, len(ids) + max_new_tokens - 1)
             cache = self.engine.backend.new_cache(needed)
         target = cache
 
         def prefill(timings: Timings, check: Callable[[], None]) -> NDArray[np.float32]:
-            sequence = self._sequence(ids, [encode(image, check) for image in tiled])
-            before = time.perf_counter()
+            sequence = self._sequence(ids, tiled, timings, check)
+            before, vision = time.perf_counter(), timings.vision_s
             logits, timings.cached_tokens = self.engine.prefill(target, sequence, check)
-            timings.prefill_s = time.perf_counter() - before
+            encoding = timings.vision_s - vision
+            timings.prefill_s = time.perf_counter() - before - encoding
             return logits
 
         def decode(token: int) -> NDArray[np.float32]:
             return self.engine.decode(target, token)
 
+        def finished(reply: Reply) -> None:
+            self._prefixes.keep(target)
+            finish(reply)
+
         return TokenStream(
-            Steps(prefill, decode, Sampler(sampling), finish),
+            Steps(prefill, decode, Sampler(sampling), finished),
             self.tokenizer,
             timings,
             started,
@@ -286,71 +321,45 @@ class InternVL:
             max_new_tokens=min(max_new_tokens, room),
         )
 
-    def tile_with_identity(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
-        """Decode, hash and cut an image."""
-        tiling = self.spec.tiling
-        limit = tiling.max_tiles if max_tiles is None else max_tiles
-        if not 1 <= limit <= MAX_TILES:
-            raise LimitError(f"max_tiles is {limit}, it must be in 1..{MAX_TILES}")
-        decoded = load_image(image)
-        tiles = tile_image(
-            decoded,
-            tile_size=self.spec.vision.tile_size,
-            min_tiles=min(tiling.min_tiles, limit) if tiling.dynamic else 1,
-            max_tiles=limit if tiling.dynamic else 1,
-            thumbnail=tiling.thumbnail,
-        )
-        return TiledImage(tiles, content_hash(decoded))
-
-    def encode_tiled(
+    def rows_of(
         self, image: TiledImage, timings: Timings, check: Callable[[], None]
-    ) -> EncodedImage:
-        """Run the vision graph over one image, adding to the timings."""
-        before = time.perf_counter()
-        rows = self.engine.encode_tiles(image.tiles, check)
-        timings.vision_s += time.perf_counter() - before
-        timings.tiles += len(image.tiles)
-        return EncodedImage(rows, image.signature)
+    ) -> NDArray[np.floating]:
+        """Rows of one image: kept from earlier, or encoded now, which enters the timings."""
 
-    def _rows(self, image: TiledImage) -> int:
-        return len(image.tiles) * self.spec.vision.tokens_per_tile
+        def encode() -> NDArray[np.floating]:
+            before = time.perf_counter()
+            rows = self.engine.encode_tiles(image.pixels(), check)
+            timings.vision_s += time.perf_counter() - before
+            timings.tiles += image.tiles
+            return rows
 
-    def _sequence(self, ids: list[int], encoded: Sequence[EncodedImage]) -> TokenSequence:
-        return TokenSequence.build(ids, self.context_id, encoded, self.spec.language.hidden_size)
+        return self._images.rows(image.key, encode)
 
-    def _check_slots(self, ids: list[int], tiled: Sequence[TiledImage]) -> None:
-        check_slots(ids.count(self.context_id), sum(map(self._rows, tiled)))
-
-    def _check_ids(self, ids: list[int]) -> list[int]:
-        vocab = self.spec.language.vocab_size
-        if not ids:
-            raise PromptError("the prompt has no tokens")
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise PromptError(f"token ids must be in 0..{vocab - 1}, got {min(ids)}..{max(ids)}")
-        if len(ids) > self.max_context:
-            raise LimitError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.max_context}; use"
-                " fewer images, a lower max_tiles, or a larger max_context"
+    def _sequence(
+        self,
+        ids: list[int],
+        tiled: Sequence[TiledImage],
+        timings: Timings,
+        check: Callable[[], None],
+    ) -> TokenSequence:
+        images = [
+            LazyImage(
+                image.signature,
+                self.inputs.rows(image),
+                partial(self.rows_of, image, timings, check),
             )
-        return ids
+            for image in tiled
+        ]
+        return TokenSequence.build(ids, self.context_id, images)
+
+
+def _image_folder(path: Path | None, bundle: Bundle) -> ImageFolder | None:
+    """Rows on disk depend on the vision graph: its hash and its weights' are in their names."""
+    if path is None:
+        return None
+    hashes = [bundle.manifest.files[name].sha256 for name in contract.VISION_FILES]
+    return ImageFolder(path, hashlib.sha256("".join(hashes).encode()).hexdigest()[:16])
 
 
 def _no_check() -> None:
     pass
-
-
-def _open_backend(
-    bundle: Bundle, device: Device, threads: int | None
-) -> tuple[Backend, Literal["cpu", "cuda"]]:
-    from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"unknown device {device!r}; use 'auto', 'cpu' or 'cuda'")
-    if threads is not None and threads < 1:
-        raise LimitError(f"threads is {threads}, it must be at least 1")
-    if device == "auto":
-        try:
-            return OnnxRuntimeBackend(bundle, "cuda", threads), "cuda"
-        except DeviceError:
-            device = "cpu"
-    return OnnxRuntimeBackend(bundle, device, threads), device

@@ -26,6 +26,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         max_context=arguments.max_context,
         verify=arguments.verify,
+        low_memory=arguments.low_memory,
+        image_folder=arguments.image_folder,
     )
     chat = model.chat(system_message=arguments.system, max_tiles=arguments.max_tiles)
     images = list(arguments.images)

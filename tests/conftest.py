@@ -39,7 +39,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_bundle: Path) -> InternVL:
-    return InternVL.load(golden_bundle, device="cpu", threads=2)
+    """Keeps nothing between answers: what one test asked must not help the next."""
+    return InternVL.load(golden_bundle, device="cpu", threads=2, reuse_bytes=0)
 
 
 @pytest.fixture(scope="session")

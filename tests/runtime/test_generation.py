@@ -15,7 +15,7 @@ from PIL import Image
 
 from internvl_edge.runtime import InternVL, Sampling, engine
 from internvl_edge.runtime.generation import StopStrings
-from internvl_edge.runtime.model import TiledImage
+from internvl_edge.runtime.images import TiledImage
 
 QUESTION = "How many lanterns are there?"
 
@@ -103,7 +103,7 @@ def test_another_image_of_the_same_size_is_not_taken_for_the_first(
     golden_model: InternVL, picture: NDArray[np.uint8]
 ) -> None:
     tiles = golden_model.tile(picture)
-    signatures = {TiledImage(tiles, bytes([n]) * 32).signature for n in (1, 2)}
+    signatures = {TiledImage(lambda n=n: (tiles, bytes([n]) * 32)).signature for n in (1, 2)}
     assert len(signatures) == 2
     assert all(signature < 0 for signature in signatures)
 
@@ -138,14 +138,14 @@ def test_a_step_writes_its_row_in_place_and_nothing_else(golden_model: InternVL)
     hidden = golden_model.spec.language.hidden_size
     rows = np.random.default_rng(0).standard_normal((8, hidden)).astype(np.float32)
     theta = golden_model.spec.language.rope_theta
-    buffers = [value.numpy() for value in cache.storage]
-    addresses = [value.data_ptr() for value in cache.storage]
+    buffers = [value.numpy() for value in cache.storage.values()]
+    addresses = [value.data_ptr() for value in cache.storage.values()]
     backend.forward(cache, rows[:7], theta, np.array([6]))
     cache.state.extend(np.arange(7), theta)
-    before = [value.numpy().copy() for value in cache.storage]
+    before = [value.numpy().copy() for value in cache.storage.values()]
     backend.forward(cache, rows[7:], theta, np.array([0]))
-    assert [value.data_ptr() for value in cache.storage] == addresses
-    for old, value in zip(before, cache.storage, strict=True):
+    assert [value.data_ptr() for value in cache.storage.values()] == addresses
+    for old, value in zip(before, cache.storage.values(), strict=True):
         new = value.numpy()
         assert (new[:, :, 7] != 0).any()
         np.testing.assert_array_equal(new[:, :, :7], old[:, :, :7])

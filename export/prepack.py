@@ -1,0 +1,196 @@
+"""Storing weights as ONNX Runtime's CPU kernels want them, so that loading maps and copies nothing.
+
+ONNX Runtime repacks the weights of a matrix product when a session is created: at true scale that
+takes 17 s and as much anonymous memory as there are weights. It can save the packed form in the
+graph's data file (`session.save_external_prepacked_constant_initializers`) and map it from there,
+but keeps the original beside it, because it packs again at load and finds the stored form by a
+hash of the result. Here both are one: the initializer is declared to *be* the first bytes of its
+packed form, and the hash stored is that of packing those bytes. Kernels compute with the packed
+form either way, so results are the same bit for bit.
+
+The result fits one version of ONNX Runtime on one kind of CPU: see `runtime.prepared`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from internvl_edge.export.graph import ALIGNMENT
+from internvl_edge.runtime.errors import ExportError
+
+#: Operators that pack a weight: which input it is, and which has the dtype of the first.
+PACKED_OPERATORS = {"MatMulNBits": (1, 2), "QGemm": (3, 2), "Gemm": (1, 1)}
+#: Smaller weights are left as they are.
+LEAST_BYTES = 1 << 16
+#: The external data entry that names a packed form: "key|offset;length;flags".
+PREPACKED = "prepacked_0"
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed form of a weight.
+
+    Attributes:
+        key: how ONNX Runtime finds it: operator and hash of what packing gives.
+        data: the bytes.
+        flags: as ONNX Runtime wrote them.
+    """
+
+    key: str
+    data: Bytes
+    flags: str
+
+
+def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) -> None:
+    """Write a graph whose matrices are stored packed.
+
+    Args:
+        source: an ONNX file with external data.
+        target: file to write; its weights go beside it, as `<stem>.data`.
+        advance: called with the bytes of each weight done.
+
+    Raises:
+        ExportError: ONNX Runtime packs in a way that cannot be stored like this.
+    """
+    model = onnx.load(str(source), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers = {
+        node.input[PACKED_OPERATORS[node.op_type][0]]: node
+        for node in model.graph.node
+        if node.op_type in PACKED_OPERATORS
+    }
+    with (
+        target.with_suffix(".data").open("wb") as out,
+        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+    ):
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                continue
+            original = _read(tensor, source.parent)
+            packing = None
+            if tensor.name in readers and original.nbytes >= LEAST_BYTES:
+                probe = _Probe(readers[tensor.name], tensors, source.parent, Path(scratch))
+                packing = probe.packing(tensor.name, original)
+            _place(tensor, original, packing, out)
+            advance(original.nbytes)
+    onnx.save(model, str(target))
+
+
+def _place(tensor: TensorProto, original: Bytes, packing: Packing | None, out: BinaryIO) -> None:
+    """Append a weight to the data file and point its initializer there."""
+    out.write(bytes(-out.tell() % ALIGNMENT))
+    offset = out.tell()
+    _point(tensor, Path(out.name).name, offset, original.nbytes)
+    if packing is None:
+        out.write(original.data)
+        return
+    out.write(packing.data.data)
+    out.write(bytes(max(0, original.nbytes - packing.data.nbytes)))
+    stored = f"{packing.key}|{offset};{packing.data.nbytes};{packing.flags}"
+    tensor.external_data.add(key=PREPACKED, value=stored)
+
+
+class _Probe:
+    """One node by itself, through which ONNX Runtime shows how it packs a weight."""
+
+    def __init__(
+        self, node: onnx.NodeProto, tensors: dict[str, TensorProto], folder: Path, scratch: Path
+    ) -> None:
+        self._node = node
+        self._tensors = [tensors[name] for name in node.input if name in tensors]
+        self._folder = folder
+        self._scratch = scratch
+
+    def packing(self, name: str, original: Bytes) -> Packing | None:
+        """The packed form, keyed by what packing its own first bytes gives; None if none."""
+        packing = self._pack(name, original)
+        if packing is None:
+            return None
+        alias = np.zeros_like(original)
+        alias[: packing.data.nbytes] = packing.data[: original.nbytes]
+        again = self._pack(name, alias)
+        if again is None:
+            raise ExportError(f"{name}: ONNX Runtime packs it only for some values")
+        return replace(packing, key=again.key)
+
+    def _pack(self, name: str, values: Bytes) -> Packing | None:
+        """What ONNX Runtime stores for weight `name` when it holds `values`."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(self._scratch / "packed.onnx")
+        for key, value in (
+            ("session.optimized_model_external_initializers_file_name", "packed.data"),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", str(LEAST_BYTES)),
+            ("session.save_external_prepacked_constant_initializers", "1"),
+        ):
+            options.add_session_config_entry(key, value)
+        ort.InferenceSession(self._write(name, values), options, providers=["CPUExecutionProvider"])
+        saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
+        (tensor,) = (t for t in saved.graph.initializer if t.name == name)
+        stored = [e.value for e in tensor.external_data if e.key.startswith("prepacked_")]
+        if not stored:
+            return None
+        key, *forms = stored[0].split("|")
+        if len(stored) > 1 or len(forms) > 1:
+            raise ExportError(f"{name}: ONNX Runtime packs it into several parts")
+        offset, length, flags = forms[0].split(";")
+        data = np.fromfile(self._scratch / "packed.data", np.uint8, int(length), offset=int(offset))
+        return Packing(key, data, flags)
+
+    def _write(self, name: str, values: Bytes) -> str:
+        """The node as a model of its own, weight `name` replaced; returns its path."""
+        node, initializers = self._node, []
+        with (self._scratch / "probe.data").open("wb") as out:
+            for tensor in self._tensors:
+                copy = TensorProto()
+                copy.CopyFrom(tensor)
+                if tensor.data_location == TensorProto.EXTERNAL:
+                    array = values if tensor.name == name else _read(tensor, self._folder)
+                    _point(copy, "probe.data", out.tell(), array.nbytes)
+                    out.write(array.data)
+                initializers.append(copy)
+        held = {tensor.name: tensor for tensor in initializers}
+        kind = held[node.input[PACKED_OPERATORS[node.op_type][1]]].data_type
+        floats = TensorProto.FLOAT16 if kind == TensorProto.FLOAT16 else TensorProto.FLOAT
+        graph = helper.make_graph(
+            [node],
+            "probe",
+            [helper.make_tensor_value_info(node.input[0], kind, ["rows", None])],
+            [helper.make_tensor_value_info(node.output[0], floats, ["rows", None])],
+            initializers,
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        path = self._scratch / "probe.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+        return str(path)
+
+
+def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _read(tensor: TensorProto, folder: Path) -> Bytes:
+    """The bytes of an external initializer, mapped."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return np.memmap(
+        folder / entries["location"],
+        np.uint8,
+        "r",
+        int(entries["offset"]),
+        (int(entries["length"]),),
+    )

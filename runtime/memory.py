@@ -1,0 +1,204 @@
+"""How much memory a bundle takes to run on this machine, told before it is taken."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from internvl_edge.runtime import contract
+from internvl_edge.runtime.bundle import Manifest
+from internvl_edge.runtime.engine import prefill_chunk, vision_batch
+from internvl_edge.runtime.errors import LimitError
+
+#: Interpreter, libraries and both sessions without their weights.
+PROCESS_BYTES = 200 << 20
+#: A packed matrix beside the one in the file: column sums and scales lie between the values.
+PACKED_GROWTH = 1.05
+#: Widest activations alive at once: the MLP's two, their product or activation, its int8 form.
+VISION_WIDE, LANGUAGE_WIDE = 2.5, 3.5
+#: Left to the system and other processes when deciding whether something fits.
+RESERVE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes one conversation takes on the CPU, by what takes them.
+
+    Attributes:
+        vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
+        language_weights: the same.
+        vision: activations of the largest pass over tiles.
+        language: activations and attention scores of the largest prefill pass.
+        images: rows of the images in the prompt.
+        kv_cache: of all positions asked for.
+        low_memory: whether the two graphs are held one at a time.
+        process: interpreter, libraries, sessions.
+    """
+
+    vision_weights: int
+    language_weights: int
+    vision: int
+    language: int
+    images: int
+    kv_cache: int
+    low_memory: bool
+    process: int = PROCESS_BYTES
+
+    @property
+    def total(self) -> int:
+        """Peak anonymous memory."""
+        vision = self.vision_weights + self.vision
+        language = self.language_weights + self.language + self.kv_cache
+        phases = max(vision, language) if self.low_memory else vision + language
+        return self.process + self.images + phases
+
+
+def plan_memory(
+    manifest: Manifest, *, tokens: int, tiles: int, prepared: bool, low_memory: bool
+) -> MemoryPlan:
+    """What running a bundle takes.
+
+    Args:
+        manifest: of the bundle.
+        tokens: positions of the KV cache that will be filled: prompt, image rows and answer.
+        tiles: of all images in one prompt.
+        prepared: whether the weights are mapped; see `runtime.prepared`.
+        low_memory: hold one graph at a time.
+    """
+    spec = manifest.spec
+    vision, language = spec.vision, spec.language
+    batch = min(tiles, vision_batch(spec))
+    wide = vision.sequence_length * vision.intermediate_size * 4
+    chunk = min(tokens, prefill_chunk(spec, tokens))
+    scores = language.num_attention_heads * chunk * tokens * 4
+    rows = tiles * vision.tokens_per_tile * language.hidden_size
+    item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
+    return MemoryPlan(
+        vision_weights=0 if prepared else _weights(manifest, contract.VISION_FILES),
+        language_weights=0 if prepared else _weights(manifest, contract.LANGUAGE_FILES),
+        vision=int(VISION_WIDE * batch * wide),
+        language=int(LANGUAGE_WIDE * chunk * language.intermediate_size * 4) + scores,
+        images=rows * item,
+        kv_cache=tokens * position_bytes(manifest),
+        low_memory=low_memory,
+    )
+
+
+def position_bytes(manifest: Manifest) -> int:
+    """Bytes of one position of the KV cache, all layers."""
+    language = manifest.spec.language
+    item = np.dtype(contract.CACHE_DTYPE[manifest.kv]).itemsize
+    return 2 * language.num_hidden_layers * math.prod(contract.cache_shape(language, 1)) * item
+
+
+@dataclass(frozen=True)
+class MemoryGuard:
+    """Refuses what would not fit before anything is computed.
+
+    Attributes:
+        manifest: of the bundle.
+        prepared: whether its weights are mapped.
+        low_memory: whether one graph is held at a time.
+    """
+
+    manifest: Manifest
+    prepared: bool
+    low_memory: bool
+
+    def check_load(self) -> None:
+        """Raise LimitError unless the weights, and a prompt with one tile, fit."""
+        tokens = self.manifest.spec.vision.tokens_per_tile
+        self._check(self._plan(tokens, 1), tokens, "loading this bundle")
+
+    def check_prompt(self, tokens: int, tiles: int) -> None:
+        """Raise LimitError unless so many new positions and tiles fit beside what is loaded."""
+        plan = replace(self._plan(tokens, tiles), vision_weights=0, language_weights=0, process=0)
+        self._check(plan, tokens, "this prompt")
+
+    def _plan(self, tokens: int, tiles: int) -> MemoryPlan:
+        return plan_memory(
+            self.manifest,
+            tokens=tokens,
+            tiles=tiles,
+            prepared=self.prepared,
+            low_memory=self.low_memory,
+        )
+
+    def _check(self, plan: MemoryPlan, tokens: int, what: str) -> None:
+        available = available_memory()
+        if plan.total + RESERVE_BYTES > available:
+            raise LimitError(
+                f"{what} takes {_gib(plan.total)} of memory (weights"
+                f" {_gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
+                f" {_gib(plan.kv_cache)}), {_gib(available)} are free;"
+                f" {_remedies(self.manifest, plan)}"
+            )
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process can still take: of the machine, and of its control group.
+
+    On a Jetson the GPU's memory is this memory: it is counted once.
+    """
+    limits = [_meminfo(root)]
+    group = root / "sys/fs/cgroup"
+    most, used = (_number(group / f"memory.{name}") for name in ("max", "current"))
+    if most is not None and used is not None:
+        # File pages are given back when memory is short.
+        limits.append(most - used + _reclaimable(group / "memory.stat"))
+    return min(limits)
+
+
+def _weights(manifest: Manifest, files: Sequence[str]) -> int:
+    return int(PACKED_GROWTH * sum(manifest.files[name].bytes for name in files))
+
+
+def _remedies(manifest: Manifest, plan: MemoryPlan) -> str:
+    """What would take less, each with what it saves."""
+    weights = plan.vision_weights, plan.language_weights
+    options = []
+    if all(weights):
+        options.append(f"'internvl-edge prepare' (maps {_gib(sum(weights))} of weights)")
+    if not plan.low_memory:
+        saved = plan.total - replace(plan, low_memory=True).total
+        options.append(f"--low-memory (saves {_gib(saved)})")
+    if plan.kv_cache:
+        options.append("a smaller --max-context, fewer images or a lower --max-tiles")
+        if manifest.kv != "int8":
+            options.append("an export with --kv int8")
+    return "use " + ", or ".join(options)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _meminfo(root: Path) -> int:
+    """What the kernel would give without swapping; free pages where it does not tell."""
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def _reclaimable(path: Path) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split() for line in lines)
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))

@@ -1,0 +1,111 @@
+"""Bundles whose weights are stored as this machine's kernels want them; see `export.prepack`.
+
+A bundle directory may hold `prepared/<machine key>/` with both graphs again, their matrices packed
+for one version of ONNX Runtime on one kind of CPU. Another version or CPU looks for another key, so
+a stale directory is never used; `internvl-edge prepare` writes the one that fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.runtime.bundle import Bundle, FileEntry, check_file
+from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.runtime.errors import BundleError
+
+FOLDER = "prepared"
+MANIFEST = "prepared.json"
+
+#: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
+_KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
+
+
+def machine_key() -> str:
+    """Name of what packed weights depend on: ONNX Runtime's version and the CPU's features."""
+    import onnxruntime as ort
+
+    digest = hashlib.sha256(" ".join(_cpu_flags()).encode()).hexdigest()
+    return f"onnxruntime-{ort.__version__}-{platform.machine()}-{digest[:12]}"
+
+
+def superseded(folder: Path) -> list[Path]:
+    """What other versions of ONNX Runtime left beside `folder` for the same kind of CPU."""
+    cpu = folder.name.split("-", 2)[2]
+    others = folder.parent.glob(f"onnxruntime-*-{cpu}")
+    return [other for other in others if other != folder and (other / MANIFEST).exists()]
+
+
+def prepared_folder(bundle: Bundle) -> Path:
+    """Where this machine's packed graphs of a bundle belong."""
+    return bundle.path / FOLDER / machine_key()
+
+
+def prepared_manifest(bundle: Bundle, files: Mapping[str, FileEntry]) -> str:
+    """JSON that ties packed graphs to the bundle they were made from."""
+    entries = {name: vars(entry) for name, entry in sorted(files.items())}
+    return json.dumps({"source": _source(bundle), "files": entries}, indent=2)
+
+
+def is_prepared(bundle: Bundle) -> bool:
+    """Whether there are packed graphs for this machine; they are not looked at yet."""
+    return (prepared_folder(bundle) / MANIFEST).exists()
+
+
+def find_prepared(bundle: Bundle) -> Path | None:
+    """The packed graphs that fit this machine and this bundle, or None.
+
+    Raises:
+        BundleError: they are there, but damaged.
+    """
+    folder = prepared_folder(bundle)
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {folder / MANIFEST}: {error}; {_REMEDY}") from error
+    if not isinstance(data, dict) or data.get("source") != _source(bundle):
+        return None  # of a bundle that stood here before
+    for name, entry in _entries(folder, data).items():
+        check_file(folder / name, entry, bundle.verify, _REMEDY)
+    return folder
+
+
+_REMEDY = "run 'internvl-edge prepare --overwrite' on the bundle"
+
+
+def _entries(folder: Path, data: Mapping[str, Any]) -> dict[str, FileEntry]:
+    try:
+        entries = {
+            str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in data["files"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BundleError(f"{folder / MANIFEST} is damaged; {_REMEDY}") from None
+    if set(entries) != {*VISION_FILES, *LANGUAGE_FILES}:
+        raise BundleError(f"{folder / MANIFEST} is damaged; {_REMEDY}")
+    return entries
+
+
+def _source(bundle: Bundle) -> dict[str, str]:
+    """Hashes of the graphs and of their weights."""
+    files = bundle.manifest.files
+    return {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
+
+
+def _cpu_flags() -> list[str]:
+    """Features of the first CPU that matter, sorted; its name where the system lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return sorted({flag for flag in value.split() if flag.startswith(_KERNEL_FLAGS)})
+    return [platform.processor() or platform.machine()]

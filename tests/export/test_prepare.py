@@ -1,0 +1,191 @@
+"""Packed weights: the same results bit for bit, mapped, and never used where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import small_config, write_checkpoint
+
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.runtime import BundleError, ExportError, InternVL
+from internvl_edge.runtime import prepared as prepared_module
+from internvl_edge.runtime.bundle import open_bundle
+from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH
+from internvl_edge.runtime.prepared import find_prepared
+
+IDS = [1, 5, 9, 200, 17, 3]
+PRECISIONS = [
+    {"vision": "fp32", "language": "fp32"},
+    {"vision": "int8", "language": "int4"},
+    {"vision": "int8", "language": "int8"},
+]
+
+#: Anonymous bytes a process holds once the bundle is loaded, beyond those before.
+LOADED = """
+import sys
+from internvl_edge.runtime.backends.sessions import CpuGraphs
+from internvl_edge.runtime.bundle import open_bundle
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+bundle = open_bundle(sys.argv[1], verify="size")
+import onnxruntime
+before = anonymous()
+graphs = CpuGraphs(bundle, 1, one_at_a_time=False)
+print(anonymous() - before)
+"""
+
+
+def write_bundle(folder: Path, **precision: str) -> Path:
+    config = small_config(hidden=256, vision_hidden=128, heads=8, kv_heads=2)
+    checkpoint = write_checkpoint(folder / "checkpoint", config)
+    return export_bundle(
+        checkpoint,
+        folder / "bundle",
+        options=QuantOptions(naive=True, block=32),
+        **precision,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("prepare"), vision="int8", language="int4")
+
+
+@pytest.fixture
+def prepared_bundle(int4_bundle: Path, tmp_path: Path) -> Path:
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+    prepare_bundle(bundle)
+    return bundle
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(p.values()))
+def test_the_same_results_bit_for_bit(tmp_path: Path, precision: dict[str, str]) -> None:
+    bundle = write_bundle(tmp_path, **precision)
+    picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
+    plain = InternVL.load(bundle, device="cpu", threads=1)
+    folder = prepare_bundle(bundle)
+    packed = InternVL.load(bundle, device="cpu", threads=1)
+    assert find_prepared(open_bundle(bundle)) == folder
+    np.testing.assert_array_equal(packed.encode_images([picture]), plain.encode_images([picture]))
+    np.testing.assert_array_equal(packed.logits(IDS), plain.logits(IDS))
+
+
+def test_one_copy_on_disk(prepared_bundle: Path) -> None:
+    """Packed files hold each matrix once: what they add is padding, scales and column sums."""
+    folder = find_prepared(open_bundle(prepared_bundle))
+    assert folder is not None
+    for name in ("vision.data", "language.data"):
+        original = (prepared_bundle / name).stat().st_size
+        # More than the original, or nothing was packed.
+        assert original < (folder / name).stat().st_size < 1.5 * original
+
+
+def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
+    config = small_config(
+        hidden=1024, vision_hidden=1024, heads=8, kv_heads=8, layers=4, vision_layers=4
+    )
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config)
+    bundle = export_bundle(
+        checkpoint,
+        tmp_path / "bundle",
+        vision="int8",
+        language="int8",
+        options=QuantOptions(naive=True),
+    )
+    weights = sum((bundle / name).stat().st_size for name in ("language.data", "vision.data"))
+    plain = anonymous_bytes(bundle)
+    prepare_bundle(bundle)
+    # What remains is the sessions themselves, a few MB whatever the model.
+    assert anonymous_bytes(bundle) < plain - 0.7 * weights
+
+
+def anonymous_bytes(bundle: Path) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+def test_another_machine_does_not_take_it(
+    prepared_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(prepared_bundle)
+    assert find_prepared(bundle) is not None
+    monkeypatch.setattr(prepared_module, "_cpu_flags", lambda: ["avx2", "fma"])
+    assert find_prepared(bundle) is None
+
+
+def test_another_version_of_onnxruntime_does_not_take_it_and_replaces_it(
+    prepared_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = find_prepared(open_bundle(prepared_bundle))
+    assert old is not None
+    monkeypatch.setattr("onnxruntime.__version__", "9.9.9")
+    assert find_prepared(open_bundle(prepared_bundle)) is None
+    new = prepare_bundle(prepared_bundle)
+    assert new.name.startswith("onnxruntime-9.9.9-") and not old.exists()
+
+
+def test_a_new_export_does_not_take_it(prepared_bundle: Path, tmp_path: Path) -> None:
+    newer = write_bundle(tmp_path / "newer", vision="int8", language="int8")
+    shutil.copytree(prepared_bundle / "prepared", newer / "prepared")
+    assert find_prepared(open_bundle(newer)) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "lost", "manifest", "entries"])
+def test_damage_is_one_error(prepared_bundle: Path, damage: str) -> None:
+    bundle = open_bundle(prepared_bundle)
+    folder = find_prepared(bundle)
+    assert folder is not None
+    file = folder / "language.data"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "altered":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "lost":
+        file.unlink()
+    elif damage == "manifest":
+        (folder / "prepared.json").write_text("{")
+    else:
+        data = json.loads((folder / "prepared.json").read_text())
+        data["files"] = {LANGUAGE_GRAPH: {"bytes": 1}}
+        (folder / "prepared.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="prepare --overwrite"):
+        find_prepared(bundle)
+
+
+def test_command_line(
+    int4_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+    assert main(["prepare", bundle]) == 0
+    assert "prepared" in capsys.readouterr().out
+    assert main(["prepare", bundle]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["prepare", bundle, "--overwrite"]) == 0
+
+
+def test_nothing_is_left_of_an_interrupted_run(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("internvl_edge.export.prepare.file_entry", fail)
+    with pytest.raises(ExportError, match="no space"):
+        prepare_bundle(bundle)
+    assert not list((bundle / "prepared").iterdir())

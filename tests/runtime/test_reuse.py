@@ -1,0 +1,212 @@
+"""What outlives an answer: bounded, right, and shared by threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from internvl_edge.runtime import ImageError, InternVL
+from internvl_edge.runtime.images import TiledImage
+from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
+
+QUESTION = "<image>\nWhat is written here, line by line?"
+
+
+def picture(seed: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (60, 80, 3), np.uint8)
+
+
+@pytest.fixture
+def model(golden_bundle: Path) -> InternVL:
+    return InternVL.load(golden_bundle, device="cpu", threads=1)
+
+
+class StandInCache:
+    """Positions that hold their own signature."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self.state = CacheState(capacity)
+        self.rows = np.zeros(capacity, np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return 8 * self.state.length
+
+    def copy_rows(self, source: Any, start: int, stop: int) -> None:
+        self.rows[start:stop] = source.rows[start:stop]
+
+    def extended(self, signatures: NDArray[np.int64], base: float = 1.0) -> StandInCache:
+        start = self.state.length
+        self.rows[start : start + len(signatures)] = signatures
+        self.state.extend(signatures, base)
+        return self
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40)), max_size=60), st.integers(0, 100))
+def test_a_shelf_is_bounded_and_forgets_the_oldest(puts: list[tuple[int, int]], limit: int) -> None:
+    shelf, expected = Shelf(limit), dict[int, int]()
+    for key, size in puts:
+        shelf.put(key, key, size)
+        expected.pop(key, None)
+        if size <= limit:
+            expected[key] = size  # dictionaries keep the order of insertion
+            while sum(expected.values()) > limit:
+                del expected[next(iter(expected))]
+        assert [name for name, _ in shelf.values()] == list(reversed(expected))
+        assert shelf.nbytes == sum(expected.values()) <= limit
+
+
+def test_what_was_looked_at_last_stays() -> None:
+    shelf = Shelf(2)
+    shelf.put("a", 1, 1)
+    shelf.put("b", 2, 1)
+    assert shelf.get("a") == 1
+    shelf.put("c", 3, 1)
+    assert (shelf.get("a"), shelf.get("b"), shelf.get("c")) == (1, None, 3)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=120), max_size=5),
+    st.lists(st.integers(0, 1), min_size=1, max_size=120),
+    st.integers(0, 60),
+)
+def test_the_longest_prefix_is_copied(kept: list[list[int]], wanted: list[int], own: int) -> None:
+    store = PrefixStore(Shelf(1 << 20))
+    for other in kept:
+        store.keep(StandInCache().extended(np.array(other)))
+    signatures = np.array(wanted)
+    cache = StandInCache().extended(signatures[:own])
+    held = cache.state.length
+    shared = store.fill(cache, signatures, 1.0)
+    best = max((_common(other, wanted) for other in kept), default=0)
+    assert shared == (best if best > held + 16 else held)
+    assert cache.state.length == shared
+    np.testing.assert_array_equal(cache.rows[:shared], signatures[:shared])
+
+
+def test_another_rotary_base_shares_nothing() -> None:
+    store, signatures = PrefixStore(Shelf(1 << 20)), np.arange(100)
+    store.keep(StandInCache().extended(signatures, base=2.0))
+    assert store.fill(StandInCache(), signatures, 1.0) == 0
+
+
+def test_a_cache_that_holds_more_replaces_those_that_hold_less() -> None:
+    shelf = Shelf(1 << 20)
+    store = PrefixStore(shelf)
+    for length in (20, 50, 40):
+        store.keep(StandInCache().extended(np.arange(length)))
+    assert [value.state.length for _, value in shelf.values()] == [40, 50]
+
+
+def test_a_second_chat_begins_where_the_first_did(model: InternVL, golden_model: InternVL) -> None:
+    first = model.chat().send(QUESTION, [picture(0)], max_new_tokens=6)
+    assert first.timings.tiles > 0
+    second = model.chat().send(QUESTION, [picture(0)], max_new_tokens=6)
+    assert second.token_ids == first.token_ids
+    assert second.timings.tiles == 0
+    assert second.timings.cached_tokens == second.timings.prompt_tokens - 1
+    other = model.generate("<image>\nAnd who wrote it?", [picture(0)], max_new_tokens=6)
+    alone = golden_model.generate("<image>\nAnd who wrote it?", [picture(0)], max_new_tokens=6)
+    assert other.token_ids == alone.token_ids
+    assert other.timings.tiles == 0
+    assert 16 < other.timings.cached_tokens < other.timings.prompt_tokens - 1
+
+
+def test_another_picture_is_not_taken_for_the_first(
+    model: InternVL, golden_model: InternVL
+) -> None:
+    model.generate(QUESTION, [picture(0)], max_new_tokens=6)
+    second = model.generate(QUESTION, [picture(1)], max_new_tokens=6)
+    assert second.timings.tiles > 0
+    alone = golden_model.generate(QUESTION, [picture(1)], max_new_tokens=6)
+    assert second.token_ids == alone.token_ids
+
+
+def test_chats_in_eight_threads_answer_as_alone(model: InternVL, golden_model: InternVL) -> None:
+    """All begin alike, so that they copy from one another while they run."""
+    questions = [f"<image>\nWhat is in line {n % 3}?" for n in range(8)]
+    alone = [
+        golden_model.generate(question, [picture(n % 2)], max_new_tokens=6).token_ids
+        for n, question in enumerate(questions)
+    ]
+    start = threading.Barrier(8)
+
+    def ask(n: int) -> list[list[int]]:
+        chat = model.chat()
+        start.wait()
+        answers = []
+        for _ in range(3):
+            answers.append(chat.send(questions[n], [picture(n % 2)], max_new_tokens=6).token_ids)
+            chat = model.chat()
+        return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(ask, range(8)))
+    assert results == [[answer] * 3 for answer in alone]
+
+
+def test_rows_outlive_the_process_in_a_folder(golden_bundle: Path, tmp_path: Path) -> None:
+    def load() -> InternVL:
+        return InternVL.load(golden_bundle, device="cpu", threads=1, image_folder=tmp_path)
+
+    first = load().generate(QUESTION, [picture(0)], max_new_tokens=6)
+    second = load().generate(QUESTION, [picture(0)], max_new_tokens=6)
+    assert (first.timings.tiles > 0, second.timings.tiles) == (True, 0)
+    assert second.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", "flip", "cut"])
+def test_damaged_rows_are_encoded_anew(tmp_path: Path, damage: Any) -> None:
+    folder = ImageFolder(tmp_path, "m")
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    folder.save(b"key", rows)
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    file.write_bytes(data[:-1] if damage == "cut" else data if damage == "flip" else damage)
+    assert folder.load(b"key") is None
+    store = ImageStore(Shelf(1 << 20), folder)
+    np.testing.assert_array_equal(store.rows(b"key", lambda: rows.copy()), rows)
+    np.testing.assert_array_equal(folder.load(b"key"), rows)
+
+
+def test_a_full_disk_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ImageFolder(tmp_path, "m")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    folder.save(b"key", np.zeros(3, np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_released_image_is_cut_again_if_it_is_still_the_same() -> None:
+    names = iter([b"a" * 32, b"a" * 32, b"b" * 32])
+    cut: Callable[[], tuple[Any, bytes]] = lambda: (np.zeros((2, 4, 4, 3), np.uint8), next(names))  # noqa: E731
+    image = TiledImage(cut)
+    image.release()
+    assert image.pixels().shape == (2, 4, 4, 3)
+    image.release()
+    with pytest.raises(ImageError, match="changed"):
+        image.pixels()
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return length
