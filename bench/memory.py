@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.bench.machine import describe_machine
-from internvl_edge.bench.results import check_writable, write_result
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.memory import plan_memory
@@ -26,15 +26,15 @@ import json, sys, threading, time
 import numpy as np
 request = json.loads(sys.argv[1])
 
-def sizes():
+def size(name):
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return [int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
+    return int(fields[name].split()[0]) * 1024
 
-peak, done = [0, 0], threading.Event()
+peaks, phase, done = {"load": 0, "answer": 0}, "load", threading.Event()
 
 def watch():
     while not done.wait(0.01):
-        peak[:] = map(max, peak, sizes())
+        peaks[phase] = max(peaks[phase], size("RssAnon"))
 
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -49,6 +49,7 @@ model = InternVL.load(
     reuse_bytes=0,
 )
 loaded = time.perf_counter() - begun
+phase, anonymous = "answer", size("RssAnon")
 side = model.spec.vision.tile_size
 # As wide as there are tiles: cut into one row, without a thumbnail where it is one tile.
 image = np.random.default_rng(0).integers(0, 256, (side, side * request["columns"], 3), np.uint8)
@@ -68,8 +69,9 @@ print(json.dumps({
     "prefill_s": timings.prefill_s,
     "ttft_s": timings.ttft_s,
     "decode_tokens_per_s": timings.decode_tokens_per_s,
-    "peak_anonymous_bytes": peak[0],
-    "peak_file_bytes": peak[1],
+    "peak_anonymous_bytes": peaks,
+    "loaded_anonymous_bytes": anonymous,
+    "peak_rss_bytes": size("VmHWM"),
 }))
 """
 
@@ -108,7 +110,7 @@ def run_memory(
         prepared=is_prepared(bundle),
         low_memory=low_memory,
     )
-    measured = found["peak_anonymous_bytes"]
+    measured = max(found["peak_anonymous_bytes"].values())
     result = {
         "format": "internvl-edge memory",
         "version": 1,
@@ -128,8 +130,8 @@ def run_memory(
     )
     print(
         f"anonymous memory {measured / 2**30:.3f} GiB, planned {plan.total / 2**30:.3f} GiB"
-        f" ({100 * (plan.total / measured - 1):+.1f}%); file pages"
-        f" {found['peak_file_bytes'] / 2**30:.2f} GiB"
+        f" ({100 * (plan.total / measured - 1):+.1f}%); with file pages"
+        f" {found['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
     if json_file is not None:
         write_result(result, json_file)

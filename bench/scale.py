@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.bench.machine import describe_machine
-from internvl_edge.bench.results import check_writable, write_result
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.bench.synthetic import CONFIGS, SyntheticWeights
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
@@ -81,21 +81,23 @@ def run_synthetic(
         )
     manifest = read_manifest(output)
     written = sum(entry.bytes for entry in manifest.files.values())
+    seconds = time.perf_counter() - started
+    # ru_maxrss is in KiB on Linux.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "format": "internvl-edge synthetic export",
         "version": 1,
         "model": name,
         "layers": [spec.vision.layers_run, spec.language.num_hidden_layers],
         "precision": manifest.precision,
-        "seconds": time.perf_counter() - started,
-        # ru_maxrss is in KiB on Linux.
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
         "computed_bytes": computed,
         "written_bytes": written,
         "machine": describe_machine(0),
     }
     print(
-        f"{result['seconds']:.0f} s, peak memory {result['peak_rss_bytes'] / 2**30:.2f} GiB,"
+        f"{seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB,"
         f" {written / 1e9:.3f} GB written, {100 * (written / computed - 1):+.2f}% of the computed"
     )
     if json_file is not None:

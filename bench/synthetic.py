@@ -137,13 +137,15 @@ class SyntheticWeights:
     def _draw(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         shape = (stop - start, *self._shapes[name][1:])
         random = np.random.default_rng([self._seed, zlib.crc32(name.encode()), start])
-        values = self._normal[random.integers(0, len(self._normal), shape, np.uint16)]
+        values: NDArray[np.float32] = self._normal[
+            random.integers(0, len(self._normal), shape, np.uint16)
+        ]
         if len(shape) > 1:
             values *= np.float32(np.prod(shape[1:]) ** -0.5)
             return values
         if not name.endswith("weight"):
-            return np.float32(0.1) * values
-        gains = 1 + np.float32(0.1) * values
+            return np.asarray(np.float32(0.1) * values)
+        gains: NDArray[np.float32] = 1 + np.float32(0.1) * values
         gains[(start + np.arange(len(gains))) % OUTLIER_EVERY == 0] *= OUTLIER_GAIN
         return gains
 

@@ -5,10 +5,30 @@ The arrays themselves belong to the backend; they are allocated once and written
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Zeros whose pages are committed one by one as they are written.
+
+    NumPy asks for huge pages, and keys and values of one head lie apart: the first token of the 26B
+    in a long context would commit 2 MiB for each of 768 heads, 1.3 GB instead of 9 MB.
+    """
+    count = math.prod(shape)
+    size = count * np.dtype(dtype).itemsize
+    if not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return np.zeros(shape, dtype)
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return np.frombuffer(block, dtype, count).reshape(shape)
 
 
 class CacheState:

@@ -12,15 +12,25 @@ import numpy as np
 
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.bundle import Manifest
+from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
 from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
 
-#: Interpreter, libraries and both sessions without their weights.
-PROCESS_BYTES = 200 << 20
+#: Interpreter and libraries.
+PROCESS_BYTES = 64 << 20
+#: Of the weights' bytes, what a session holds besides them: scales, norms, the graph itself.
+SESSION_SHARE = 0.007
 #: A packed matrix beside the one in the file: column sums and scales lie between the values.
 PACKED_GROWTH = 1.05
-#: Widest activations alive at once: the MLP's two, their product or activation, its int8 form.
+#: Packing the largest matrix, the head: the block it is packed into, and that it is hashed in.
+PACKING_SHARE = 1.4
+#: Activations of a pass in units of the MLP's widest, which is there before and after its
+#: activation function, and narrower ones beside it. (Measured: ONNX Runtime's arenas, 26B.)
 VISION_WIDE, LANGUAGE_WIDE = 2.5, 3.5
+#: Attention scores, before and after the softmax.
+SCORES = 2
+#: Rows of the images: as encoded, and joined for the prompt.
+ROW_COPIES = 2
 #: Left to the system and other processes when deciding whether something fits.
 RESERVE_BYTES = 256 << 20
 
@@ -30,6 +40,8 @@ class MemoryPlan:
     """Bytes one conversation takes on the CPU, by what takes them.
 
     Attributes:
+        sessions: both graphs, beside their matrices.
+        packing: of the largest matrix, while a session opens.
         vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
         language_weights: the same.
         vision: activations of the largest pass over tiles.
@@ -40,6 +52,8 @@ class MemoryPlan:
         process: interpreter, libraries, sessions.
     """
 
+    sessions: int
+    packing: int
     vision_weights: int
     language_weights: int
     vision: int
@@ -54,8 +68,10 @@ class MemoryPlan:
         """Peak anonymous memory."""
         vision = self.vision_weights + self.vision
         language = self.language_weights + self.language + self.kv_cache
-        phases = max(vision, language) if self.low_memory else vision + language
-        return self.process + self.images + phases
+        answer = self.images + (max(vision, language) if self.low_memory else vision + language)
+        # While the last session opens, the other's weights are there already.
+        load = self.packing + (0 if self.low_memory else self.vision_weights)
+        return self.process + self.sessions + max(load + self.language_weights, answer)
 
 
 def plan_memory(
@@ -75,15 +91,19 @@ def plan_memory(
     batch = min(tiles, vision_batch(spec))
     wide = vision.sequence_length * vision.intermediate_size * 4
     chunk = min(tokens, prefill_chunk(spec, tokens))
-    scores = language.num_attention_heads * chunk * tokens * 4
+    scores = SCORES * language.num_attention_heads * chunk * tokens * 4
     rows = tiles * vision.tokens_per_tile * language.hidden_size
+    files = sum(manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
+    head = manifest.parts.get("head")
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
-        vision_weights=0 if prepared else _weights(manifest, contract.VISION_FILES),
-        language_weights=0 if prepared else _weights(manifest, contract.LANGUAGE_FILES),
+        sessions=int(SESSION_SHARE * files),
+        packing=int(PACKING_SHARE * head.bytes) if head else 0,
+        vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
+        language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
         vision=int(VISION_WIDE * batch * wide),
         language=int(LANGUAGE_WIDE * chunk * language.intermediate_size * 4) + scores,
-        images=rows * item,
+        images=ROW_COPIES * rows * item,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
     )
@@ -117,7 +137,8 @@ class MemoryGuard:
 
     def check_prompt(self, tokens: int, tiles: int) -> None:
         """Raise LimitError unless so many new positions and tiles fit beside what is loaded."""
-        plan = replace(self._plan(tokens, tiles), vision_weights=0, language_weights=0, process=0)
+        loaded = {"sessions": 0, "packing": 0, "vision_weights": 0, "language_weights": 0}
+        plan = replace(self._plan(tokens, tiles), **loaded, process=0)
         self._check(plan, tokens, "this prompt")
 
     def _plan(self, tokens: int, tiles: int) -> MemoryPlan:

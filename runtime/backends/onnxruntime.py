@@ -13,7 +13,7 @@ from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.rope import RopeTable
 
 
@@ -116,7 +116,7 @@ class OnnxRuntimeBackend:
             )
         ]
         storage = {
-            pair: self._ort_value.ortvalue_from_numpy(np.zeros(shape, self._cache_dtype))
+            pair: self._ort_value.ortvalue_from_numpy(lazy_zeros(shape, self._cache_dtype))
             for pair in names
         }
         rope = RopeTable(language, capacity, self._dtype)

@@ -19,7 +19,7 @@ from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.rope import RopeTable
 
 #: The cache is read in multiples of this, as an engine's captured graphs do.
@@ -53,13 +53,14 @@ class ReferenceBackend:
     Args:
         bundle: a verified bundle.
         threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core).
+        note: why it is this device; part of the description.
 
     Raises:
         BundleError: a graph does not load (an onnxruntime before 1.24 lacks the newest
             operators), or its inputs are not the contract's.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, note: str = "") -> None:
         import onnxruntime as ort
 
         manifest = bundle.manifest
@@ -73,6 +74,8 @@ class ReferenceBackend:
             f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
             f" graphs of the {manifest.dialect} dialect"
         )
+        if note:
+            self._description += f" ({note})"
 
     @property
     def description(self) -> str:
@@ -87,7 +90,7 @@ class ReferenceBackend:
         """Allocate `2 * layers` buffers; pages are committed when first written."""
         shape = contract.cache_shape(self._spec, capacity)
         try:
-            arrays = {past: np.zeros(shape, self._cache_dtype) for past, _ in self._names()}
+            arrays = {past: lazy_zeros(shape, self._cache_dtype) for past, _ in self._names()}
         except MemoryError as error:
             raise LimitError(
                 f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"

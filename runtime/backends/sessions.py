@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,9 @@ _ORT_TYPE = {
     "uint8": "tensor(uint8)",
     "bool": "tensor(bool)",
 }
+#: mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -90,14 +94,16 @@ class CpuGraphs:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
-        folder = find_prepared(bundle) or bundle.path
+        prepared = find_prepared(bundle)
+        folder = prepared or bundle.path
+        self._loading = large_blocks_reused if prepared else contextlib.nullcontext
         self._open = partial(open_checked, bundle, folder, provider=Provider(), threads=threads)
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
             # Packing weights keeps one core busy, and there are two graphs.
             graphs = (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
-            with ThreadPoolExecutor(len(graphs)) as pool:
+            with self._loading(), ThreadPoolExecutor(len(graphs)) as pool:
                 self._sessions = dict(zip(graphs, pool.map(self._open, graphs), strict=True))
 
     @property
@@ -112,8 +118,32 @@ class CpuGraphs:
         with self._lock:
             if graph not in self._sessions:
                 self._sessions.clear()  # first: their memory is needed
-                self._sessions[graph] = self._open(graph)
+                with self._loading():
+                    self._sessions[graph] = self._open(graph)
             return self._sessions[graph]
+
+
+@contextlib.contextmanager
+def large_blocks_reused() -> Iterator[None]:
+    """Let the C library keep large blocks that are freed, and give them back at the end.
+
+    Even for prepared weights ONNX Runtime packs every matrix to find the stored form by its hash.
+    Each time that takes a new block from the system, which clears its pages; kept blocks bring the
+    load of the 26B from 11.0 to 4.7 s. (glibc only; elsewhere nothing changes.)
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield
+        return
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        # The largest values that glibc's own adaptation reaches.
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        library.malloc_trim(0)
 
 
 def open_checked(

@@ -133,7 +133,8 @@ def test_another_version_of_onnxruntime_does_not_take_it_and_replaces_it(
     monkeypatch.setattr("onnxruntime.__version__", "9.9.9")
     assert find_prepared(open_bundle(prepared_bundle)) is None
     new = prepare_bundle(prepared_bundle)
-    assert new.name.startswith("onnxruntime-9.9.9-") and not old.exists()
+    assert new.name.startswith("onnxruntime-9.9.9-")
+    assert not old.exists()
 
 
 def test_a_new_export_does_not_take_it(prepared_bundle: Path, tmp_path: Path) -> None:
