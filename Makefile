@@ -26,11 +26,15 @@ check: $(VENV)/test.stamp typing
 bench: $(VENV)/export.stamp
 	$(BIN)/internvl-edge demo --repeat 5
 
-gpu-test: $(VENV)/test.stamp
-	$(BIN)/pytest -m gpu -rs
+# GPU_PYTHON=python3 takes the environment that is active: a GPU machine may have no network.
+GPU_PYTHON ?= $(BIN)/python
 
-gpu-bench: $(VENV)/export.stamp
-	$(BIN)/internvl-edge demo --device cuda --repeat 5
+ifeq ($(origin GPU_PYTHON),file)
+gpu-test gpu-bench: $(VENV)/test.stamp
+endif
+
+gpu-test gpu-bench: gpu-%:
+	$(GPU_PYTHON) -m internvl_edge.bench.gpu_suite $*
 
 # Type checkers do not follow the editable install's import hook: give them a tree of links.
 typing:

@@ -1,4 +1,4 @@
-"""Command line: `internvl-edge demo | inspect | export | prepare | chat | bench`.
+"""Command line: `internvl-edge demo | inspect | export | prepare | build | chat | bench`.
 
 Every error a user can cause ends in one line on stderr and exit status 2; Ctrl-C in 130.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from internvl_edge.runtime.cli_bench import add_bench
+from internvl_edge.runtime.cli_build import add_build
 from internvl_edge.runtime.cli_common import Commands, add_device, export_installed
 from internvl_edge.runtime.contract import (
     MANIFEST,
@@ -218,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--overwrite", action="store_true", help="write it again")
     prepare.set_defaults(run=_prepare)
 
+    add_build(commands)
     _add_chat(commands)
     add_bench(commands)
     return parser
@@ -287,6 +289,9 @@ def _add_chat(commands: Commands) -> None:
     chat.add_argument("--stop", action="append", default=[], help="text that ends the answer")
     chat.add_argument("--system", help="system message instead of the checkpoint's")
     chat.add_argument("--verify", choices=("hash", "size"), default="hash")
+    chat.add_argument(
+        "--auto-build", action="store_true", help="build TensorRT engines where none fit this GPU"
+    )
     chat.add_argument("--json", action="store_true", help="print replies as JSON lines")
     chat.add_argument(
         "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"

@@ -97,6 +97,17 @@ class Cuda:
         return raw.partition(b"\0")[0].decode()
 
     @property
+    def integrated(self) -> bool:
+        """Whether host and device share their memory."""
+        kind = self.driver.bindings.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return bool(self.driver("cuDeviceGetAttribute", kind, self.device))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the device; on a Jetson, of the board."""
+        return int(self.driver("cuDeviceTotalMem", self.device))
+
+    @property
     def capability(self) -> tuple[int, int]:
         """Compute capability: (8, 7) is sm_87."""
         kinds = self.driver.bindings.CUdevice_attribute
@@ -140,6 +151,18 @@ class Cuda:
     def copy(self, source: int, target: int, nbytes: int) -> None:
         """Queue a copy between two device addresses."""
         self.driver("cuMemcpyDtoDAsync", target, source, nbytes, self.stream)
+
+    def copy_runs(
+        self, source: int, target: int, pitches: tuple[int, int], width: int, count: int
+    ) -> None:
+        """Queue copies of `count` runs of `width` bytes, `pitches` apart at source and target."""
+        bindings = self.driver.bindings
+        job = bindings.CUDA_MEMCPY2D()
+        job.srcMemoryType = job.dstMemoryType = bindings.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        job.srcDevice, job.dstDevice = source, target
+        job.srcPitch, job.dstPitch = pitches
+        job.WidthInBytes, job.Height = width, count
+        self.driver("cuMemcpy2DAsync", job, self.stream)
 
     def synchronize(self) -> None:
         """Wait until everything on the stream is done."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from internvl_edge.kernels.ops import cpu_kernels
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.bundle import Bundle
+from internvl_edge.runtime.cli_common import export_installed
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.prepared import is_prepared
@@ -49,40 +50,46 @@ def open_device(
     stream: Any = None,
     *,
     low_memory: bool = False,
+    context: int | None = None,
+    auto_build: bool = False,
 ) -> Opened:
     """Load a bundle's graphs on a device.
 
     Args:
         bundle: a verified bundle.
-        device: see `Device`; "auto" takes CUDA where it works, else the CPU, and says why.
+        device: see `Device`; "auto" takes the GPU where it works, else the CPU, and says why:
+            built engines where the bundle is of a TensorRT dialect, ONNX Runtime's CUDA otherwise.
         threads: CPU threads; None is one per core.
         stream: CUDA stream to work on; see `Cuda.open`.
         low_memory: on the CPU, hold one graph at a time.
+        context: positions a KV cache must have room for; None leaves it to the device.
+        auto_build: build engines where there are none that fit this machine.
 
     Raises:
         DeviceError: the device is unknown or not available.
-        BundleError: a graph does not load.
+        BundleError: a graph or engine does not load.
         LimitError: `threads` is not positive.
     """
     if device not in get_args(Device):
-        raise DeviceError(f"unknown device {device!r}; use 'auto', 'cpu' or 'cuda'")
+        raise DeviceError(f"unknown device {device!r}; use {', '.join(get_args(Device))}")
     if threads is not None and threads < 1:
         raise LimitError(f"threads is {threads}, it must be at least 1")
-    if stream is not None and device not in ("auto", "cuda"):
+    if stream is not None and device == "cpu":
         raise DeviceError(f"a CUDA stream was given for device {device!r}; use device='cuda'")
-    if device == "tensorrt":
-        return _open_tensorrt()
-    if device == "cuda" and bundle.manifest.dialect != "onnxruntime":
-        raise DeviceError(
-            f"{bundle.path} was written --for {bundle.manifest.dialect}: device 'cuda' runs the"
-            " onnxruntime dialect; use device='cpu' for reference results"
-        )
-    if device == "cpu" or bundle.manifest.dialect != "onnxruntime":
+    if device == "cpu":
         return _open_cpu(bundle, threads, low_memory)
+    dialect = bundle.manifest.dialect
+    if device == "cuda" and dialect != "onnxruntime":
+        raise DeviceError(
+            f"{bundle.path} was written --for {dialect}: device 'cuda' runs the onnxruntime"
+            " dialect; use device='tensorrt', or device='cpu' for reference results"
+        )
     try:
-        return _open_cuda(bundle, threads, stream)
+        if device == "cuda" or (device == "auto" and dialect == "onnxruntime"):
+            return _open_cuda(bundle, threads, stream)
+        return _open_tensorrt(bundle, stream, context, auto_build)
     except DeviceError as error:
-        if device == "cuda":
+        if device != "auto":
             raise
         reason = f"auto: {error}"
     _say_once(f"running on the CPU ({reason})")
@@ -95,7 +102,7 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
 
     cpu_kernels()  # compiled once per machine: here rather than in the first answer
     if bundle.manifest.dialect != "onnxruntime":
-        return Opened(ReferenceBackend(bundle, threads), tile_on_host)
+        return Opened(ReferenceBackend(bundle, threads, note), tile_on_host)
     guard = MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory)
     guard.check_load()
     backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)
@@ -117,11 +124,27 @@ def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
     return Opened(backend, DeviceTiler.of(cuda), CUDA_CONTEXT)
 
 
-def _open_tensorrt() -> Opened:
+def _open_tensorrt(bundle: Bundle, stream: Any, context: int | None, auto_build: bool) -> Opened:
+    from internvl_edge.runtime.backends.tensorrt import TensorRtBackend
     from internvl_edge.runtime.cuda import Cuda
+    from internvl_edge.runtime.device_tiling import DeviceTiler
+    from internvl_edge.runtime.engines import find_engines, why_none
+    from internvl_edge.runtime.trt import Library
 
-    Cuda.open()  # without a GPU this is the error that helps
-    raise DeviceError("this version runs no TensorRT engines; use device='cuda'")
+    cuda = Cuda.open(stream)
+    library = Library.open()
+    library.check_dialect(bundle.manifest.dialect)
+    with cuda.active():
+        machine = library.machine(cuda)
+    engines = find_engines(bundle, machine, context)
+    if engines is None:
+        if not auto_build:
+            raise DeviceError(why_none(bundle, machine, context))
+        with export_installed():
+            from internvl_edge.export.engines import build_for_machine
+        engines = build_for_machine(bundle, cuda, library, context)
+    backend = TensorRtBackend(bundle, cuda, library, engines)
+    return Opened(backend, DeviceTiler.of(cuda), backend.limits.context)
 
 
 @lru_cache(maxsize=8)

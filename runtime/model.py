@@ -81,12 +81,14 @@ class InternVL:
         reuse_bytes: int = REUSE_BYTES,
         image_folder: str | os.PathLike[str] | None = None,
         low_memory: bool = False,
+        auto_build: bool = False,
     ) -> InternVL:
         """Load a bundle.
 
         Args:
             path: directory written by `internvl-edge export`.
-            device: "auto" takes CUDA where it works, else the CPU.
+            device: "auto" takes the GPU where it works, else the CPU; "tensorrt" runs engines
+                (`internvl-edge build`), "cuda" ONNX Runtime's provider.
             threads: CPU threads; None is one per core.
             max_context: most tokens (image rows included) a prompt and its answer may take.
             verify: "hash" checks the sha256 of every file, "size" only their sizes.
@@ -96,6 +98,7 @@ class InternVL:
                 KV caches of finished answers; 0 keeps nothing.
             image_folder: where rows of images are kept beyond the process.
             low_memory: on the CPU, hold one of the two graphs at a time.
+            auto_build: build TensorRT engines where the bundle has none that fit this machine.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
@@ -104,12 +107,20 @@ class InternVL:
                 into memory.
         """
         bundle = open_bundle(Path(path), verify=verify)
-        opened = open_device(bundle, device, threads, stream, low_memory=low_memory)
         limit = bundle.spec.language.max_context
+        if max_context is not None and not 1 <= max_context <= limit:
+            raise LimitError(f"max_context {max_context} is outside 1..{limit} of this model")
+        opened = open_device(
+            bundle,
+            device,
+            threads,
+            stream,
+            low_memory=low_memory,
+            context=max_context,
+            auto_build=auto_build,
+        )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
-        if not 1 <= max_context <= limit:
-            raise LimitError(f"max_context {max_context} is outside 1..{limit} of this model")
         tokenizer = Tokenizer.load(bundle.path)
         return cls(
             bundle,

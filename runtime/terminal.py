@@ -27,6 +27,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         max_context=arguments.max_context,
         verify=arguments.verify,
         low_memory=arguments.low_memory,
+        auto_build=arguments.auto_build,
         image_folder=arguments.image_folder,
     )
     chat = model.chat(system_message=arguments.system, max_tiles=arguments.max_tiles)

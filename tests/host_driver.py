@@ -75,7 +75,10 @@ class HostDriver:
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=7,
+        CU_DEVICE_ATTRIBUTE_INTEGRATED=1,
     )
+    CUDA_MEMCPY2D = SimpleNamespace
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE="device memory")
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
 
     def __getattr__(self, name: str) -> Any:
@@ -129,6 +132,9 @@ class HostDriver:
     def do_cuDriverGetVersion(self) -> Status:
         return OK, 13020
 
+    def do_cuDeviceTotalMem(self, device: int) -> Status:
+        return OK, self.capacity
+
     def do_cuDeviceGetName(self, length: int, device: int) -> tuple[int, bytes]:
         return OK, b"stand-in".ljust(length, b"\0")
 
@@ -181,6 +187,16 @@ class HostDriver:
 
     def do_cuMemcpyDtoDAsync(self, to: int, source: int, size: int, stream: int) -> Status:
         self.queue(stream, lambda: ctypes.memmove(to, source, size))
+        return (OK,)
+
+    def do_cuMemcpy2DAsync(self, job: Any, stream: int) -> Status:
+        def copy() -> None:
+            for run in range(job.Height):
+                source = job.srcDevice + run * job.srcPitch
+                ctypes.memmove(job.dstDevice + run * job.dstPitch, source, job.WidthInBytes)
+
+        assert job.WidthInBytes <= min(job.srcPitch, job.dstPitch)
+        self.queue(stream, copy)
         return (OK,)
 
     def do_cuMemsetD8Async(self, to: int, value: int, size: int, stream: int) -> Status:

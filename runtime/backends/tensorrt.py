@@ -5,8 +5,9 @@ block of scratch memory, and a step of decoding uploads a row, launches a graph 
 the logits. A captured graph belongs to the context it was captured from, its shapes and its
 addresses; so each has a context of its own, by storage of the cache and number of keys read.
 
-The logits are copied to the host, where the token is chosen: 370 KB for InternLM2's 92,553, at
-PCIe 4's 25 GB/s 15 us of a step of tens of milliseconds.
+The logits are copied to the host, where the token is chosen. On the GPU that would save little of a
+step of tens of milliseconds: of InternLM2's 92,553 tokens 370 KB are copied (15 us at 25 GB/s), and
+the greedy choice takes NumPy 21 us (AMD EPYC).
 """
 
 from __future__ import annotations

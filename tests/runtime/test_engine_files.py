@@ -1,0 +1,361 @@
+"""Engines on disk: what is taken, what is refused and why; and the table of TensorRT's versions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from builder import needs_builder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internvl_edge.runtime import BundleError, DeviceError
+from internvl_edge.runtime.bundle import Bundle, file_entry, open_bundle
+from internvl_edge.runtime.engines import (
+    FOLDER,
+    MANIFEST,
+    PLANS,
+    EngineManifest,
+    Engines,
+    Limits,
+    Machine,
+    built_engines,
+    changes,
+    find_engines,
+    read_engine_manifest,
+    source_hashes,
+    why_none,
+)
+from internvl_edge.runtime.trt import APIS, LIBRARIES, Api, Library, api_of, error_logger
+
+ORIN = Machine(87, "tensorrt", "10.16.2", "Orin (nvgpu)", 13020)
+
+
+def publish(bundle: Bundle, machine: Machine = ORIN, limits: Limits | None = None) -> Engines:
+    """Engines whose plans are a few bytes."""
+    aside = bundle.path / FOLDER / "aside"
+    aside.mkdir(parents=True)
+    for name in PLANS.values():
+        (aside / name).write_bytes(name.encode())
+    manifest = EngineManifest(
+        machine=machine,
+        limits=limits or Limits(4096),
+        dialect=bundle.manifest.dialect,
+        precision=bundle.manifest.precision,
+        flags=(),
+        source=source_hashes(bundle),
+        files={name: file_entry(aside / name) for name in PLANS.values()},
+    )
+    (aside / MANIFEST).write_text(manifest.to_json())
+    folder = aside.rename(aside.with_name(manifest.key))
+    return Engines(folder, manifest)
+
+
+@pytest.fixture
+def opened(bundle: Path) -> Bundle:
+    return open_bundle(bundle)
+
+
+def test_what_was_built_here_is_found(opened: Bundle) -> None:
+    published = publish(opened)
+    assert find_engines(opened, ORIN) == published
+    assert published.path.name.startswith("sm87-tensorrt-10.16.2-")
+    for graph, name in PLANS.items():
+        assert published.plan(graph).name == name
+
+
+MACHINES = {
+    "sm": replace(ORIN, sm=110),
+    "library": replace(ORIN, library="tensorrt_rtx"),
+    "version": replace(ORIN, version="10.3.0"),
+    "gpu": replace(ORIN, gpu="NVIDIA Thor"),
+    "driver": replace(ORIN, driver=12060),
+}
+SAID = {
+    "sm": "compute capability was 87, is 110",
+    "library": "TensorRT was tensorrt 10.16.2, is tensorrt_rtx 10.16.2",
+    "version": "TensorRT was tensorrt 10.16.2, is tensorrt 10.3.0",
+    "gpu": "GPU was Orin (nvgpu), is NVIDIA Thor",
+    "driver": "driver was 13020, is 12060",
+}
+
+
+def test_every_field_of_the_machine_is_covered() -> None:
+    assert MACHINES.keys() == asdict(ORIN).keys()
+
+
+@pytest.mark.parametrize("field", MACHINES)
+def test_another_machine(opened: Bundle, field: str) -> None:
+    published = publish(opened)
+    assert changes(published.manifest, opened, MACHINES[field]) == [SAID[field]]
+    assert find_engines(opened, MACHINES[field]) is None
+    said = why_none(opened, MACHINES[field])
+    assert SAID[field] in said
+    assert f"internvl-edge build {opened.path}" in said
+    assert "auto_build" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"dialect": "tensorrt"}, "dialect was tensorrt, is onnxruntime"),
+        ({"precision": {"vision": "int8"}}, "precision was"),
+        ({"flags": ("REFIT",)}, "builder flags was ['REFIT'], is []"),
+        ({"source": {}}, "language.onnx is another file now"),
+    ],
+    ids=["dialect", "precision", "flags", "source"],
+)
+def test_another_build(opened: Bundle, changed: dict[str, Any], said: str) -> None:
+    manifest = replace(publish(opened).manifest, **changed)
+    assert said in "; ".join(changes(manifest, opened, ORIN))
+
+
+def test_a_newer_driver_runs_them(opened: Bundle) -> None:
+    publish(opened)
+    assert find_engines(opened, replace(ORIN, driver=13030)) is not None
+
+
+def test_engines_built_without_a_gpu_name_none(opened: Bundle) -> None:
+    publish(opened, Machine(80, "tensorrt_rtx", "1.7.1.116"))
+    here = Machine(80, "tensorrt_rtx", "1.7.1.116", "A100", 13020)
+    assert find_engines(opened, here) is not None
+
+
+def test_the_longest_context_is_taken(opened: Bundle) -> None:
+    for context in (1024, 8192, 2048):
+        publish(opened, limits=Limits(context))
+    found = find_engines(opened, ORIN)
+    assert found is not None
+    assert found.manifest.limits.context == 8192
+    assert find_engines(opened, ORIN, 8193) is None
+    assert "8193 is asked for" in why_none(opened, ORIN, 8193)
+
+
+def test_the_closest_is_named(opened: Bundle) -> None:
+    publish(opened, replace(ORIN, version="10.3.0", gpu="other"))
+    closest = publish(opened, replace(ORIN, version="10.13.0"))
+    assert why_none(opened, ORIN).startswith(str(closest.path))
+
+
+def test_none_were_built(opened: Bundle) -> None:
+    assert find_engines(opened, ORIN) is None
+    assert "has no engines for this machine" in why_none(opened, ORIN)
+
+
+def test_what_is_being_written_is_not_looked_at(opened: Bundle) -> None:
+    published = publish(opened)
+    published.path.rename(published.path.with_name(f"{published.path.name}.partial-123"))
+    assert built_engines(opened) == []
+
+
+@pytest.mark.parametrize("graph", PLANS)
+def test_an_altered_plan_is_refused(opened: Bundle, graph: str) -> None:
+    """The same size, another byte."""
+    published = publish(opened)
+    plan = published.path / PLANS[graph]
+    plan.write_bytes(b"x" + plan.read_bytes()[1:])
+    with pytest.raises(BundleError, match="was altered"):
+        published.plan(graph)
+    plan.unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        published.plan(graph)
+
+
+def test_a_plan_put_there_by_hand_is_not_loaded(opened: Bundle) -> None:
+    """A folder without a manifest is nothing; a manifest lists both plans or is damaged."""
+    folder = opened.path / FOLDER / "sm87-tensorrt-10.16.2-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "language.plan").write_bytes(b"code")
+    assert built_engines(opened) == []
+    data = json.loads(publish(opened).manifest.to_json())
+    del data["files"]["vision.plan"]
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="does not list both plans"):
+        built_engines(opened)
+
+
+def _without(data: Any, path: list[str]) -> None:
+    for key in path[:-1]:
+        data = data[key]
+    del data[path[-1]]
+
+
+@pytest.mark.parametrize(
+    "path", [["format"], ["machine"], ["machine", "gpu"], ["limits", "rows"], ["files"], ["flags"]]
+)
+def test_a_manifest_with_something_missing(opened: Bundle, path: list[str]) -> None:
+    published = publish(opened)
+    data = json.loads(published.manifest.to_json())
+    _without(data, path)
+    (published.path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="build the engines again"):
+        find_engines(opened, ORIN)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    ["format", "version", "machine", "limits", "dialect", "precision", "flags", "source", "files"]
+)
+
+
+@given(key=KEYS, value=JSON, cut=st.integers(0, 400))
+def test_a_damaged_manifest_is_one_error_or_as_good_as_before(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: Any, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    manifest = EngineManifest(
+        ORIN,
+        Limits(8),
+        "tensorrt",
+        {},
+        (),
+        {},
+        {n: file_entry(Path(__file__)) for n in PLANS.values()},
+    )
+    text = json.dumps(json.loads(manifest.to_json()) | {key: value})
+    for content in (text, text[:cut]):
+        (folder / MANIFEST).write_text(content)
+        try:
+            read = read_engine_manifest(folder)
+        except BundleError:
+            continue
+        assert read.machine == ORIN or key == "machine"
+    shutil.rmtree(folder)
+
+
+# TensorRT's versions.
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "row"),
+    [
+        ("tensorrt", "10.3.0", 0),
+        ("tensorrt", "10.14.1.48", 0),
+        ("tensorrt", "10.15.0", 1),
+        ("tensorrt", "10.16.2.10", 1),
+        ("tensorrt", "11.0.0", 2),
+        ("tensorrt", "11.4.1", 2),
+        ("tensorrt_rtx", "1.7.1.116", 3),
+    ],
+)
+def test_rows_of_the_table(library: str, version: str, row: int) -> None:
+    assert api_of(library, version) == APIS[row]
+
+
+@pytest.mark.parametrize(("library", "version"), [("tensorrt", "8.6.2"), ("tensorrt", "10.2.0")])
+def test_too_old(library: str, version: str) -> None:
+    with pytest.raises(DeviceError, match=r"is too old; 10.3 or later"):
+        api_of(library, version)
+
+
+def test_graphs_an_old_parser_does_not_take() -> None:
+    module = SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
+    library = Library.of(module)
+    library.check_dialect("tensorrt-portable")
+    with pytest.raises(DeviceError, match=r"need TensorRT 10.15, this is 10.3.0"):
+        library.check_dialect("tensorrt")
+
+
+def test_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=r"tensorrt or tensorrt_rtx.*--system-site-packages"):
+        Library.open()
+
+
+def test_an_installation_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tensorrt` with its bindings alone: libnvonnxparser.so.11 is not found."""
+
+    def missing(name: str) -> None:
+        raise ImportError("libnvonnxparser.so.11: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(DeviceError, match="tensorrt is installed but does not load: libnvonnx"):
+        Library.open()
+
+
+Check = Callable[[Any], bool]
+#: What each column says of the real module.
+COLUMNS: dict[str, Check] = {
+    "names_gpu": lambda trt: hasattr(trt.IBuilderConfig, "set_compute_capability"),
+    "asks_capturable": lambda trt: hasattr(trt.IExecutionContext, "is_stream_capturable"),
+    "modern": lambda trt: hasattr(trt, "IKVCacheUpdateLayer"),
+}
+
+
+@needs_builder
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_table_says_what_rtx_has(column: str) -> None:
+    library = Library.open("tensorrt_rtx")
+    assert library.name == LIBRARIES[1]
+    assert getattr(library.api, column) == COLUMNS[column](library.module)
+
+
+@needs_builder
+def test_rtx_has_every_name_that_is_called() -> None:
+    """What `runtime/trt.py` and `export/engine_builder.py` call without asking the table."""
+    trt = Library.open("tensorrt_rtx").module
+    names = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            *("create_execution_context", "device_memory_size_v2", "num_io_tensors"),
+            *("get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape"),
+            "get_tensor_location",
+        ],
+        trt.IExecutionContext: [
+            *("set_device_memory", "set_tensor_address", "set_input_shape", "execute_async_v3")
+        ],
+        trt.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
+        trt.TensorLocation: ["DEVICE"],
+        trt.DataType: ["FLOAT", "HALF", "INT8", "INT32", "INT64", "UINT8"],
+        trt.TensorIOMode: ["INPUT", "OUTPUT"],
+        trt.IBuilderConfig: [
+            *("set_memory_pool_limit", "progress_monitor", "add_optimization_profile"),
+            *("profiling_verbosity", "set_flag", "create_timing_cache", "set_timing_cache"),
+        ],
+        trt.MemoryPoolType: ["WORKSPACE"],
+        trt.IProgressMonitor: ["phase_start", "phase_finish", "step_complete"],
+        trt.NetworkDefinitionCreationFlag: ["STRONGLY_TYPED"],
+        trt.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
+    }
+    missing = [(o.__name__, n) for o, listed in names.items() for n in listed if not hasattr(o, n)]
+    assert missing == []
+
+
+@needs_builder
+def test_a_plan_is_read_by_the_real_runtime_as_far_as_it_goes(tmp_path: Path) -> None:
+    """Without a GPU none loads: one error with the library's own words."""
+    library = Library.open("tensorrt_rtx")
+    (tmp_path / "a.plan").write_bytes(b"not a plan at all" * 100)
+    with pytest.raises(BundleError, match="does not load it") as caught:
+        library.read_plan(tmp_path / "a.plan")
+    assert "no reason given" not in str(caught.value)
+
+
+@needs_builder
+def test_the_logger_is_one_of_the_librarys() -> None:
+    trt = Library.open("tensorrt_rtx").module
+    heard: list[str] = []
+    log = error_logger(trt, heard.append)
+    log.log(trt.ILogger.ERROR, "bad")
+    log.log(trt.ILogger.VERBOSE, "chatter")
+    assert (log.errors, heard) == (["bad"], ["chatter"])
+
+
+def test_rows_are_in_order() -> None:
+    by_library: dict[str, list[Api]] = {}
+    for row in APIS:
+        by_library.setdefault(row.library, []).append(row)
+    assert tuple(by_library) == LIBRARIES
+    for rows in by_library.values():
+        assert [row.since for row in rows] == sorted({row.since for row in rows})
