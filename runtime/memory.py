@@ -25,12 +25,10 @@ PACKED_GROWTH = 1.05
 #: Packing the largest matrix, the head: the block it is packed into, and that it is hashed in.
 PACKING_SHARE = 1.4
 #: Activations of a pass in units of the MLP's widest, which is there before and after its
-#: activation function, and narrower ones beside it. (Measured: ONNX Runtime's arenas, 26B.)
-VISION_WIDE, LANGUAGE_WIDE = 2.5, 3.5
-#: Attention scores, before and after the softmax.
-SCORES = 2
-#: Rows of the images: as encoded, and joined for the prompt.
-ROW_COPIES = 2
+#: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to.
+VISION_WIDE, LANGUAGE_WIDE = 3.0, 6.5
+#: Rows of the images: as encoded, and joined for the prompt. Pixels: the picture and its tiles.
+ROW_COPIES, PIXEL_COPIES = 2, 2
 #: Left to the system and other processes when deciding whether something fits.
 RESERVE_BYTES = 256 << 20
 
@@ -45,8 +43,8 @@ class MemoryPlan:
         vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
         language_weights: the same.
         vision: activations of the largest pass over tiles.
-        language: activations and attention scores of the largest prefill pass.
-        images: rows of the images in the prompt.
+        language: activations of the largest prefill pass.
+        images: rows and pixels of the images in the prompt.
         kv_cache: of all positions asked for.
         low_memory: whether the two graphs are held one at a time.
         process: interpreter, libraries, sessions.
@@ -91,7 +89,7 @@ def plan_memory(
     batch = min(tiles, vision_batch(spec))
     wide = vision.sequence_length * vision.intermediate_size * 4
     chunk = min(tokens, prefill_chunk(spec, tokens))
-    scores = SCORES * language.num_attention_heads * chunk * tokens * 4
+    pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
     files = sum(manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
     head = manifest.parts.get("head")
@@ -102,8 +100,8 @@ def plan_memory(
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
         language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
         vision=int(VISION_WIDE * batch * wide),
-        language=int(LANGUAGE_WIDE * chunk * language.intermediate_size * 4) + scores,
-        images=ROW_COPIES * rows * item,
+        language=int(LANGUAGE_WIDE * chunk * language.intermediate_size * 4),
+        images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
     )
@@ -137,8 +135,14 @@ class MemoryGuard:
 
     def check_prompt(self, tokens: int, tiles: int) -> None:
         """Raise LimitError unless so many new positions and tiles fit beside what is loaded."""
-        loaded = {"sessions": 0, "packing": 0, "vision_weights": 0, "language_weights": 0}
-        plan = replace(self._plan(tokens, tiles), **loaded, process=0)
+        plan = replace(
+            self._plan(tokens, tiles),
+            process=0,
+            sessions=0,
+            packing=0,
+            vision_weights=0,
+            language_weights=0,
+        )
         self._check(plan, tokens, "this prompt")
 
     def _plan(self, tokens: int, tiles: int) -> MemoryPlan:

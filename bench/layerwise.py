@@ -1,0 +1,186 @@
+"""The decoder of a bundle beside transformers' Llama layers, in float32, one layer in memory.
+
+    internvl-edge bench layerwise BUNDLE [--prompt N] [--new-tokens N] [--json FILE]
+
+A bundle too large for any float implementation in memory still has one layer at a time that fits:
+each layer's weights are read from the bundle's file, multiplied out, and run by transformers over a
+prompt and the greedy answer the runtime gave to it. At every position of the answer, the token the
+runtime chose is compared with the reference's, and the logits by their cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from internvl_edge.bench.machine import describe_machine
+from internvl_edge.bench.stored import check_writable, write_result
+from internvl_edge.export.mapping import LANGUAGE
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.bundle import Bundle, open_bundle
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH
+from internvl_edge.runtime.embedding import EmbeddingTable
+from internvl_edge.runtime.errors import BundleError, LimitError
+from internvl_edge.runtime.specs import LanguageSpec
+
+Floats = NDArray[np.float32]
+
+
+def run_layerwise(
+    path: Path, *, prompt: int, new_tokens: int, threads: int | None, json_file: Path | None
+) -> int:
+    """Compare, print, store; returns the exit status: 0 when every token is the reference's.
+
+    Args:
+        path: a bundle of the onnxruntime dialect.
+        prompt: tokens of the prompt, drawn at random.
+        new_tokens: tokens of the greedy answer.
+    """
+    check_writable(json_file)
+    if prompt < 1 or new_tokens < 1:
+        raise LimitError("--prompt and --new-tokens are at least 1")
+    bundle = open_bundle(path, verify="size")
+    ids, logits = _answer(bundle, prompt, new_tokens, threads)
+    expected = reference_logits(bundle, ids)[-len(logits) :]
+    same = int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    cosines = (logits * expected).sum(-1) / (
+        np.linalg.norm(logits, axis=-1) * np.linalg.norm(expected, axis=-1)
+    )
+    print(
+        f"{same} of {len(logits)} tokens are the float reference's; cosine of the logits"
+        f" {cosines.mean():.5f} (least {cosines.min():.5f})"
+    )
+    if json_file is not None:
+        result = {
+            "format": "internvl-edge layerwise",
+            "version": 1,
+            "precision": bundle.manifest.precision,
+            "parameters": dict(bundle.manifest.parameters),
+            "prompt_tokens": prompt,
+            "tokens": len(logits),
+            "same_tokens": same,
+            "cosine_mean": float(cosines.mean()),
+            "cosine_least": float(cosines.min()),
+            "machine": describe_machine(threads or 0),
+        }
+        write_result(result, json_file)
+    return 0 if same == len(logits) else 1
+
+
+def _answer(
+    bundle: Bundle, prompt: int, new_tokens: int, threads: int | None
+) -> tuple[list[int], Floats]:
+    """A random prompt with the runtime's answer, and its logits where each token was chosen."""
+    model = InternVL.load(bundle.path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
+    # Ids below this are special or bytes; which words are read does not matter.
+    random = np.random.default_rng(0).integers(260, bundle.spec.language.vocab_size, prompt)
+    ids = [int(token) for token in random if token != model.context_id]
+    answer = model.generate(ids, max_new_tokens=new_tokens).token_ids[:-1]
+    if model.context_id in answer:  # which stands for an image when it is read again
+        answer = answer[: answer.index(model.context_id)]
+    logits = model.logits([*ids, *answer])
+    return [*ids, *answer], logits[len(ids) - 1 :]
+
+
+def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
+    """Logits of every position by transformers' layers in float32, `(tokens, vocab)`."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import (
+        LlamaDecoderLayer,
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+    )
+
+    spec, weights = bundle.spec.language, _Weights(bundle)
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        attention_bias=spec.bias,
+    )
+    config._attn_implementation = "eager"
+    embedded = EmbeddingTable.load(bundle).rows(np.asarray(ids, np.int64))
+    x = torch.tensor(embedded, dtype=torch.float32)[None]  # (1, tokens, hidden)
+    positions = torch.arange(len(ids))[None]
+    rotary = LlamaRotaryEmbedding(config)(x, positions)
+    hidden = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min)
+    mask = torch.triu(hidden, diagonal=1)[None, None]
+    with torch.inference_mode():
+        for number in range(spec.num_hidden_layers):
+            with torch.device("meta"):
+                layer = LlamaDecoderLayer(config, 0)
+            layer.load_state_dict(_layer_state(weights, spec, number), assign=True)
+            y = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            x = y[0] if isinstance(y, tuple) else y
+        norm = LlamaRMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        norm.weight = torch.nn.Parameter(torch.from_numpy(weights[f"{LANGUAGE}.model.norm"]))
+        head = torch.from_numpy(weights[f"{LANGUAGE}.output"])
+        return np.asarray((norm(x)[0] @ head.T).numpy())
+
+
+def _layer_state(weights: _Weights, spec: LanguageSpec, number: int) -> dict[str, Any]:
+    """One layer under transformers' names. The bundle's wqkv holds all Q, all K, all V."""
+    import torch
+
+    prefix = f"{LANGUAGE}.model.layers.{number}"
+    qkv = weights[f"{prefix}.attention.wqkv"]
+    query, key, value = np.split(qkv, [spec.query_size, spec.query_size + spec.key_value_size])
+    arrays: Mapping[str, Floats] = {
+        "self_attn.q_proj": query,
+        "self_attn.k_proj": key,
+        "self_attn.v_proj": value,
+        "self_attn.o_proj": weights[f"{prefix}.attention.wo"],
+        "mlp.gate_proj": weights[f"{prefix}.feed_forward.w1"],
+        "mlp.up_proj": weights[f"{prefix}.feed_forward.w3"],
+        "mlp.down_proj": weights[f"{prefix}.feed_forward.w2"],
+        "input_layernorm": weights[f"{prefix}.attention_norm"],
+        "post_attention_layernorm": weights[f"{prefix}.ffn_norm"],
+    }
+    return {
+        f"{name}.weight": torch.from_numpy(np.ascontiguousarray(array))
+        for name, array in arrays.items()
+    }
+
+
+class _Weights:
+    """Weights of a language graph by name, multiplied out to float32 when they are asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        model = onnx.load(str(bundle.file(LANGUAGE_GRAPH)), load_external_data=False)
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        self._bits = {
+            node.input[1]: next(a.i for a in node.attribute if a.name == "bits")
+            for node in products
+        }
+        if any(len(node.input) > 3 and node.input[3] for node in products):
+            raise BundleError("layerwise reads symmetric blocks only; export without --asymmetric")
+        self._folder = bundle.path
+
+    def __getitem__(self, name: str) -> Floats:
+        name = f"{name}.weight"
+        stored = self._read(name)
+        if name not in self._bits:
+            return stored.astype(np.float32)
+        scales = self._read(f"{name}.scales")[..., np.newaxis]  # (rows, blocks, 1)
+        if self._bits[name] == 4:  # the low half of a byte is the first value
+            stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:2], -1)
+        middle = 1 << (self._bits[name] - 1)
+        values = (stored.astype(np.float32) - middle) * scales
+        return np.asarray(values.reshape(len(values), -1))
+
+    def _read(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        file = self._folder / entries["location"]
+        return np.array(np.memmap(file, dtype, "r", int(entries["offset"]), tuple(tensor.dims)))

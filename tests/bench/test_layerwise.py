@@ -1,0 +1,51 @@
+"""Layer by layer through transformers: agrees with the runtime, and notices when it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import small_config, write_checkpoint
+
+from internvl_edge.bench import layerwise
+from internvl_edge.bench.layerwise import run_layerwise
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.runtime import BundleError
+from internvl_edge.runtime.contract import LanguagePrecision
+
+
+def write_bundle(folder: Path, language: LanguagePrecision, *, symmetric: bool = True) -> Path:
+    config = small_config(hidden=128, heads=8, kv_heads=2)
+    checkpoint = write_checkpoint(folder / "checkpoint", config)
+    options = QuantOptions(block=32, naive=True, symmetric=symmetric)
+    return export_bundle(checkpoint, folder / "bundle", language=language, options=options)
+
+
+# Activations are rounded to int8 by block and row where weights are integers.
+@pytest.mark.parametrize(
+    ("language", "least"), [("fp32", 0.999999), ("int8", 0.999), ("int4", 0.999)]
+)
+def test_logits_are_the_runtimes(tmp_path: Path, language: LanguagePrecision, least: float) -> None:
+    bundle, file = write_bundle(tmp_path, language), tmp_path / "result.json"
+    run_layerwise(bundle, prompt=9, new_tokens=6, threads=1, json_file=file)
+    result = json.loads(file.read_text())
+    assert result["cosine_least"] > least
+    assert result["tokens"] >= 1
+
+
+def test_another_token_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_bundle(tmp_path, "fp32")
+    exact = layerwise.reference_logits
+    monkeypatch.setattr(layerwise, "reference_logits", lambda *given: -exact(*given))
+    assert run_layerwise(bundle, prompt=9, new_tokens=4, threads=1, json_file=None) == 1
+    assert capsys.readouterr().out.startswith("0 of")
+
+
+def test_asymmetric_blocks_are_refused(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, "int4", symmetric=False)
+    with pytest.raises(BundleError, match="symmetric"):
+        run_layerwise(bundle, prompt=4, new_tokens=2, threads=1, json_file=None)
