@@ -47,6 +47,7 @@ def _add_accuracy(subjects: Commands) -> None:
     table = accuracy.add_argument_group("for the table of tiny_ocr")
     table.add_argument("--images", type=int, default=2000, help="held-out pictures")
     table.add_argument("--only", action="append", default=[], help="one row of the table")
+    table.add_argument("--peers", action="store_true", help="rows of llama.cpp too, if installed")
     accuracy.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     add_device(accuracy)
     accuracy.set_defaults(run=_accuracy, trailing="bundles")
@@ -104,6 +105,7 @@ def _accuracy(arguments: argparse.Namespace) -> int:
         return run_accuracy(
             images=arguments.images,
             only=arguments.only,
+            peers=arguments.peers,
             threads=arguments.threads,
             output=arguments.json,
         )

@@ -12,6 +12,7 @@ from internvl_edge.runtime.cli_common import (
     check_threads,
     export_installed,
 )
+from internvl_edge.runtime.cli_peers import add_peers
 from internvl_edge.runtime.cli_speed import add_speed
 from internvl_edge.runtime.errors import DeviceError
 
@@ -37,6 +38,7 @@ def add_bench(commands: Commands) -> None:
     engines.set_defaults(run=_engines)
     add_accuracy(subjects)
     add_speed(subjects)
+    add_peers(subjects)
 
 
 def _kernels(arguments: argparse.Namespace) -> int:

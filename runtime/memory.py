@@ -16,19 +16,20 @@ from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
 from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
 
-#: Interpreter and libraries.
-PROCESS_BYTES = 64 << 20
-#: Of the weights' bytes, what a session holds besides them: scales, norms, the graph itself.
-SESSION_SHARE = 0.007
+#: Interpreter, libraries, two sessions of a model without weights.
+PROCESS_BYTES = 90 << 20
+#: Of the weights' bytes, what sessions hold besides them: scales, norms, the graphs.
+SESSION_SHARE = 0.0055
 #: A packed matrix beside the one in the file: column sums and scales lie between the values.
 PACKED_GROWTH = 1.05
 #: Packing the largest matrix, the head: the block it is packed into, and that it is hashed in.
 PACKING_SHARE = 1.4
 #: Activations of a pass in units of the MLP's widest, which is there before and after its
 #: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to.
-VISION_WIDE, LANGUAGE_WIDE = 3.0, 6.5
-#: Rows of the images: as encoded, and joined for the prompt. Pixels: the picture and its tiles.
-ROW_COPIES, PIXEL_COPIES = 2, 2
+VISION_WIDE, LANGUAGE_WIDE = 3.0, 8.0
+#: Rows of the images: as encoded, and joined for the prompt. Pixels: the
+#: picture, its resized form and its tiles.
+ROW_COPIES, PIXEL_COPIES = 2, 3
 #: Left to the system and other processes when deciding whether something fits.
 RESERVE_BYTES = 256 << 20
 

@@ -221,7 +221,7 @@ def test_sampling(setting: Setting) -> None:
         ({"threads": -4}, LimitError, "threads is -4"),
         ({"max_context": 0}, LimitError, "max_context 0 is outside 1..1536 of this model"),
         ({"max_context": 1537}, LimitError, "max_context 1537 is outside 1..1536"),
-        ({"device": "tpu"}, DeviceError, "unknown device 'tpu'; use 'auto', 'cpu' or 'cuda'"),
+        ({"device": "tpu"}, DeviceError, "unknown device 'tpu'; use auto, cpu, cuda, tensorrt"),
     ],
     ids=str,
 )
