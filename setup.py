@@ -15,6 +15,7 @@ SUBPACKAGES = (
     "runtime.backends",
     "kernels",
     "bench",
+    "bench.peers",
     "examples.tiny_ocr",
 )
 
@@ -23,6 +24,7 @@ setup(
     package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in SUBPACKAGES},
     package_data={
         "*": ["py.typed"],
+        "internvl_edge.bench": ["*.schema.json"],
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.examples.tiny_ocr": ["checkpoint/*", "receipt.*"],
     },

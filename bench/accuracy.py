@@ -1,12 +1,13 @@
 """What quantisation costs in answers: exact match on held-out tiny_ocr pictures, per precision.
 
-    internvl-edge bench accuracy [--images N] [--only NAME ...] [--json FILE]
+    internvl-edge bench accuracy [--images N] [--only NAME ...] [--peers] [--json FILE]
 
 Every precision is exported from the same checkpoint, calibrated with pictures of training seeds,
 and asked two questions about each held-out picture in one conversation. Beside each quantised
 one stands plain round to nearest, so that what calibration buys is seen. Every row is compared
 with fp32, question by question. The files written for TensorRT are run by ONNX Runtime's CPU
-kernels: what an engine should answer.
+kernels: what an engine should answer. With --peers, rows of llama.cpp follow: float vision, its own
+quantisers on the same language weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from PIL import Image
 
 from internvl_edge.bench.intervals import Comparison, Estimate
+from internvl_edge.bench.peers.answers import NAMES as LLAMA_CPP
+from internvl_edge.bench.peers.answers import absent, llamacpp_models
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
@@ -125,12 +128,12 @@ def evaluate(model: InternVL, questions: Sequence[Question]) -> list[float]:
 
 
 def run_accuracy(
-    *, images: int, only: Sequence[str], threads: int | None, output: Path | None
+    *, images: int, only: Sequence[str], peers: bool, threads: int | None, output: Path | None
 ) -> int:
     """Print the table, row by row; returns the exit status."""
     if images < 1:
         raise LimitError(f"--images is {images}, it must be at least 1")
-    known = [case.name for case in CASES]
+    known = [case.name for case in CASES] + (list(LLAMA_CPP) if peers else [])
     if unknown := set(only) - set(known):
         raise LimitError(f"--only {sorted(unknown)[0]!r} is unknown; known: {', '.join(known)}")
     checkpoint = example_room() / "checkpoint"
@@ -149,21 +152,38 @@ def run_accuracy(
             size, scores, naive = _measure(
                 case, checkpoint, Path(folder), calibration, questions, threads
             )
-            row = Row(
-                case.name,
-                size / 1e6,
-                Estimate.of(scores),
-                round(sum(scores)),
-                None if exact is None else Comparison.of(exact, scores),
-                None if naive is None else Estimate.of(naive),
-            )
+            rows.append(_row(case.name, size, scores, exact, naive))
             exact = scores if case.name == FLOAT else exact
-            print(_line(row), flush=True)
-            rows.append(row)
+            print(_line(rows[-1]), flush=True)
+        if peers and (reason := absent()) is not None:
+            print(f"llama.cpp: {reason}")
+        elif peers:
+            names = [name for name in LLAMA_CPP if not only or name in only]
+            for loaded in llamacpp_models(checkpoint, Path(folder), names, threads):
+                scores = evaluate(loaded.model, questions)
+                rows.append(_row(loaded.name, loaded.nbytes, scores, exact, None))
+                print(_line(rows[-1]), flush=True)
     if output is not None:
         report = {"images": images, "turns": TURNS, "rows": [asdict(row) for row in rows]}
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _row(
+    name: str,
+    size: int,
+    scores: list[float],
+    exact: list[float] | None,
+    naive: list[float] | None,
+) -> Row:
+    return Row(
+        name,
+        size / 1e6,
+        Estimate.of(scores),
+        round(sum(scores)),
+        None if exact is None else Comparison.of(exact, scores),
+        None if naive is None else Estimate.of(naive),
+    )
 
 
 def _measure(

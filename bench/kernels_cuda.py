@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.bench.kernels import FEATURES, INT8_SCALE, WrongResultError, photo
-from internvl_edge.bench.results import check_writable, write_result
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray

@@ -14,14 +14,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 @contextmanager
-def export_installed() -> Iterator[None]:
-    """Turn a missing package of the export extra into an error that names the remedy."""
+def export_installed(extra: str = "export") -> Iterator[None]:
+    """Turn a missing package of an extra into an error that names the remedy."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ExportError(
-            f"reading a checkpoint needs the package {error.name}:"
-            " pip install 'internvl-edge[export]'"
+            f"this command needs the package {error.name}: pip install 'internvl-edge[{extra}]'"
         ) from error
 
 

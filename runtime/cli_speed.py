@@ -111,7 +111,7 @@ def _add_estimate(subjects: Commands) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    with export_installed():
+    with export_installed("bench"):
         from internvl_edge.bench.estimate_run import Wish, run_estimate
 
     wish = Wish(
@@ -143,10 +143,10 @@ def _add_compare(subjects: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    with export_installed():
+    with export_installed("bench"):
         from internvl_edge.bench.compare import run_compare
 
-    return run_compare(arguments.before, arguments.after, as_json=arguments.json)
+        return run_compare(arguments.before, arguments.after, as_json=arguments.json)
 
 
 def _add_synthetic(subjects: Commands) -> None:

@@ -34,6 +34,7 @@ EXCEPTIONS = {
     ("runtime/cli_bench.py", "bench"),
     ("runtime/cli_accuracy.py", "bench"),
     ("runtime/cli_speed.py", "bench"),
+    ("runtime/cli_peers.py", "bench"),
 }
 
 

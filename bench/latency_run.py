@@ -1,0 +1,219 @@
+"""The `bench latency` command: load each bundle, measure every point, print and store."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.bench.ceilings import Ceilings, measure_ceilings
+from internvl_edge.bench.cold_start import cold_start
+from internvl_edge.bench.energy import Meter, Reading, open_meter
+from internvl_edge.bench.latency import (
+    Measured,
+    Point,
+    bundle_name,
+    check_tiles,
+    grid,
+    grid_tiles,
+    measure_point,
+    picture,
+)
+from internvl_edge.bench.limits import Weights, phase_limits
+from internvl_edge.bench.machine import busy_note, cache_note, describe_machine
+from internvl_edge.bench.report import render_html
+from internvl_edge.bench.statistics import Summary, repeat, summarise
+from internvl_edge.bench.stored import FORMAT, VERSION, check_writable, write_result, write_whole
+from internvl_edge.bench.tables import render_text
+from internvl_edge.kernels.ops import available_cores
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.bundle import Manifest, open_bundle
+from internvl_edge.runtime.errors import LimitError
+
+#: Fresh processes per bundle; each hashes the whole bundle, as a user's load does.
+COLD_STARTS = 3
+COLD_PROMPT = "What is the total?"
+
+
+def run_latency(
+    bundles: Sequence[Path],
+    *,
+    tiles: Sequence[int],
+    prompt: Sequence[int],
+    new_tokens: Sequence[int],
+    runs: int,
+    warmup: int,
+    threads: int | None,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> int:
+    """Measure and print; returns the exit status.
+
+    Raises:
+        LimitError: nothing to repeat, a bad grid, or an output that cannot be written.
+        DeviceError: a fresh process failed.
+        BundleError: not a bundle.
+    """
+    if runs < 1 or warmup < 0:
+        raise LimitError(f"--repeat is {runs} and --warmup {warmup}; at least 1 and 0 are needed")
+    points = grid(tiles, prompt, new_tokens)
+    check_writable(json_file, html_file)
+    manifests = [open_bundle(path, verify="size").manifest for path in bundles]
+    for manifest in manifests:
+        for point in points:
+            check_tiles(manifest.spec, point.tiles)
+    count = threads or available_cores()
+    machine = describe_machine(count)
+    names = [bundle_name(path, number, bundles) for number, path in enumerate(bundles)]
+    notes = [
+        busy_note(machine),
+        *(
+            cache_note(machine, name, sum(Weights.of(manifest).parts.values()))
+            for name, manifest in zip(names, manifests, strict=True)
+        ),
+    ]
+    _say("measuring this machine's ceilings")
+    precisions = {part for m in manifests for part in (m.vision, m.language)}
+    ceilings = measure_ceilings(count, sorted(precisions))
+    meter = open_meter()
+    models = [
+        _measure_bundle(
+            path,
+            names[i],
+            manifests[i],
+            points,
+            ceilings,
+            count,
+            runs=runs,
+            warmup=warmup,
+            meter=meter,
+        )
+        for i, path in enumerate(bundles)
+    ]
+    result = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine,
+        "notes": [note for note in notes if note],
+        "settings": {"runs": runs, "warmup": warmup, "threads": count},
+        "ceilings": asdict(ceilings),
+        "energy_source": None if meter is None else meter.source,
+        "models": models,
+    }
+    print(render_text(result))
+    if json_file is not None:
+        write_result(result, json_file)
+    if html_file is not None:
+        write_whole(render_html(result), html_file)
+    return 0
+
+
+def _measure_bundle(
+    path: Path,
+    name: str,
+    manifest: Manifest,
+    points: Sequence[Point],
+    ceilings: Ceilings,
+    threads: int,
+    *,
+    runs: int,
+    warmup: int,
+    meter: Meter | None,
+) -> dict[str, Any]:
+    """One bundle: cold starts first, while nothing of it is in this process."""
+    _say(f"{name}: cold start")
+    largest = max(points, key=lambda point: point.tiles)
+    cold = _cold_starts(path, manifest, largest.tiles, threads, min(runs, COLD_STARTS))
+    # Nothing is kept between answers: every repetition does the whole work.
+    model = InternVL.load(path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
+    weights = Weights.of(manifest)
+    measured = []
+    for point in points:
+        _say(f"{name}: {point.tiles} tiles, {point.text_tokens} + {point.new_tokens} tokens")
+        found = measure_point(model, point, runs=runs, warmup=warmup, meter=meter)
+        measured.append(_point_dict(found, weights, ceilings))
+    return {
+        "name": name,
+        "backend": model.engine.backend.description,
+        "precision": manifest.precision,
+        "file_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "parts": dict(weights.parts),
+        "spec": manifest.spec.to_dict(),
+        "cold_start": cold,
+        "points": measured,
+    }
+
+
+def _cold_starts(
+    path: Path, manifest: Manifest, tiles: int, threads: int, count: int
+) -> dict[str, Any]:
+    """Fresh processes with the grid's largest picture; the first fills the file cache."""
+    image, limit = picture(manifest.spec, tiles), grid_tiles(manifest.spec, tiles)
+    starts = repeat(
+        lambda: cold_start(path, image, COLD_PROMPT, threads=threads, max_tiles=limit),
+        runs=count,
+        warmup=1,
+    )
+    return {
+        "tiles": tiles,
+        "phases": {
+            part: _summary_dict(summarise([start[part] for start in starts]))
+            for part in ("interpreter", "import", "load", "first_token", "total")
+        },
+        "loaded_rss_bytes": int(max(start["loaded_rss"] for start in starts)),
+        "peak_rss_bytes": int(max(start["peak_rss"] for start in starts)),
+    }
+
+
+def _point_dict(found: Measured, weights: Weights, ceilings: Ceilings) -> dict[str, Any]:
+    limits = phase_limits(
+        weights,
+        ceilings,
+        tiles=found.point.tiles,
+        prompt_tokens=found.prompt_tokens,
+        new_tokens=found.point.new_tokens,
+    )
+    return {
+        **asdict(found.point),
+        "prompt_tokens": found.prompt_tokens,
+        "phases": {name: _summary_dict(summary) for name, summary in found.phases.items()},
+        "rates": {
+            "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "decode_tokens_per_s": found.decode_tokens_per_s,
+        },
+        "limits": {
+            name: {
+                "bound_s": limit.seconds,
+                "by": limit.by,
+                "percent": 100 * limit.seconds / found.phases[name].median,
+            }
+            for name, limit in limits.items()
+            if name in found.phases
+        },
+        "energy": _energy_dict(found.energy, found.point.new_tokens),
+    }
+
+
+def _summary_dict(summary: Summary) -> dict[str, Any]:
+    return asdict(summary) | {"samples": list(summary.samples)}
+
+
+def _energy_dict(readings: Sequence[Reading] | None, tokens: int) -> dict[str, Any] | None:
+    """Of one first turn: joules, mean watts, joules a generated token (pictures included)."""
+    if readings is None:
+        return None
+    joules = summarise([reading.joules for reading in readings])
+    watts = summarise([reading.watts for reading in readings])
+    return {
+        "joules": _summary_dict(joules),
+        "watts": _summary_dict(watts),
+        "joules_per_token": joules.median / tokens,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The same model through what a user would pick instead, measured beside this runtime."""

@@ -1,0 +1,84 @@
+"""This runtime with llama.cpp as its language part: same tiles, prompts, sampling, vision graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.bench.peers.llamacpp import LlamaCpp
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from internvl_edge.runtime.bundle import open_bundle
+from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.tokenizer import Tokenizer
+
+
+@dataclass
+class Sequence:
+    """llama.cpp holds one sequence, which belongs to the cache made last."""
+
+    state: CacheState
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
+        raise NotImplementedError("llama.cpp's cache is not shared between conversations")
+
+
+class LlamaCppBackend:
+    """Images through `vision`, rows of embeddings through llama.cpp; see `Backend`."""
+
+    def __init__(self, vision: Backend, language: LlamaCpp) -> None:
+        self._vision = vision
+        self._language = language
+        self._current: Sequence | None = None
+
+    @property
+    def description(self) -> str:
+        return f"llama.cpp behind {self._vision.description}"
+
+    def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
+        return self._vision.encode_tiles(tiles)
+
+    def new_cache(self, capacity: int) -> Sequence:
+        if capacity > self._language.context:
+            raise LimitError(f"{capacity} tokens > {self._language.context} of llama.cpp's context")
+        self._language.reset()
+        self._current = Sequence(CacheState(capacity))
+        return self._current
+
+    def forward(
+        self,
+        cache: Cache,
+        embeddings: NDArray[np.floating],
+        base: float,
+        logit_rows: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        if cache is not self._current:
+            raise ValueError("llama.cpp holds one sequence, and another one began since")
+        self._language.truncate(cache.state.length)
+        if list(logit_rows) == [len(embeddings) - 1]:
+            return self._language.append_rows(embeddings)
+        return self._language.append_rows(embeddings, every=True)[logit_rows]
+
+
+def load_with_llamacpp(bundle: Path, gguf: Path, threads: int, context: int) -> InternVL:
+    """A float32 bundle whose language graph is replaced by a GGUF of the same checkpoint.
+
+    Args:
+        context: most tokens of a conversation; at most the trained length, beyond which the GGUF
+            has no NTK scaling.
+    """
+    opened = open_bundle(bundle, verify="size")
+    limit = opened.spec.language.max_position_embeddings
+    if context > limit:
+        raise LimitError(f"a context of {context} is beyond the trained length {limit}")
+    backend = LlamaCppBackend(OnnxRuntimeBackend(opened, threads), LlamaCpp(gguf, threads, context))
+    return InternVL(opened, backend, Tokenizer.load(bundle), context, reuse_bytes=0)

@@ -1,0 +1,146 @@
+"""One engine in a process of its own: requests as lines of JSON on stdin, answers on stdout.
+
+Every system brings a thread pool; in one process they would share caches, allocators and OpenMP
+settings. A worker that waits for its turn sleeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.runtime.errors import DeviceError
+
+MODULE = "internvl_edge.bench.peers.worker"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One prompt and what followed it: its tokens, and seconds."""
+
+    prompt: int
+    prefill_s: float
+    decode_s: tuple[float, ...]
+
+
+class Worker:
+    """The other end of a worker process.
+
+    Args:
+        engine: a name of `engines.ENGINES`.
+        python: interpreter that has the engine's packages.
+
+    Raises:
+        DeviceError: the engine did not start; says why.
+    """
+
+    def __init__(
+        self, engine: str, path: Path, threads: int, context: int, python: str = sys.executable
+    ) -> None:
+        self._engine = engine
+        command = [python, "-m", MODULE, engine, str(path), str(threads), str(context)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment,
+        )
+        self._read()
+
+    def round(self, prompt: Sequence[int], new_tokens: int) -> Round:
+        """Prefill the prompt and decode so many tokens after it."""
+        assert self._process.stdin is not None
+        request = {"prompt": list(prompt), "new_tokens": new_tokens}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        return Round(len(prompt), answer["prefill_s"], tuple(answer["decode_s"]))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def _read(self) -> Mapping[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {}
+        if not line or "error" in answer:
+            self.close()
+            reason = answer.get("error", f"its process ended ({self._process.returncode})")
+            raise DeviceError(f"{self._engine}: {reason}")
+        return answer
+
+
+def versions(packages: Sequence[str], python: str = sys.executable) -> dict[str, str]:
+    """Versions of installed packages as another interpreter sees them; absent ones are left out."""
+    command = [python, "-m", MODULE, "versions", *packages]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if result.returncode:
+        said = result.stderr.strip().splitlines()
+        raise DeviceError(f"{python} does not run this package: {said[-1] if said else 'no word'}")
+    return dict(json.loads(result.stdout))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve one engine until stdin ends."""
+    if arguments[0] == "versions":
+        print(json.dumps(_installed(arguments[1:])))
+        return 0
+    name, path, threads, context = arguments
+    # Libraries print: only answers may reach the pipe.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    try:
+        from internvl_edge.bench.peers.engines import ENGINES
+
+        engine = ENGINES[name](Path(path), int(threads), int(context))
+    except Exception as error:  # noqa: BLE001  whatever the library raises is the answer
+        answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        return 1
+    answers.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers.write(json.dumps(_round(engine, request)) + "\n")
+    return 0
+
+
+def _round(engine: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = np.array(request["prompt"], np.int64)
+    started = time.perf_counter()
+    engine.prefill(prompt)
+    prefill, gaps = time.perf_counter() - started, []
+    for token in range(request["new_tokens"]):
+        started = time.perf_counter()
+        engine.decode(int(prompt[token % len(prompt)]))
+        gaps.append(time.perf_counter() - started)
+    return {"prefill_s": prefill, "decode_s": gaps}
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""A small quantised bundle and one real latency result of it, once per session."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import KV8, small_config, write_checkpoint
+
+from internvl_edge.bench.latency_run import run_latency
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.decisions import QuantOptions
+
+
+@pytest.fixture(scope="session")
+def float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float32, with widths that are all different."""
+    folder = tmp_path_factory.mktemp("float")
+    config = small_config(hidden=128, heads=8, kv_heads=2)
+    return export_bundle(write_checkpoint(folder / "checkpoint", config), folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def integer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, W8A8 and INT4."""
+    folder = tmp_path_factory.mktemp("integer")
+    checkpoint = write_checkpoint(
+        folder / "checkpoint", small_config(hidden=128, heads=8, kv_heads=2)
+    )
+    options = QuantOptions(block=32, naive=True)
+    return export_bundle(
+        checkpoint, folder / "bundle", vision="int8", language="int4", options=options, **KV8
+    )
+
+
+@pytest.fixture(scope="session")
+def latency_files(integer_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `result.json` and `report.html`, measured once: no picture, and four tiles."""
+    folder = tmp_path_factory.mktemp("latency")
+    run_latency(
+        [integer_bundle],
+        tiles=[0, 4],
+        prompt=[8],
+        new_tokens=[4],
+        runs=3,
+        warmup=1,
+        threads=1,
+        json_file=folder / "result.json",
+        html_file=folder / "report.html",
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _stored_result(latency_files: Path) -> dict[str, Any]:
+    return dict(json.loads((latency_files / "result.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def result(_stored_result: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the result, to be changed."""
+    return copy.deepcopy(_stored_result)
