@@ -62,6 +62,18 @@ def present_value(layer: int) -> str:
     return f"present.{layer}.value"
 
 
+def cache_pairs(spec: LanguageSpec) -> list[tuple[str, str]]:
+    """Names of past and present of every cache: layer by layer, keys before values."""
+    return [
+        pair
+        for layer in range(spec.num_hidden_layers)
+        for pair in (
+            (past_key(layer), present_key(layer)),
+            (past_value(layer), present_value(layer)),
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One input or output of a graph."""

@@ -107,17 +107,9 @@ class OnnxRuntimeBackend:
     def _allocate(self, capacity: int) -> OrtCache:
         language = self._spec.language
         shape = contract.cache_shape(language, capacity)
-        names = [
-            pair
-            for layer in range(language.num_hidden_layers)
-            for pair in (
-                (contract.past_key(layer), contract.present_key(layer)),
-                (contract.past_value(layer), contract.present_value(layer)),
-            )
-        ]
         storage = {
             pair: self._ort_value.ortvalue_from_numpy(lazy_zeros(shape, self._cache_dtype))
-            for pair in names
+            for pair in contract.cache_pairs(language)
         }
         rope = RopeTable(language, capacity, self._dtype)
         return OrtCache(CacheState(capacity), rope, storage)

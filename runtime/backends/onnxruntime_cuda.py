@@ -132,15 +132,7 @@ class CudaCache:
             (2 * language.num_hidden_layers, *contract.cache_shape(language, capacity)),
             contract.CACHE_DTYPE[bundle.manifest.kv],
         )
-        names = [
-            pair
-            for layer in range(language.num_hidden_layers)
-            for pair in (
-                (contract.past_key(layer), contract.present_key(layer)),
-                (contract.past_value(layer), contract.present_value(layer)),
-            )
-        ]
-        for index, (past, present) in enumerate(names):
+        for index, (past, present) in enumerate(contract.cache_pairs(language)):
             part = self._memory[index : index + 1].of_shape(self._memory.shape[1:])
             place.bind_input(binding, past, part)
             place.bind_output(binding, present, part)

@@ -90,7 +90,10 @@ class ReferenceBackend:
         """Allocate `2 * layers` buffers; pages are committed when first written."""
         shape = contract.cache_shape(self._spec, capacity)
         try:
-            arrays = {past: lazy_zeros(shape, self._cache_dtype) for past, _ in self._names()}
+            arrays = {
+                past: lazy_zeros(shape, self._cache_dtype)
+                for past, _ in contract.cache_pairs(self._spec)
+            }
         except MemoryError as error:
             raise LimitError(
                 f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
@@ -121,7 +124,7 @@ class ReferenceBackend:
         binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
         logits = np.empty((len(logit_rows), self._spec.vocab_size), np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
-        for past, present in self._names():
+        for past, present in contract.cache_pairs(self._spec):
             buffer = cache.pasts[past]
             binding.bind_ortvalue_input(past, buffer)
             if self._in_place:
@@ -135,18 +138,7 @@ class ReferenceBackend:
 
     def _append(self, cache: ReferenceCache, rows: list[Any], start: int) -> None:
         """Put new rows `(1, kv_heads, tokens, head_dim)` behind the cached ones."""
-        for (past, _), value in zip(self._names(), rows, strict=True):
+        for (past, _), value in zip(contract.cache_pairs(self._spec), rows, strict=True):
             new = value.numpy()
             # A view: ortvalue_from_numpy and numpy() share the buffer on the CPU.
             cache.pasts[past].numpy()[:, :, start : start + new.shape[2]] = new
-
-    def _names(self) -> list[tuple[str, str]]:
-        """Names of past and present, in the order they are bound."""
-        return [
-            pair
-            for layer in range(self._spec.num_hidden_layers)
-            for pair in (
-                (contract.past_key(layer), contract.present_key(layer)),
-                (contract.past_value(layer), contract.present_value(layer)),
-            )
-        ]
