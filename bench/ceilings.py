@@ -53,7 +53,7 @@ def measure_ceilings(threads: int, precisions: Sequence[str]) -> Ceilings:
     )
 
 
-def copy_bandwidth(threads: int, *, runs: int = 5) -> float:
+def copy_bandwidth(threads: int, *, runs: int = 20) -> float:
     """Bytes a second, read plus written, of `threads` copying large arrays; the best of `runs`."""
     # Both written once: untouched pages would all be read from one page of zeros.
     source = np.ones((threads, COPY_BYTES // threads), np.uint8)
@@ -63,7 +63,7 @@ def copy_bandwidth(threads: int, *, runs: int = 5) -> float:
     return 2 * source.nbytes / best
 
 
-def read_bandwidth(threads: int, *, runs: int = 5) -> float:
+def read_bandwidth(threads: int, *, runs: int = 50) -> float:
     """Bytes a second of `threads` reading large arrays; the best of `runs`.
 
     The reader is NumPy's maximum of 64-bit integers: a load and a compare per vector, 30 GB/s on
