@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import GOLDEN
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
+
+# A busy machine draws and runs slowly, which says nothing about what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def test_an_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
         load_dataset(path, "exact")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*LINE, "images", "choices", "metric"]), JSON))
 def test_anything_else_is_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
     path = write(tmp_path, LINE | change)

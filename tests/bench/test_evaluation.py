@@ -58,7 +58,9 @@ def fill(path: Path, asked: list[str]) -> bytes:
 
 class TestJournal:
     @settings(
-        suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        deadline=None,
+        max_examples=40,
     )
     @given(data=st.data())
     def test_cut_anywhere_it_goes_on(self, tmp_path: Path, data: st.DataObject) -> None:
