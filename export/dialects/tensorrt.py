@@ -12,6 +12,7 @@ The levels differ in norms and attention: `tensorrt_modern`, `tensorrt_portable`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,7 @@ FLOAT = LinearPlan("float")
 BLOCK_OPSET = 21
 
 
-class TensorRtDialect:
+class TensorRtDialect(ABC):
     """The parts of `Dialect` that both levels write alike.
 
     Args:
@@ -124,8 +125,9 @@ class TensorRtDialect:
         # What follows the projector is the graph's output; the tower's gain makes y float32.
         return y if down.gain is not None else self.graph.cast(y, self.dtype, f"{down.name}.cast")
 
+    @abstractmethod
     def gelu(self, x: str, name: str) -> str:
-        raise NotImplementedError
+        """Exact (erf) GELU in float32."""
 
     def layer_norm(self, x: str, weight: Weight, bias: Weight, eps: float, name: str) -> str:
         graph = self.graph
@@ -135,8 +137,9 @@ class TensorRtDialect:
         normed = graph.node("LayerNormalization", [wide, *stored], name, attributes)
         return graph.cast(normed, self.dtype, f"{name}.cast")
 
+    @abstractmethod
     def rms_norm(self, x: str, weight: Weight, eps: float, name: str) -> str:
-        raise NotImplementedError
+        """RMSNorm over the last axis in float32, the result in the graph's dtype."""
 
     def add_rms_norm(
         self, x: str, residual: str, weight: Weight, eps: float, name: str
