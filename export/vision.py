@@ -104,9 +104,8 @@ def _layer(spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str
         y = _attention(spec, dialect, reader, f"{prefix}.attn", y)
         proj = _linear(reader, f"{prefix}.attn.proj", "proj", reader.tensor(f"{prefix}.ls1"))
         y = dialect.linear(y, proj.weight, proj.bias, proj.name, proj.gain)
-        x = dialect.add(x, y, "output")
     with dialect.graph.scope("mlp"):
-        y = _norm(spec, dialect, reader, f"{prefix}.norm2", x, "norm")
+        y, x = _add_norm(spec, dialect, reader, f"{prefix}.norm2", (x, y))
         up = _linear(reader, f"{prefix}.mlp.fc1", "fc1")
         down = _linear(reader, f"{prefix}.mlp.fc2", "fc2", reader.tensor(f"{prefix}.ls2"))
         y = dialect.gelu_mlp(y, up, down)
@@ -159,6 +158,17 @@ def _norm(
         return dialect.rms_norm(x, weight, spec.layer_norm_eps, name)
     bias = reader.tensor(f"{prefix}.bias")
     return dialect.layer_norm(x, weight, bias, spec.layer_norm_eps, name)
+
+
+def _add_norm(
+    spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str, terms: tuple[str, str]
+) -> tuple[str, str]:
+    """The sum of both terms, normed, and the sum itself."""
+    if spec.norm_type == "rms_norm":
+        weight = reader.tensor(f"{prefix}.weight")
+        return dialect.add_rms_norm(*terms, weight, spec.layer_norm_eps, "norm")
+    total = dialect.add(*terms, "residual")
+    return _norm(spec, dialect, reader, prefix, total, "norm"), total
 
 
 def _linear(reader: WeightReader, prefix: str, name: str, gain: Weight | None = None) -> Linear:

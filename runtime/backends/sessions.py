@@ -185,6 +185,10 @@ def open_session(
     # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next
     # (30 tiles of the 2B: 1.6 GB of activations with patterns, 0.8 without).
     options.enable_mem_pattern = False
+    # Idle threads of one graph would spin beside the other's and the host's work: with this, four
+    # threads take 378 ms instead of 421 for a prefill of two true-width layers, 3.5 instead of
+    # 12.0 for tiny_ocr's, and 0.25 instead of 0.45 ms for each of its tokens.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not provider.fuses:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if threads is not None:
