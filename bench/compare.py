@@ -2,9 +2,10 @@
 
     internvl-edge bench compare BEFORE.json AFTER.json [--json]
 
-A ratio below one is faster. Its interval is a percentile bootstrap of the medians (Efron 1979); a
-difference is called real where the two samples differ by the Mann-Whitney test (1947), at a level
-shared among all rows (Holm 1979): comparing many phases must not find differences by chance.
+A ratio below one is faster. Runs of one round share its memory and its minute, so that a round's
+median is one sample (a run is, where there is one round only). Figures are geometric means of the
+samples; a difference and its interval are Welch's t (1947) on their logarithms, called real at a
+level shared among all rows (Holm 1979): comparing many phases must not find differences by chance.
 Neither tells a change of the code from other work that ran on the machine during one of the two.
 """
 
@@ -23,7 +24,6 @@ from internvl_edge.bench.tables import PHASES
 from internvl_edge.runtime.errors import LimitError
 
 LEVEL = 0.05
-RESAMPLES = 2000
 #: Vision per tile is vision again, by a constant.
 COMPARED = tuple(phase for phase in PHASES if phase != "vision_per_tile")
 
@@ -31,20 +31,26 @@ Key = tuple[str, int, int, int, str]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One phase of one point in both results; seconds are medians."""
+class Difference:
+    """Geometric means in seconds, their ratio and its 95% interval, and Welch's p."""
 
-    model: str
-    tiles: int
-    text_tokens: int
-    new_tokens: int
-    phase: str
     before_s: float
     after_s: float
     ratio: float
     low: float
     high: float
     p: float
+
+
+@dataclass(frozen=True)
+class Row(Difference):
+    """The difference in one phase of one point, and whether it is called real."""
+
+    model: str
+    tiles: int
+    text_tokens: int
+    new_tokens: int
+    phase: str
     real: bool
 
 
@@ -73,12 +79,34 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
     """
     left, right = _samples(before), _samples(after)
     shared = [key for key in left if key in right]
-    tests = [_p_value(left[key], right[key]) for key in shared]
-    real = holm(tests, LEVEL)
+    differences = [difference(left[key], right[key]) for key in shared]
+    real = holm([found.p for found in differences], LEVEL)
     return [
-        _row(key, left[key], right[key], p, verdict)
-        for key, p, verdict in zip(shared, tests, real, strict=True)
+        _row(key, found, verdict)
+        for key, found, verdict in zip(shared, differences, real, strict=True)
     ]
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
+    """Of two sets of positive samples; p is 0 or 1 where neither has any spread.
+
+    Raises:
+        LimitError: a set of one sample.
+    """
+    from scipy.stats import ttest_ind
+
+    x, y = np.log(before), np.log(after)
+    shift = float(np.mean(y) - np.mean(x))
+    means = float(np.exp(np.mean(x))), float(np.exp(np.mean(y)))
+    if min(len(x), len(y)) < 2:
+        raise LimitError("one round of one run tells no spread; measure with --rounds 2 or more")
+    if np.ptp(x) == 0 and np.ptp(y) == 0:
+        ratio = float(np.exp(shift))
+        return Difference(*means, ratio, ratio, ratio, float(shift == 0))
+    test = ttest_ind(y, x, equal_var=False)
+    interval = test.confidence_interval(1 - LEVEL)
+    ratio, low, high = (float(np.exp(v)) for v in (shift, interval.low, interval.high))
+    return Difference(*means, ratio, low, high, float(test.pvalue))
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
@@ -92,19 +120,22 @@ def holm(p_values: Sequence[float], level: float) -> list[bool]:
     return rejected
 
 
-def ratio_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the ratio of medians, seeded."""
-    random = np.random.default_rng(0)
-    medians = [
-        np.median(random.choice(np.asarray(values), (RESAMPLES, len(values))), axis=1)
-        for values in (before, after)
-    ]
-    low, high = np.percentile(medians[1] / medians[0], [2.5, 97.5])
-    return float(low), float(high)
+def _row(key: Key, found: Difference, real: bool) -> Row:
+    model, tiles, text_tokens, new_tokens, phase = key
+    return Row(
+        **asdict(found),
+        model=model,
+        tiles=tiles,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        phase=phase,
+        real=real,
+    )
 
 
 def _samples(result: Mapping[str, Any]) -> dict[Key, list[float]]:
-    models = result["models"]
+    models, settings = result["models"], result["settings"]
+    groups = settings["rounds"] if settings["rounds"] > 1 else settings["runs"]
     samples: dict[Key, list[float]] = {}
     for model in models:
         name = model["name"] if len(models) > 1 else ""
@@ -112,27 +143,13 @@ def _samples(result: Mapping[str, Any]) -> dict[Key, list[float]]:
             place = (name, point["tiles"], point["text_tokens"], point["new_tokens"])
             for phase in (phase for phase in COMPARED if phase in point["phases"]):
                 values = point["phases"][phase]["samples"]
-                if phase == "itl":
-                    values = _run_medians(values, point["new_tokens"] - 1)
-                samples[(*place, phase)] = values
+                samples[(*place, phase)] = _medians(values, groups)
     return samples
 
 
-def _run_medians(gaps: Sequence[float], count: int) -> list[float]:
-    """Of each run's `count` gaps: those of one run share its luck and are no sample each."""
-    return [float(np.median(gaps[at : at + count])) for at in range(0, len(gaps), count)]
-
-
-def _p_value(before: Sequence[float], after: Sequence[float]) -> float:
-    from scipy.stats import mannwhitneyu
-
-    return float(mannwhitneyu(before, after).pvalue)
-
-
-def _row(key: Key, before: Sequence[float], after: Sequence[float], p: float, real: bool) -> Row:
-    medians = float(np.median(before)), float(np.median(after))
-    low, high = ratio_interval(before, after)
-    return Row(*key, *medians, medians[1] / medians[0], low, high, p, real)
+def _medians(values: Sequence[float], groups: int) -> list[float]:
+    """Of equal runs of the values; gaps between tokens are many a run."""
+    return [float(np.median(group)) for group in np.array_split(np.asarray(values), groups)]
 
 
 def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
 """How fast a bundle is, phase by phase, over a grid of tiles, prompt lengths and answer lengths.
 
     internvl-edge bench latency BUNDLE ... [--tiles 1 4 13] [--prompt N ...] [--new-tokens N ...]
-                                           [--repeat N] [--json FILE] [--html FILE]
+                                           [--rounds N] [--repeat N] [--json FILE] [--html FILE]
 
 Every run is a whole conversation through the public API: an encoded picture and a question, then
-a second question about the same picture. The runtime's own `Timings` say where the time went;
+a second question about the same picture. Runs come in rounds: each loads the model anew and goes
+over the whole grid, so that the spread holds what differs between processes' memory and minutes
+too, and not only between one run and the next. The runtime's own `Timings` say where the time went;
 decoding and cutting the picture are timed apart. The stop token is disabled, so that an answer is
 as long as asked. The projector is part of the vision graph: `bench profile` tells its share.
 """
@@ -58,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """All runs of one point.
+    """All runs of one point, in order.
 
     Attributes:
         phases: seconds; `itl` pools the gaps of every run.
@@ -99,7 +101,7 @@ def grid(tiles: Sequence[int], prompt: Sequence[int], new_tokens: Sequence[int])
 
 def measure_point(
     model: InternVL, point: Point, *, runs: int, warmup: int, meter: Meter | None = None
-) -> Measured:
+) -> list[Run]:
     """Run the conversation of one point again and again; warm-up runs leave no trace.
 
     Raises:
@@ -109,12 +111,11 @@ def measure_point(
     limit = grid_tiles(model.spec, point.tiles)
     prompt = question(model, point.text_tokens)
     model.stop_id = NEVER
-    conversations = repeat(
+    return repeat(
         lambda: converse(model, image, limit, prompt, point.new_tokens, meter),
         runs=runs,
         warmup=warmup,
     )
-    return collect(point, conversations)
 
 
 def collect(point: Point, runs: Sequence[Run]) -> Measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,8 +15,10 @@ from internvl_edge.bench.energy import Meter, Reading, open_meter
 from internvl_edge.bench.latency import (
     Measured,
     Point,
+    Run,
     bundle_name,
     check_tiles,
+    collect,
     grid,
     grid_tiles,
     measure_point,
@@ -44,6 +46,7 @@ def run_latency(
     tiles: Sequence[int],
     prompt: Sequence[int],
     new_tokens: Sequence[int],
+    rounds: int,
     runs: int,
     warmup: int,
     threads: int | None,
@@ -52,13 +55,20 @@ def run_latency(
 ) -> int:
     """Measure and print; returns the exit status.
 
+    Args:
+        rounds: how often the models are loaded and go over the grid.
+        runs: measured runs of each point in each round, after `warmup` others.
+
     Raises:
         LimitError: nothing to repeat, a bad grid, or an output that cannot be written.
         DeviceError: a fresh process failed.
         BundleError: not a bundle.
     """
-    if runs < 1 or warmup < 0:
-        raise LimitError(f"--repeat is {runs} and --warmup {warmup}; at least 1 and 0 are needed")
+    if rounds < 1 or runs < 1 or warmup < 0:
+        raise LimitError(
+            f"--rounds is {rounds}, --repeat {runs} and --warmup {warmup}; at least 1, 1 and 0 are"
+            " needed"
+        )
     points = grid(tiles, prompt, new_tokens)
     check_writable(json_file, html_file)
     manifests = [open_bundle(path, verify="size").manifest for path in bundles]
@@ -79,19 +89,29 @@ def run_latency(
     precisions = {part for m in manifests for part in (m.vision, m.language)}
     ceilings = measure_ceilings(count, sorted(precisions))
     meter = open_meter()
+    largest = max(point.tiles for point in points)
+    # First, while nothing of a bundle is in this process.
+    cold = []
+    for name, path, manifest in zip(names, bundles, manifests, strict=True):
+        _say(f"{name}: cold start")
+        cold.append(_cold_starts(path, manifest, largest, count, min(rounds * runs, COLD_STARTS)))
+    measured: list[dict[Point, list[Run]]] = [{point: [] for point in points} for _ in bundles]
+    backends = [""] * len(bundles)
+    for number in range(rounds):
+        for i, path in enumerate(bundles):
+            _say(f"round {number + 1} of {rounds}: {names[i]}")
+            backends[i] = _measure_round(
+                path, measured[i], count, runs=runs, warmup=warmup, meter=meter
+            )
     models = [
-        _measure_bundle(
-            path,
-            names[i],
-            manifests[i],
-            points,
-            ceilings,
-            count,
-            runs=runs,
-            warmup=warmup,
-            meter=meter,
-        )
-        for i, path in enumerate(bundles)
+        {
+            "name": names[i],
+            "backend": backends[i],
+            **_bundle_dict(manifest),
+            "cold_start": cold[i],
+            "points": _points(manifest, measured[i], ceilings),
+        }
+        for i, manifest in enumerate(manifests)
     ]
     result = {
         "format": FORMAT,
@@ -99,7 +119,7 @@ def run_latency(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
         "notes": [note for note in notes if note],
-        "settings": {"runs": runs, "warmup": warmup, "threads": count},
+        "settings": {"rounds": rounds, "runs": runs, "warmup": warmup, "threads": count},
         "ceilings": asdict(ceilings),
         "energy_source": None if meter is None else meter.source,
         "models": models,
@@ -112,40 +132,40 @@ def run_latency(
     return 0
 
 
-def _measure_bundle(
+def _measure_round(
     path: Path,
-    name: str,
-    manifest: Manifest,
-    points: Sequence[Point],
-    ceilings: Ceilings,
+    measured: Mapping[Point, list[Run]],
     threads: int,
     *,
     runs: int,
     warmup: int,
     meter: Meter | None,
-) -> dict[str, Any]:
-    """One bundle: cold starts first, while nothing of it is in this process."""
-    _say(f"{name}: cold start")
-    largest = max(points, key=lambda point: point.tiles)
-    cold = _cold_starts(path, manifest, largest.tiles, threads, min(runs, COLD_STARTS))
+) -> str:
+    """Load the bundle, add runs to every point; returns what ran them."""
     # Nothing is kept between answers: every repetition does the whole work.
     model = InternVL.load(path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
-    weights = Weights.of(manifest)
-    measured = []
-    for point in points:
-        _say(f"{name}: {point.tiles} tiles, {point.text_tokens} + {point.new_tokens} tokens")
-        found = measure_point(model, point, runs=runs, warmup=warmup, meter=meter)
-        measured.append(_point_dict(found, weights, ceilings))
+    for point, conversations in measured.items():
+        conversations += measure_point(model, point, runs=runs, warmup=warmup, meter=meter)
+    return model.engine.backend.description
+
+
+def _bundle_dict(manifest: Manifest) -> dict[str, Any]:
     return {
-        "name": name,
-        "backend": model.engine.backend.description,
         "precision": manifest.precision,
         "file_bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "parts": dict(weights.parts),
+        "parts": dict(Weights.of(manifest).parts),
         "spec": manifest.spec.to_dict(),
-        "cold_start": cold,
-        "points": measured,
     }
+
+
+def _points(
+    manifest: Manifest, measured: Mapping[Point, list[Run]], ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    weights = Weights.of(manifest)
+    return [
+        _point_dict(collect(point, conversations), weights, ceilings)
+        for point, conversations in measured.items()
+    ]
 
 
 def _cold_starts(

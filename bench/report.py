@@ -20,6 +20,7 @@ from internvl_edge.bench.tables import (
     memory_line,
     point_line,
     precision_line,
+    settings_line,
 )
 
 STYLE = """
@@ -49,8 +50,7 @@ def _body(result: Mapping[str, Any]) -> Iterator[str]:
     yield "<h1>internvl-edge latency</h1>"
     yield f"<p>{escape(machine_line(result))}<br>"
     yield f"ceilings measured with it: {escape(ceiling_line(result))}<br>"
-    settings = result["settings"]
-    yield f"{settings['runs']} runs after {settings['warmup']} of warm-up, {result['created']}</p>"
+    yield f"{settings_line(result)}, {result['created']}</p>"
     for note in result["notes"]:
         yield f'<p class="note">{escape(note)}</p>'
     yield "<h2>First token</h2>"

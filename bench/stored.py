@@ -14,7 +14,7 @@ from typing import Any
 from internvl_edge.runtime.errors import ExportError, LimitError
 
 FORMAT = "internvl-edge latency"
-VERSION = 1
+VERSION = 2
 SCHEMA = "latency.schema.json"
 
 

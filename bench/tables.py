@@ -82,6 +82,14 @@ def energy_line(point: Mapping[str, Any], source: str | None) -> str:
     )
 
 
+def settings_line(result: Mapping[str, Any]) -> str:
+    settings = result["settings"]
+    return (
+        f"{settings['rounds']} rounds of {settings['runs']} runs after {settings['warmup']} of"
+        " warm-up, the model loaded anew in each"
+    )
+
+
 def memory_line(model: Mapping[str, Any]) -> str:
     cold = model["cold_start"]
     return (
@@ -91,13 +99,10 @@ def memory_line(model: Mapping[str, Any]) -> str:
 
 
 def _head(result: Mapping[str, Any]) -> Iterator[str]:
-    settings = result["settings"]
     yield machine_line(result)
     yield f"ceilings measured now: {ceiling_line(result)}"
-    yield (
-        f"{settings['runs']} runs after {settings['warmup']} of warm-up; times in ms: median,"
-        " quartiles, tails; the bound is what the ceilings allow"
-    )
+    yield settings_line(result)
+    yield "times in ms: median, quartiles, tails; the bound is what the ceilings allow"
 
 
 def _model(model: Mapping[str, Any], source: str | None) -> Iterator[str]:

@@ -34,7 +34,8 @@ def _add_latency(subjects: Commands) -> None:
         "--prompt", nargs="+", type=int, default=[64], metavar="N", help="tokens of the question"
     )
     latency.add_argument("--new-tokens", nargs="+", type=int, default=[32], metavar="N")
-    latency.add_argument("--repeat", type=int, default=10, help="measured runs of each point")
+    latency.add_argument("--rounds", type=int, default=5, help="times the model is loaded anew")
+    latency.add_argument("--repeat", type=int, default=3, help="measured runs of a point a round")
     latency.add_argument("--warmup", type=int, default=1, help="runs before them, not counted")
     add_threads(latency)
     latency.add_argument("--json", type=Path, metavar="FILE", help="store every sample there")
@@ -52,6 +53,7 @@ def _latency(arguments: argparse.Namespace) -> int:
         tiles=arguments.tiles,
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
+        rounds=arguments.rounds,
         runs=arguments.repeat,
         warmup=arguments.warmup,
         threads=arguments.threads,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command_line import error_line
-from scipy import stats
+from scipy.stats import t
 
-from internvl_edge.bench.compare import compare, holm, ratio_interval
+from internvl_edge.bench.compare import compare, difference, holm
 from internvl_edge.bench.statistics import summarise
 from internvl_edge.bench.stored import write_result
 from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.errors import LimitError
 
 RUNS = 30
 
@@ -24,6 +26,7 @@ def noisy(result: dict[str, Any], seed: int, factors: dict[str, float]) -> dict[
     """The same result with new samples: 10 ms, 5% of noise, some phases a factor slower."""
     random = np.random.default_rng(seed)
     result = copy.deepcopy(result)
+    result["settings"] |= {"rounds": 1, "runs": RUNS}
     for model in result["models"]:
         for point in model["points"]:
             for name in point["phases"]:
@@ -55,18 +58,37 @@ def test_noise_is_not_a_difference(result: dict[str, Any]) -> None:
     assert sum(found) <= 6
 
 
-def test_gaps_of_one_run_are_one_sample(result: dict[str, Any]) -> None:
-    """A slow run of many gaps is one slow run: pooled, its gaps would look like evidence."""
+def test_a_round_is_one_sample(result: dict[str, Any]) -> None:
+    """A slow round of many gaps is one slow round: pooled, its gaps would look like evidence."""
     before, after = copy.deepcopy(result), copy.deepcopy(result)
     for other, slow in ((before, 0.010), (after, 0.012)):
+        other["settings"] |= {"rounds": 3, "runs": 1}
         point = other["models"][0]["points"][0]
         point["new_tokens"] = 101
         gaps = [0.010] * 100 + [0.011] * 100 + [slow] * 100
         point["phases"]["itl"]["samples"] = gaps
     row = next(row for row in compare(before, after) if row.phase == "itl")
     assert row.new_tokens == 101
+    assert row.before_s == pytest.approx((0.010 * 0.011 * 0.010) ** (1 / 3))
     assert not row.real
     assert row.p > 0.05
+
+
+def test_rounds_that_differ_are_not_a_difference(result: dict[str, Any]) -> None:
+    """Runs agree within a round to 1%, rounds to 10%: the runs are no independent samples."""
+    random = np.random.default_rng(5)
+
+    def measured() -> dict[str, Any]:
+        drawn = noisy(result, 0, {})
+        drawn["settings"] |= {"rounds": 5, "runs": RUNS // 5}
+        for point in drawn["models"][0]["points"]:
+            for phase in point["phases"].values():
+                rounds = np.repeat(random.normal(0.01, 0.001, 5), RUNS // 5)
+                phase["samples"] = (rounds * random.normal(1, 0.01, RUNS)).tolist()
+        return drawn
+
+    found = [any(row.real for row in compare(measured(), measured())) for _ in range(40)]
+    assert sum(found) <= 6
 
 
 def test_a_result_equals_itself(result: dict[str, Any]) -> None:
@@ -75,19 +97,27 @@ def test_a_result_equals_itself(result: dict[str, Any]) -> None:
         assert not row.real
 
 
-def test_interval_is_scipys() -> None:
-    random = np.random.default_rng(3)
-    before, after = random.normal(10, 1, 40), random.normal(12, 1, 40)
-    reference = stats.bootstrap(
-        (before, after),
-        lambda x, y, axis: np.median(y, axis=axis) / np.median(x, axis=axis),
-        method="percentile",
-        n_resamples=4000,
-        rng=np.random.default_rng(4),
-    ).confidence_interval
-    # Two draws of some thousand resamples: their ends differ in the third digit.
-    found = ratio_interval(before.tolist(), after.tolist())
-    assert found == pytest.approx((reference.low, reference.high), rel=0.02)
+def test_difference_is_welchs() -> None:
+    """The formulas of Welch (1947), written out."""
+    before, after = [10.0, 11.0, 12.5, 9.5], [12.0, 14.5, 13.0]
+    x, y = np.log(before), np.log(after)
+    errors = np.var(x, ddof=1) / len(x), np.var(y, ddof=1) / len(y)
+    freedom = sum(errors) ** 2 / sum(e**2 / (n - 1) for e, n in zip(errors, (4, 3), strict=True))
+    shift, error = y.mean() - x.mean(), float(np.sqrt(sum(errors)))
+    reach = t.ppf(0.975, freedom) * error
+    found = difference(before, after)
+    assert found.p == pytest.approx(2 * t.sf(shift / error, freedom))
+    assert (found.low, found.ratio, found.high) == pytest.approx(
+        tuple(np.exp((shift - reach, shift, shift + reach)))
+    )
+
+
+def test_without_spread() -> None:
+    assert difference([2.0, 2.0], [2.0, 2.0]).p == 1.0
+    found = difference([2.0, 2.0], [3.0, 3.0])
+    assert astuple(found) == pytest.approx((2.0, 3.0, 1.5, 1.5, 1.5, 0.0))
+    with pytest.raises(LimitError, match="--rounds 2"):
+        difference([2.0], [3.0])
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def test_every_phase(result: dict[str, Any]) -> None:
     assert set(text["phases"]) == set(PHASES) - WITH_PICTURE
     for point in (text, pictures):
         phases = point["phases"]
-        assert len(phases["prefill"]["samples"]) == 3
-        assert len(phases["itl"]["samples"]) == 3 * (4 - 1)
+        assert len(phases["prefill"]["samples"]) == 2 * 2
+        assert len(phases["itl"]["samples"]) == 2 * 2 * (4 - 1)
         # A part is not longer than the whole, run by run.
         nested = [phases[name]["samples"] for name in ("prefill", "ttft", "end_to_end")]
         parts = zip(*nested, strict=True)
@@ -109,7 +109,7 @@ def test_broken_result_is_refused(result: dict[str, Any], how: str, tmp_path: Pa
         ("", "cannot read"),
         ("[" * 100_000, "cannot read"),
         ("[]", "no result of"),
-        ('{"format": "internvl-edge latency", "version": 2}', "version 2"),
+        ('{"format": "internvl-edge latency", "version": 1}', "version 1"),
     ],
 )
 def test_other_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -150,7 +150,8 @@ def test_question_has_at_most_so_many_tokens(golden_model: InternVL, tokens: int
         (["--tiles", "1026"], "--tiles 1026: at most 1024"),
         (["--prompt", "0"], "--prompt has 0"),
         (["--new-tokens", "0"], "--new-tokens has 0"),
-        (["--repeat", "0"], "--repeat is 0"),
+        (["--repeat", "0"], "--repeat 0"),
+        (["--rounds", "0"], "--rounds is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--json", "/no/such/place.json"], "cannot write"),
         (["--html", "."], "it is a directory"),
@@ -210,7 +211,7 @@ def test_stop_token_does_not_end_an_answer(result: dict[str, Any], integer_bundl
     assert model["file_bytes"] == sum(entry.bytes for entry in manifest.files.values())
     assert model["spec"] == json.loads(json.dumps(manifest.spec.to_dict()))
     for point in model["points"]:
-        assert len(point["phases"]["itl"]["samples"]) == 3 * (point["new_tokens"] - 1)
+        assert len(point["phases"]["itl"]["samples"]) == 2 * 2 * (point["new_tokens"] - 1)
 
 
 def test_compare_of_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
