@@ -5,12 +5,18 @@
 A bundle too large for any float implementation in memory still has one layer at a time that fits:
 each layer's weights are read from the bundle's file, multiplied out, and run by transformers over a
 prompt and the greedy answer the runtime gave to it. At every position of the answer, the token the
-runtime chose is compared with the reference's, and the logits by their cosine.
+runtime chooses is compared with the reference's, and the logits by their cosine: once as the bundle
+runs, where block-quantised layers round their inputs to 8 bits, and once with the same weights and
+float inputs. What the two differ by is that rounding and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +29,13 @@ from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.mapping import LANGUAGE
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import Bundle, open_bundle
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH, MANIFEST
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import BundleError, LimitError
 from internvl_edge.runtime.specs import LanguageSpec
+
+#: MatMulNBits' accuracy level with inputs in float32.
+FLOAT_INPUTS = 1
 
 Floats = NDArray[np.float32]
 
@@ -34,7 +43,8 @@ Floats = NDArray[np.float32]
 def run_layerwise(
     path: Path, *, prompt: int, new_tokens: int, threads: int | None, json_file: Path | None
 ) -> int:
-    """Compare, print, store; returns the exit status: 0 when every token is the reference's.
+    """Compare, print, store; returns the exit status: 0 when, with float inputs, every token is the
+    reference's.
 
     Args:
         path: a bundle of the onnxruntime dialect.
@@ -47,36 +57,79 @@ def run_layerwise(
     bundle = open_bundle(path, verify="size")
     ids, logits = _answer(bundle, prompt, new_tokens, threads)
     expected = reference_logits(bundle, ids)[-len(logits) :]
-    same = int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    cosines = (logits * expected).sum(-1) / (
-        np.linalg.norm(logits, axis=-1) * np.linalg.norm(expected, axis=-1)
-    )
-    print(
-        f"{same} of {len(logits)} tokens are the float reference's; cosine of the logits"
-        f" {cosines.mean():.5f} (least {cosines.min():.5f})"
-    )
+    with float_activations(bundle) as unrounded:
+        exact = _load(unrounded, threads).logits(ids)[-len(logits) :]
+    agreements = {"as_run": agreement(logits, expected), "float_inputs": agreement(exact, expected)}
+    for name, found in agreements.items():
+        print(
+            f"{name.replace('_', ' ')}: {found.same} of {len(logits)} tokens are the float"
+            f" reference's; cosine of the logits {found.cosine_mean:.5f} (least"
+            f" {found.cosine_least:.5f})"
+        )
     if json_file is not None:
         result = {
             "format": "internvl-edge layerwise",
-            "version": 1,
+            "version": 2,
             "precision": bundle.manifest.precision,
             "parameters": dict(bundle.manifest.parameters),
             "prompt_tokens": prompt,
             "tokens": len(logits),
-            "same_tokens": same,
-            "cosine_mean": float(cosines.mean()),
-            "cosine_least": float(cosines.min()),
+            **{name: asdict(found) for name, found in agreements.items()},
             "machine": describe_machine(threads or 0),
         }
         write_result(result, json_file)
-    return 0 if same == len(logits) else 1
+    return 0 if agreements["float_inputs"].same == len(logits) else 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of logits with a reference's: how many first choices are the same, and the cosines."""
+
+    same: int
+    cosine_mean: float
+    cosine_least: float
+
+
+def agreement(logits: Floats, expected: Floats) -> Agreement:
+    """Compare `(positions, vocab)`, row by row."""
+    norms = np.linalg.norm(logits, axis=-1) * np.linalg.norm(expected, axis=-1)
+    cosines = (logits * expected).sum(-1) / norms
+    same = int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    return Agreement(same, float(cosines.mean()), float(cosines.min()))
+
+
+@contextmanager
+def float_activations(bundle: Bundle) -> Iterator[Path]:
+    """The same bundle, its block-quantised products with float inputs; links beside the original.
+
+    Raises:
+        BundleError: the directory beside the bundle takes no links.
+    """
+    model = onnx.load(str(bundle.file(LANGUAGE_GRAPH)), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = FLOAT_INPUTS  # one byte as before: the manifest's sizes hold
+    with tempfile.TemporaryDirectory(prefix=".layerwise-", dir=bundle.path.parent) as folder:
+        try:
+            for name in (*bundle.manifest.files, MANIFEST):
+                if name != LANGUAGE_GRAPH:
+                    os.link(bundle.path / name, Path(folder) / name)
+        except OSError as error:
+            raise BundleError(f"cannot link the bundle's files beside it: {error}") from error
+        onnx.save(model, str(Path(folder) / LANGUAGE_GRAPH))
+        yield Path(folder)
+
+
+def _load(path: Path, threads: int | None) -> InternVL:
+    return InternVL.load(path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
 
 
 def _answer(
     bundle: Bundle, prompt: int, new_tokens: int, threads: int | None
 ) -> tuple[list[int], Floats]:
     """A random prompt with the runtime's answer, and its logits where each token was chosen."""
-    model = InternVL.load(bundle.path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
+    model = _load(bundle.path, threads)
     # Ids below this are special or bytes; which words are read does not matter.
     random = np.random.default_rng(0).integers(260, bundle.spec.language.vocab_size, prompt)
     ids = [int(token) for token in random if token != model.context_id]

@@ -23,16 +23,18 @@ def write_bundle(folder: Path, language: LanguagePrecision, *, symmetric: bool =
     return export_bundle(checkpoint, folder / "bundle", language=language, options=options)
 
 
-# Activations are rounded to int8 by block and row where weights are integers.
+# As run, inputs are rounded to int8 by block and row where weights are integers.
 @pytest.mark.parametrize(
     ("language", "least"), [("fp32", 0.999999), ("int8", 0.999), ("int4", 0.999)]
 )
 def test_logits_are_the_runtimes(tmp_path: Path, language: LanguagePrecision, least: float) -> None:
     bundle, file = write_bundle(tmp_path, language), tmp_path / "result.json"
-    run_layerwise(bundle, prompt=9, new_tokens=6, threads=1, json_file=file)
+    assert run_layerwise(bundle, prompt=9, new_tokens=6, threads=1, json_file=file) == 0
     result = json.loads(file.read_text())
-    assert result["cosine_least"] > least
-    assert result["tokens"] >= 1
+    assert result["as_run"]["cosine_least"] > least
+    assert result["float_inputs"]["cosine_least"] > 0.999999
+    assert result["float_inputs"]["same"] == result["tokens"] >= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "bundle", "result.json"}
 
 
 def test_another_token_is_noticed(
@@ -42,7 +44,7 @@ def test_another_token_is_noticed(
     exact = layerwise.reference_logits
     monkeypatch.setattr(layerwise, "reference_logits", lambda *given: -exact(*given))
     assert run_layerwise(bundle, prompt=9, new_tokens=4, threads=1, json_file=None) == 1
-    assert capsys.readouterr().out.startswith("0 of")
+    assert capsys.readouterr().out.startswith("as run: 0 of")
 
 
 def test_asymmetric_blocks_are_refused(tmp_path: Path) -> None:
