@@ -69,6 +69,7 @@ CASES = (
     Case("int8 + int8 + kv8", "int8", "int8", "int8"),
     Case("int8 + int4", "int8", "int4"),
     Case("int8 + int4 + kv8", "int8", "int4", "int8"),
+    Case("int8 + int4, block 128", "int8", "int4", None, 128),
     Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
     Case("fp16, tensorrt", "fp16", "fp16", dialect="tensorrt"),
     Case("int8 + int4, tensorrt", "int8", "int4", None, 128, "tensorrt"),

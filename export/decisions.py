@@ -213,6 +213,12 @@ def _compensated(
     return result | ({f"packed_zeros:{name}": np.concatenate(zeros)} if zeros else {})
 
 
+#: Range of the int8 cache over the largest size seen. Scales are fixed while prompts are not, and a
+#: lane that is cut off loses more than a bit of all: beside float caches the logits of six layers of
+#: true width with random weights keep a cosine of 0.974 at 1, 0.998 at 1.5, 0.9987 at 2, 0.996 at 3.
+CACHE_HEADROOM = np.float32(2)
+
+
 def decide_cache(
     spec: LanguageSpec, layer: int, decisions: Decisions, key: Floats, value: Floats
 ) -> Decisions:
@@ -231,7 +237,7 @@ def decide_cache(
     floor = np.float32(1e-6)
     sizes = {"key": key, "value": rescaled, "naive_value": value}
     return {
-        f"{kind}:{layer}": (np.maximum(size, floor) / INT8_MAX).astype(np.float32)
+        f"{kind}:{layer}": (CACHE_HEADROOM * np.maximum(size, floor) / INT8_MAX).astype(np.float32)
         for kind, size in sizes.items()
     }
 
