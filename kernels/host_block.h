@@ -24,14 +24,15 @@ template <typename In, typename Out, int width>
 inline void shuffle_block(const ShuffleJob& job, int64_t token, In* staged) {
   const auto thread = [&](int32_t t) { return TokenThread<In, Out, width>{job, staged, token, t}; };
   float values[kShuffleThreads];
-  float mean = 0, inverse = 1;
-  for (int32_t t = 0; t < kShuffleThreads; ++t) values[t] = thread(t).stage();
+  Centre centre{thread(0).pivot(), 0};
+  float inverse = 1;
+  for (int32_t t = 0; t < kShuffleThreads; ++t) values[t] = thread(t).stage(centre.pivot);
   if (job.weight != nullptr) {
-    mean = mean_over_token(job, block_sum(values));
-    for (int32_t t = 0; t < kShuffleThreads; ++t) values[t] = thread(t).squares(mean);
+    centre.offset = mean_over_token(job, block_sum(values));
+    for (int32_t t = 0; t < kShuffleThreads; ++t) values[t] = thread(t).squares(centre);
     inverse = inverse_deviation(job, block_sum(values));
   }
-  for (int32_t t = 0; t < kShuffleThreads; ++t) thread(t).write(mean, inverse);
+  for (int32_t t = 0; t < kShuffleThreads; ++t) thread(t).write(centre, inverse);
 }
 
 template <typename In, typename Out>

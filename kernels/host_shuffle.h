@@ -17,25 +17,25 @@ inline void widen(float* __restrict to, const In* __restrict from, int32_t n) {
   for (int32_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-inline double sum_of(const float* x, int32_t n) {
+inline double sum_from(const float* x, int32_t n, float pivot) {
   double total = 0;
   for (int32_t at = 0; at < n; at += kSumBlock) {
     const int32_t end = at + kSumBlock < n ? at + kSumBlock : n;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int32_t i = at; i < end; ++i) sum += x[i];
+    for (int32_t i = at; i < end; ++i) sum += x[i] - pivot;
     total += sum;
   }
   return total;
 }
 
-inline double squared_distances(const float* x, int32_t n, float mean) {
+inline double squared_distances(const float* x, int32_t n, Centre centre) {
   double total = 0;
   for (int32_t at = 0; at < n; at += kSumBlock) {
     const int32_t end = at + kSumBlock < n ? at + kSumBlock : n;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int32_t i = at; i < end; ++i) sum += (x[i] - mean) * (x[i] - mean);
+    for (int32_t i = at; i < end; ++i) sum += distance(x[i], centre) * distance(x[i], centre);
     total += sum;
   }
   return total;
@@ -49,13 +49,13 @@ inline void write_plain(Out* __restrict to, const float* __restrict x, int32_t n
 template <typename Out>
 inline void write_norm(Out* __restrict to, const float* __restrict x, int32_t n,
                        const ShuffleJob& job) {
-  const float mean = static_cast<float>(sum_of(x, n) / n);
-  const double variance = squared_distances(x, n, mean) / n;
+  const Centre centre{x[0], static_cast<float>(sum_from(x, n, x[0]) / n)};
+  const double variance = squared_distances(x, n, centre) / n;
   const float inverse = static_cast<float>(1.0 / std::sqrt(variance + job.eps));
   const float* __restrict weight = job.weight, * __restrict bias = job.bias;
   const float scale = job.scale;
   for (int32_t i = 0; i < n; ++i) {
-    store(to + i, layer_norm(x[i], mean, inverse, weight[i], bias[i]), scale);
+    store(to + i, layer_norm(x[i], centre, inverse, weight[i], bias[i]), scale);
   }
 }
 

@@ -22,13 +22,14 @@ __device__ __forceinline__ void shuffle_token(const ive::ShuffleJob& job, In* st
                                               float* partial) {
   const ive::TokenThread<In, Out, width> thread{job, staged, blockIdx.x,
                                                 static_cast<int32_t>(threadIdx.x)};
-  const float sum = thread.stage();
-  float mean = 0, inverse = 1;
+  ive::Centre centre{thread.pivot(), 0};
+  const float sum = thread.stage(centre.pivot);
+  float inverse = 1;
   if (job.weight != nullptr) {
-    mean = ive::mean_over_token(job, block_sum(sum, partial));
-    inverse = ive::inverse_deviation(job, block_sum(thread.squares(mean), partial));
+    centre.offset = ive::mean_over_token(job, block_sum(sum, partial));
+    inverse = ive::inverse_deviation(job, block_sum(thread.squares(centre), partial));
   }
-  thread.write(mean, inverse);
+  thread.write(centre, inverse);
 }
 
 template <typename In, typename Out>

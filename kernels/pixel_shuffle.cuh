@@ -46,8 +46,18 @@ IVE_BODY int64_t source_index(const ShuffleJob& job, int64_t token, int32_t m) {
   return run_start(job, token, m / run) + m % run;
 }
 
-IVE_BODY float layer_norm(float x, float mean, float inverse_deviation, float weight, float bias) {
-  return (x - mean) * inverse_deviation * weight + bias;
+// A token's mean as one of its elements and the distance from there: sums of distances stay small,
+// and no digit of the mean is lost to its size (at +100, 1.1e-5 off without, 4e-6 by rounding the
+// mean alone).
+struct Centre {
+  float pivot, offset;
+};
+
+IVE_BODY float distance(float x, Centre centre) { return (x - centre.pivot) - centre.offset; }
+
+IVE_BODY float layer_norm(float x, Centre centre, float inverse_deviation, float weight,
+                          float bias) {
+  return distance(x, centre) * inverse_deviation * weight + bias;
 }
 
 // Round half to even after saturation; NaN becomes -128. Adding 1.5 * 2^23 leaves no fraction bits,
@@ -109,32 +119,36 @@ struct TokenThread {
   int64_t token;
   int32_t thread;
 
-  // Stages the token; the sum of this thread's elements.
-  IVE_BODY float stage() const {
+  IVE_BODY float pivot() const {
+    return to_float(static_cast<const In*>(job.in)[source_index(job, token, 0)]);
+  }
+
+  // Stages the token; the sum of this thread's elements' distances from the pivot.
+  IVE_BODY float stage(float pivot) const {
     const In* in = static_cast<const In*>(job.in);
     float sum = 0;
     for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
       const Source pack = *reinterpret_cast<const Source*>(in + source_index(job, token, m));
       *reinterpret_cast<Source*>(staged + m) = pack;
-      for (int i = 0; i < width; ++i) sum += to_float(pack.at[i]);
+      for (int i = 0; i < width; ++i) sum += to_float(pack.at[i]) - pivot;
     }
     return sum;
   }
 
   // Of the distances from the mean: a second pass, so that nothing cancels.
-  IVE_BODY float squares(float mean) const {
+  IVE_BODY float squares(Centre centre) const {
     float sum = 0;
     for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
       const Source pack = *reinterpret_cast<const Source*>(staged + m);
       for (int i = 0; i < width; ++i) {
-        const float distance = to_float(pack.at[i]) - mean;
-        sum += distance * distance;
+        const float apart = distance(to_float(pack.at[i]), centre);
+        sum += apart * apart;
       }
     }
     return sum;
   }
 
-  IVE_BODY void write(float mean, float inverse) const {
+  IVE_BODY void write(Centre centre, float inverse) const {
     const bool norm = job.weight != nullptr;
     Out* out = static_cast<Out*>(job.out) + token * 4 * job.channels;
     for (int32_t m = thread * width; m < 4 * job.channels; m += kShuffleThreads * width) {
@@ -147,7 +161,7 @@ struct TokenThread {
       }
       for (int i = 0; i < width; ++i) {
         float x = to_float(source.at[i]);
-        if (norm) x = layer_norm(x, mean, inverse, weight.at[i], bias.at[i]);
+        if (norm) x = layer_norm(x, centre, inverse, weight.at[i], bias.at[i]);
         store(&target.at[i], x, job.scale);
       }
       *reinterpret_cast<Pack<Out, width>*>(out + m) = target;
