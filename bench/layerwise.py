@@ -6,15 +6,17 @@ A bundle too large for any float implementation in memory still has one layer at
 each layer's weights are read from the bundle's file, multiplied out, and run by transformers over a
 prompt and the greedy answer the runtime gave to it. At every position of the answer, the token the
 runtime chooses is compared with the reference's, and the logits by their cosine: once as the bundle
-runs, where block-quantised layers round their inputs to 8 bits, and once with the same weights and
-float inputs. What the two differ by is that rounding and nothing else.
+runs, and once with the same weights where nothing else is rounded: as they run, block-quantised
+layers round their inputs to 8 bits, and an int8 cache rounds keys and values.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,14 +30,17 @@ from internvl_edge.bench.machine import describe_machine
 from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.mapping import LANGUAGE
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.bundle import Bundle, open_bundle
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH, MANIFEST
+from internvl_edge.runtime.bundle import Bundle, file_entry, open_bundle
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import BundleError, LimitError
 from internvl_edge.runtime.specs import LanguageSpec
 
 #: MatMulNBits' accuracy level with inputs in float32.
 FLOAT_INPUTS = 1
+#: What an int8 cache adds to GroupQueryAttention: inputs from this one on, and attributes.
+CACHE_SCALES = 9
+CACHE_ATTRIBUTES = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
 
 Floats = NDArray[np.float32]
 
@@ -43,8 +48,8 @@ Floats = NDArray[np.float32]
 def run_layerwise(
     path: Path, *, prompt: int, new_tokens: int, threads: int | None, json_file: Path | None
 ) -> int:
-    """Compare, print, store; returns the exit status: 0 when, with float inputs, every token is the
-    reference's.
+    """Compare, print, store; returns the exit status: 0 when, nothing but weights rounded, every
+    token is the reference's.
 
     Args:
         path: a bundle of the onnxruntime dialect.
@@ -57,9 +62,9 @@ def run_layerwise(
     bundle = open_bundle(path, verify="size")
     ids, logits = _answer(bundle, prompt, new_tokens, threads)
     expected = reference_logits(bundle, ids)[-len(logits) :]
-    with float_activations(bundle) as unrounded:
-        exact = _load(unrounded, threads).logits(ids)[-len(logits) :]
-    agreements = {"as_run": agreement(logits, expected), "float_inputs": agreement(exact, expected)}
+    with unrounded(bundle) as floats:
+        exact = _load(floats, threads).logits(ids)[-len(logits) :]
+    agreements = {"as_run": agreement(logits, expected), "unrounded": agreement(exact, expected)}
     for name, found in agreements.items():
         print(
             f"{name.replace('_', ' ')}: {found.same} of {len(logits)} tokens are the float"
@@ -78,7 +83,7 @@ def run_layerwise(
             "machine": describe_machine(threads or 0),
         }
         write_result(result, json_file)
-    return 0 if agreements["float_inputs"].same == len(logits) else 1
+    return 0 if agreements["unrounded"].same == len(logits) else 1
 
 
 @dataclass(frozen=True)
@@ -99,26 +104,49 @@ def agreement(logits: Floats, expected: Floats) -> Agreement:
 
 
 @contextmanager
-def float_activations(bundle: Bundle) -> Iterator[Path]:
-    """The same bundle, its block-quantised products with float inputs; links beside the original.
+def unrounded(bundle: Bundle) -> Iterator[Path]:
+    """The same weights with float inputs to every product and a float cache.
+
+    Yields:
+        A bundle of links beside the original, gone afterwards.
 
     Raises:
         BundleError: the directory beside the bundle takes no links.
     """
     model = onnx.load(str(bundle.file(LANGUAGE_GRAPH)), load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = FLOAT_INPUTS  # one byte as before: the manifest's sizes hold
-    with tempfile.TemporaryDirectory(prefix=".layerwise-", dir=bundle.path.parent) as folder:
+    _compute_in_float(
+        model.graph, {name for pair in cache_pairs(bundle.spec.language) for name in pair}
+    )
+    manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix=".layerwise-", dir=bundle.path.parent) as name:
+        folder = Path(name)
         try:
-            for name in (*bundle.manifest.files, MANIFEST):
-                if name != LANGUAGE_GRAPH:
-                    os.link(bundle.path / name, Path(folder) / name)
+            for file in set(bundle.manifest.files) - {LANGUAGE_GRAPH}:
+                os.link(bundle.path / file, folder / file)
         except OSError as error:
             raise BundleError(f"cannot link the bundle's files beside it: {error}") from error
-        onnx.save(model, str(Path(folder) / LANGUAGE_GRAPH))
-        yield Path(folder)
+        onnx.save(model, str(folder / LANGUAGE_GRAPH))
+        manifest["files"][LANGUAGE_GRAPH] = vars(file_entry(folder / LANGUAGE_GRAPH))
+        if manifest["precision"]["kv"] == "int8":
+            manifest["precision"]["kv"] = "fp32"
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        yield folder
+
+
+def _compute_in_float(graph: onnx.GraphProto, caches: AbstractSet[str]) -> None:
+    """Change a language graph in place: nothing is rounded that is not stored so."""
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.input[CACHE_SCALES:]
+        kept = [a for a in node.attribute if a.name not in CACHE_ATTRIBUTES]
+        for attribute in kept:
+            if attribute.name == "accuracy_level":
+                attribute.i = FLOAT_INPUTS
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    for value in (*graph.input, *graph.output):
+        if value.name in caches:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 
 def _load(path: Path, threads: int | None) -> InternVL:
