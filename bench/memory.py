@@ -6,15 +6,17 @@ internvl-edge bench memory BUNDLE --tiles 41 [--new-tokens N] [--low-memory] [--
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.bench.ceilings import read_bandwidth
+from internvl_edge.bench.limits import Weights
 from internvl_edge.bench.machine import describe_machine
 from internvl_edge.bench.stored import check_writable, write_result
+from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.memory import plan_memory
@@ -111,22 +113,31 @@ def run_memory(
         low_memory=low_memory,
     )
     measured = max(found["peak_anonymous_bytes"].values())
+    count = threads or available_cores()
+    # Not before: the machine's memory is the measured process's.
+    read = read_bandwidth(count)
+    middle = found["prompt_tokens"] + found["new_tokens"] // 2
+    token_bytes = Weights.of(bundle.manifest).language_pass(1, middle).read_bytes
+    share = 100 * token_bytes * found["decode_tokens_per_s"] / read
     result = {
         "format": "internvl-edge memory",
-        "version": 1,
+        "version": 2,
         "bundle_precision": bundle.manifest.precision,
         "parameters": dict(bundle.manifest.parameters),
         "prepared": is_prepared(bundle),
         **found,
+        "read_bytes_per_s": read,
+        "decode_percent_of_read": share,
         "planned_bytes": plan.total,
         "plan": asdict(plan),
-        "machine": describe_machine(threads or len(os.sched_getaffinity(0))),
+        "machine": describe_machine(count),
     }
     print(
         f"{found['tiles']} tiles, {found['prompt_tokens']} + {found['new_tokens']} tokens:"
         f" load {found['load_s']:.2f} s, vision {found['vision_s']:.2f} s, prefill"
         f" {found['prefill_s']:.2f} s ({found['prompt_tokens'] / found['prefill_s']:.1f} tok/s),"
-        f" decode {found['decode_tokens_per_s']:.2f} tok/s"
+        f" decode {found['decode_tokens_per_s']:.2f} tok/s ({share:.0f}% of {read / 1e9:.1f} GB/s"
+        " read)"
     )
     print(
         f"anonymous memory {measured / 2**30:.3f} GiB, planned {plan.total / 2**30:.3f} GiB"
