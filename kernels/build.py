@@ -27,7 +27,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 CPU_SOURCE = "host.cpp"
-CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu")
+CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu", "select.cu")
 
 #: Jetson Orin is 87, Thor 110; a PTX of the newest lets later devices compile their own.
 CUDA_ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)

@@ -28,8 +28,10 @@ from internvl_edge.kernels.device import (
 )
 from internvl_edge.kernels.images import Planes, planes_of
 from internvl_edge.kernels.jobs import (
+    TYPES,
     AxisStruct,
     LaunchShape,
+    SelectJob,
     ShuffleJob,
     ShufflePlan,
     TileJob,
@@ -40,18 +42,23 @@ from internvl_edge.kernels.jobs import (
 from internvl_edge.kernels.ops import job_axes
 from internvl_edge.kernels.weights import Weights
 
-TILING_SOURCE, SHUFFLE_SOURCE = CUDA_SOURCES
+TILING_SOURCE, SHUFFLE_SOURCE, SELECT_SOURCE = CUDA_SOURCES
+#: By the second word of a kernel's name.
+SOURCE_OF = {"tile": TILING_SOURCE, "pixel": SHUFFLE_SOURCE, "select": SELECT_SOURCE}
 SHORT = {"uint8": "u8", "float32": "f32", "float16": "f16", "int8": "i8"}
 MAX_GRID_YZ = 65535
 TILE_THREADS = 128
 SHUFFLE_THREADS = 256
+SELECT_THREADS = 256
+#: Blocks that share the logits of one row; each leaves a candidate of 8 bytes.
+SELECT_MOST_BLOCKS = 128
 
 #: Weights of this many axes stay on the device; a video uses four.
 CACHED_AXES = 64
 
 
 class CudaKernels:
-    """Tiling and pixel shuffle in the CUDA context that is current at each call."""
+    """Tiling, pixel shuffle and greedy choice in the context that is current at each call."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -152,6 +159,42 @@ class CudaKernels:
         self._launch(context, name, shuffle_shape(plan), shared, handle, job)
         return out
 
+    def argmax(self, logits: Any, *, out: Any, best: Any, stream: Any = None) -> Any:
+        """Index of the largest logit, as `numpy.argmax`: the first of equals, a NaN before all.
+
+        Two launches and no memory of its own: what is captured after one call stays valid as long
+        as the three arrays.
+
+        Args:
+            logits: float32 or float16 `(n,)`, 1 <= n < 2^31.
+            out: int32 `(1,)`.
+            best: uint64 `(SELECT_MOST_BLOCKS,)`, overwritten.
+
+        Returns:
+            `out`.
+
+        Raises:
+            ValueError, TypeError: an argument is not as above.
+            BuildError: the fat binary is not in the cache and cannot be built.
+            CudaError: the driver refused a call.
+        """
+        handle, context = stream_handle(stream), self.driver.context()
+        source = self._device(logits, handle)
+        if source.ndim != 1 or not 1 <= source.size < 2**31:
+            raise ValueError(f"logits are of one row (n,), 1 <= n < 2^31, not {source.shape}")
+        if source.dtype.name not in ("float32", "float16"):
+            raise TypeError(f"logits are float32 or float16, not {source.dtype}")
+        _check_contiguous(source)
+        scratch = _output_address(best, (SELECT_MOST_BLOCKS,), np.dtype(np.uint64))
+        to = _output_address(out, (1,), np.dtype(np.int32))
+        kind = source.dtype.name
+        job = SelectJob(source.ctypes.data, scratch, to, source.size, TYPES[kind])
+        shape = select_shape(source.size)
+        self._launch(context, f"ive_select_{SHORT[kind]}", shape, 0, handle, job)
+        one = LaunchShape(1, 1, 1, SELECT_THREADS)
+        self._launch(context, "ive_select_id", one, 0, handle, job)
+        return out
+
     def _planes(
         self, image: Any, pixel_format: str, matrix: str, context: int, stream: int
     ) -> Planes:
@@ -228,7 +271,7 @@ class CudaKernels:
 
     def _function(self, context: int, name: str) -> Any:
         if (context, name) not in self._functions:
-            source = SHUFFLE_SOURCE if "shuffle" in name else TILING_SOURCE
+            source = SOURCE_OF[name.split("_")[1]]
             self._functions[context, name] = self.driver(
                 "cuModuleGetFunction", self._module(context, source), name.encode()
             )
@@ -264,6 +307,12 @@ def tile_shapes(height: int, plan: TilePlan) -> tuple[LaunchShape, LaunchShape]:
 def shuffle_shape(plan: ShufflePlan) -> LaunchShape:
     """One block an output token, as `shuffle_shape` in pixel_shuffle.cuh."""
     return LaunchShape(plan.shape[0] * plan.shape[1], 1, 1, SHUFFLE_THREADS)
+
+
+def select_shape(size: int) -> LaunchShape:
+    """Launch shape of the first of two kernels, as `select_shape` in select.cuh."""
+    blocks = min(-(-size // SELECT_THREADS), SELECT_MOST_BLOCKS)
+    return LaunchShape(blocks, 1, 1, SELECT_THREADS)
 
 
 def _output_address(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

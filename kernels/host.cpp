@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "host_block.h"
+#include "host_select.h"
 #include "host_shuffle.h"
 #include "host_tasks.h"
 
@@ -114,6 +115,13 @@ extern "C" int32_t ive_cpu_pixel_shuffle_blocks(const ive::ShuffleJob* job) {
                                          : ive::kBadArgument;
 }
 
+extern "C" int32_t ive_cpu_select_blocks(const ive::SelectJob* job) {
+  if (job->size < 1) return ive::kBadArgument;
+  return job->type == ive::kFloat32   ? ive::host::select_blocks<float>(*job)
+         : job->type == ive::kFloat16 ? ive::host::select_blocks<ive::Half>(*job)
+                                      : ive::kBadArgument;
+}
+
 // Index arithmetic and launch shapes, for the tests and for bindings in other languages.
 extern "C" int64_t ive_cpu_output_index(int32_t layout, int32_t side, int32_t patch, int64_t tile,
                                         int32_t c, int32_t y, int32_t x) {
@@ -136,6 +144,10 @@ extern "C" void ive_cpu_tile_shapes(const ive::TileJob* job, ive::LaunchShape* s
 
 extern "C" void ive_cpu_shuffle_shape(const ive::ShuffleJob* job, ive::LaunchShape* shape) {
   *shape = ive::shuffle_shape(*job);
+}
+
+extern "C" void ive_cpu_select_shape(const ive::SelectJob* job, ive::LaunchShape* shape) {
+  *shape = ive::select_shape(*job);
 }
 
 // Half precision as the kernels convert it; n elements.

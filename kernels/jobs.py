@@ -90,6 +90,18 @@ class ShuffleJob(ctypes.Structure):
     )
 
 
+class SelectJob(ctypes.Structure):
+    """`ive::SelectJob`."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("id", ctypes.c_void_p),
+        ("size", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+    )
+
+
 class LaunchShape(ctypes.Structure):
     """`ive::LaunchShape`."""
 

@@ -228,4 +228,5 @@ _ENTRY_POINTS: dict[str, list[Any]] = {
     "ive_cpu_pixel_shuffle": [_POINTER, ctypes.c_int32],
     "ive_cpu_tile_elements": [_POINTER],
     "ive_cpu_pixel_shuffle_blocks": [_POINTER],
+    "ive_cpu_select_blocks": [_POINTER],
 }

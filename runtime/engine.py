@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.backends import Backend, Cache, GreedyBackend
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.reuse import PrefixStore
@@ -199,12 +199,28 @@ class Engine:
 
     def decode(self, cache: Cache, token: int) -> NDArray[np.float32]:
         """Append one token; return the logits `(vocab,)` that choose the next."""
-        self._check_length(cache, cache.state.length + 1)
-        base = rope_base(self._spec.language, cache.state.length + 1)
-        ids = np.array([token])
-        rows = self._embedding.rows(ids)
+        ids, rows, base = self._next(cache, token)
         logits = self._append(cache, rows, ids, base, np.zeros(1, np.int64))
         return np.asarray(logits[0])
+
+    def decode_greedily(self, cache: Cache, token: int) -> int:
+        """Append one token; return the next, the one of the largest logit."""
+        if not isinstance(self.backend, GreedyBackend):
+            return int(self.decode(cache, token).argmax())
+        ids, rows, base = self._next(cache, token)
+        with cache.state.lock:
+            chosen = self.backend.forward_greedy(cache, rows, base)
+            cache.state.extend(ids, base)
+        return chosen
+
+    def _next(
+        self, cache: Cache, token: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.floating], float]:
+        """Ids `(1,)` and rows `(1, hidden)` of a token behind the cached ones; the rotary base."""
+        self._check_length(cache, cache.state.length + 1)
+        ids = np.array([token])
+        base = rope_base(self._spec.language, cache.state.length + 1)
+        return ids, self._embedding.rows(ids), base
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits of every position, `(tokens, vocab)`."""

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from internvl_edge.runtime.engine import Cancelled
 from internvl_edge.runtime.tokenizer import TextStream, Tokenizer
 
@@ -102,11 +99,16 @@ class StopStrings:
 
 @dataclass(frozen=True)
 class Steps:
-    """What the loop calls: the phases, bound to one cache and one prompt."""
+    """What the loop calls: the phases, bound to one cache, one prompt and one way to choose.
 
-    prefill: Callable[[Timings, Callable[[], None]], NDArray[np.float32]]
-    decode: Callable[[int], NDArray[np.float32]]
-    sample: Callable[[NDArray[np.float32]], int]
+    Attributes:
+        prefill: runs the prompt; the first token.
+        decode: appends a token; the next one.
+        finish: is told when the answer has ended.
+    """
+
+    prefill: Callable[[Timings, Callable[[], None]], int]
+    decode: Callable[[int], int]
     finish: Callable[[Reply], None]
 
 
@@ -178,9 +180,8 @@ class TokenStream(Iterator[str]):
     def _run(self) -> Generator[str, None, None]:
         text = TextStream(self._tokenizer)
         try:
-            logits = self._steps.prefill(self._timings, self._check)
+            token = self._steps.prefill(self._timings, self._check)
             while True:
-                token = self._steps.sample(logits)
                 self._timings.token_s.append(time.perf_counter() - self._started)
                 self._ids.append(token)
                 if token == self._stop_id:
@@ -192,7 +193,7 @@ class TokenStream(Iterator[str]):
                     self._reason = "stop" if self._stops.hit else "length"
                     break
                 self._check()
-                logits = self._steps.decode(token)
+                token = self._steps.decode(token)
         except Cancelled:
             self._reason = "cancelled"
         if not self._stops.hit and (rest := self._flush(text)):

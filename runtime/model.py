@@ -305,25 +305,27 @@ class InternVL:
         if cache is None:
             needed = min(self.max_context, len(ids) + max_new_tokens - 1)
             cache = self.engine.backend.new_cache(needed)
-        target = cache
+        target, sample = cache, Sampler(sampling)
 
-        def prefill(timings: Timings, check: Callable[[], None]) -> NDArray[np.float32]:
+        def prefill(timings: Timings, check: Callable[[], None]) -> int:
             sequence = self._sequence(ids, tiled, timings, check)
             before, vision = time.perf_counter(), timings.vision_s
             logits, timings.cached_tokens = self.engine.prefill(target, sequence, check)
             encoding = timings.vision_s - vision
             timings.prefill_s = time.perf_counter() - before - encoding
-            return logits
+            return sample(logits)
 
-        def decode(token: int) -> NDArray[np.float32]:
-            return self.engine.decode(target, token)
+        def decode(token: int) -> int:
+            if sampling.greedy:
+                return self.engine.decode_greedily(target, token)
+            return sample(self.engine.decode(target, token))
 
         def finished(reply: Reply) -> None:
             self._prefixes.keep(target)
             finish(reply)
 
         return TokenStream(
-            Steps(prefill, decode, Sampler(sampling), finished),
+            Steps(prefill, decode, finished),
             self.tokenizer,
             timings,
             started,

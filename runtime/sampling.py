@@ -35,6 +35,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit is all it takes."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, ">= 0")
         _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 keeps all)")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.device import DeviceArray, Driver
-from internvl_edge.kernels.jobs import ShuffleJob, TileJob
+from internvl_edge.kernels.jobs import SelectJob, ShuffleJob, TileJob
 
 OK = 0
 INVALID = 1
@@ -27,6 +27,9 @@ OUT_OF_MEMORY = 2
 CAPTURE_UNSUPPORTED = 900
 ELAPSED_MS = 8.0
 CONTEXT, FOREIGN_CONTEXT = 77, 78
+
+#: What a kernel is told, by the second word of its name.
+JOBS: dict[str, Any] = {"tile": TileJob, "pixel": ShuffleJob, "select": SelectJob}
 
 Work = Callable[[], Any]
 Status = tuple[int, ...]
@@ -267,7 +270,7 @@ class HostDriver:
         return OK, image.decode()
 
     def do_cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, str]:
-        assert ("shuffle" in module) == (b"shuffle" in name)
+        assert all((word in module) == (word.encode() in name) for word in ("shuffle", "select"))
         return OK, name.decode()
 
     def do_cuLaunchKernel(self, function: str, *arguments: Any) -> Status:
@@ -275,19 +278,23 @@ class HostDriver:
         assert extra == 0
         address = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
         assert address is not None
-        kind = ShuffleJob if "shuffle" in function else TileJob
+        kind = JOBS[function.split("_")[1]]
         # The driver copies the arguments before it returns.
         job = kind.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(kind)))
         self.queue(stream, lambda: _run_kernel(function, job))
         return (OK,)
 
 
-def _run_kernel(function: str, job: ShuffleJob | TileJob) -> None:
+def _run_kernel(function: str, job: ShuffleJob | TileJob | SelectJob) -> None:
     library = ops.cpu_kernels()
     assert library is not None
     if isinstance(job, ShuffleJob):
         assert library.ive_cpu_pixel_shuffle_blocks(ctypes.byref(job)) == 0
-    elif function != "ive_tile_horizontal":  # the bodies of both passes, at the second
+    # The bodies of both passes, at the second.
+    elif isinstance(job, SelectJob):
+        if function == "ive_select_id":
+            assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
+    elif function != "ive_tile_horizontal":
         assert library.ive_cpu_tile_elements(ctypes.byref(job)) == 0
 
 

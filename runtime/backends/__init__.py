@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,4 +56,16 @@ class Backend(Protocol):
 
         Returns:
             logits `(rows, vocab)`.
+        """
+
+
+@runtime_checkable
+class GreedyBackend(Protocol):
+    """A backend that can also choose a token where the logits are, and leaves them there."""
+
+    def forward_greedy(self, cache: Cache, embeddings: NDArray[np.floating], base: float) -> int:
+        """Like `Backend.forward` with one row `(1, hidden)`; the token of its largest logit.
+
+        Returns:
+            what `numpy.argmax` finds in the logits.
         """

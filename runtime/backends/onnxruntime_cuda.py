@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.cuda import Cuda
+from internvl_edge.runtime.device_sampling import GreedyChoice, selection_kernels
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.rope import RopeTable
@@ -92,10 +94,12 @@ class StagedInput:
 
 
 class LogitsOutput:
-    """The logits of one binding: on the device, of which the asked rows are copied back."""
+    """The logits of one binding: on the device, of which the asked rows are copied back, or the
+    token of the largest alone."""
 
-    def __init__(self, place: Place, binding: Any, vocab: int) -> None:
+    def __init__(self, place: Place, binding: Any, vocab: int, kernels: CudaKernels | None) -> None:
         self._place, self._binding, self._vocab = place, binding, vocab
+        self._greedy = None if kernels is None else GreedyChoice(place.cuda, kernels)
         self._device = place.cuda.empty((1, vocab), np.float32)
         self._row = place.cuda.pinned((1, vocab), np.float32)  # decoding reads one row a pass
         self._bound = 0
@@ -116,12 +120,25 @@ class LogitsOutput:
         cuda.synchronize()
         return host.copy() if rows == 1 else host
 
+    def choose(self) -> int:
+        """Wait for the token of the largest logit of the one bound row."""
+        if self._greedy is None:
+            return int(self.read()[0].argmax())
+        self._greedy.queue(self._device[:1].of_shape((self._vocab,)))
+        return self._greedy.read()
+
 
 class CudaCache:
     """Keys and values in one block of device memory, bound as past and as present."""
 
     def __init__(
-        self, place: Place, binding: Any, bundle: Bundle, dtype: str, capacity: int
+        self,
+        place: Place,
+        binding: Any,
+        bundle: Bundle,
+        dtype: str,
+        capacity: int,
+        kernels: CudaKernels | None,
     ) -> None:
         language, cuda = bundle.spec.language, place.cuda
         self.state = CacheState(capacity)
@@ -142,7 +159,7 @@ class CudaCache:
         self._embeddings = StagedInput(place, binding, contract.EMBEDDINGS, dtype)
         self._last = StagedInput(place, binding, contract.LAST_POSITION, np.int32)
         self._rows = StagedInput(place, binding, contract.LOGIT_ROWS, np.int64)
-        self.logits = LogitsOutput(place, binding, language.vocab_size)
+        self.logits = LogitsOutput(place, binding, language.vocab_size, kernels)
         self._cuda = cuda
 
     @property
@@ -200,6 +217,7 @@ class OnnxRuntimeCudaBackend:
         self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
         self._place = Place(cuda, provider.device)
+        self._kernels = selection_kernels(cuda)
         # The host waits for results by itself, once, after queueing their copy.
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -228,7 +246,8 @@ class OnnxRuntimeCudaBackend:
         try:
             with self._cuda.active():
                 binding = self._language.io_binding()
-                return CudaCache(self._place, binding, self._bundle, self._dtype, capacity)
+                given = (self._bundle, self._dtype, capacity, self._kernels)
+                return CudaCache(self._place, binding, *given)
         except DeviceError as error:
             raise LimitError(
                 f"no device memory for a KV cache of {capacity} tokens ({error}); use a smaller"
@@ -248,6 +267,14 @@ class OnnxRuntimeCudaBackend:
             cache.feed(embeddings, base, logit_rows)
             self.run(self._language, cache.binding)
             return cache.logits.read()
+
+    def forward_greedy(self, cache: Cache, embeddings: NDArray[np.floating], base: float) -> int:
+        """One pass over one new row; see `GreedyBackend.forward_greedy`."""
+        assert isinstance(cache, CudaCache)
+        with self._cuda.active():
+            cache.feed(embeddings, base, np.zeros(1, np.int64))
+            self.run(self._language, cache.binding)
+            return cache.logits.choose()
 
     def run(self, session: Any, binding: Any) -> None:
         """Queue a session behind what is on the stream."""

@@ -20,8 +20,10 @@ from internvl_edge.bench.gpu_model import Workshop, cut
 from internvl_edge.bench.gpu_parts import PARTS, cosine, decoder, true_width, vision
 from internvl_edge.bench.gpu_suite import SUITES, Part, add_shares, main, run_part, run_suite
 from internvl_edge.export.config import parse_config
+from internvl_edge.kernels import cuda as cuda_kernels
+from internvl_edge.kernels import ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime import DeviceError, LimitError
+from internvl_edge.runtime import DeviceError, LimitError, device_sampling
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.specs import ModelSpec
 
@@ -29,7 +31,19 @@ pytestmark = pytest.mark.xdist_group("gpu suite")
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Workshop:
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    if ops.cpu_kernels() is None:
+        pytest.skip("no C++ compiler here")
+    binaries = tmp_path / "kernels"
+    binaries.mkdir()
+
+    def binary(source: str) -> Path:
+        path = binaries / source
+        path.write_text(source)
+        return path
+
+    for user in (cuda_kernels, device_sampling):
+        monkeypatch.setattr(user, "cuda_binary", binary)
     bindings = HostDriver(capacity=64 << 30)
     trt = FakeTensorRt(bindings)
     return Workshop(Cuda(Driver(bindings)), trt.library, tmp_path, fake_build)

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.images import planes_of
-from internvl_edge.kernels.jobs import ShuffleJob, ShufflePlan, TilePlan
+from internvl_edge.kernels.jobs import TYPES, SelectJob, ShuffleJob, ShufflePlan, TilePlan
 
 
 def exact(shape: tuple[int, ...], dtype: Any = np.uint8) -> Any:
@@ -85,6 +85,18 @@ def shuffle_everything(library: ctypes.CDLL) -> None:
                 ops.pixel_shuffle(np.resize(extremes, x.shape), scale=1e-3, **options)
 
 
+def select_everything(library: ctypes.CDLL) -> None:
+    for size in (1, 255, 257, 128 * 256, 128 * 256 + 1, 92553):
+        for dtype in ("float32", "float16"):
+            logits = np.resize(np.array([1, np.nan, np.inf, -np.inf], dtype), size)
+            best = np.empty(min(-(-size // cuda.SELECT_THREADS), 128), np.uint64)
+            chosen = np.empty(1, np.int32)
+            addresses = (array.ctypes.data for array in (logits, best, chosen))
+            job = SelectJob(*addresses, size, TYPES[dtype])
+            assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
+            assert chosen[0] == logits.argmax()
+
+
 def main(path: str, *mode: str) -> None:
     """Use the library at `path`; mode "overrun" hands it an output that is too small."""
     library = ops.load(path)
@@ -98,6 +110,7 @@ def main(path: str, *mode: str) -> None:
         library.ive_cpu_tile(ctypes.byref(job), 1)
     tile_everything(library)
     shuffle_everything(library)
+    select_everything(library)
     print("clean")
 
 

@@ -233,7 +233,7 @@ def test_resources_are_of_these_sources_and_nothing_spills() -> None:
     )
     cells = re.findall(r"(\d+) / (\d+) / (\d+)", report)
     kernels = re.findall(r"^\| (ive_\w+) \|", report, re.MULTILINE)
-    assert len(kernels) == 12
+    assert len(kernels) == 15
     assert len(cells) == len(kernels) * len(build.CUDA_ARCHITECTURES)
     assert {spilled for _, _, spilled in cells} == {"0"}
 
@@ -250,7 +250,7 @@ def test_nvcc_compiles_every_architecture_without_warning_or_spill() -> None:
     architectures = build.supported_architectures(_nvcc())
     usages = resources.measure()
     assert {usage.architecture for usage in usages} == set(architectures)
-    assert len({usage.kernel for usage in usages}) == 12
+    assert len({usage.kernel for usage in usages}) == 15
     assert [usage for usage in usages if usage.spill_bytes] == []
     assert {87} <= set(architectures)
 

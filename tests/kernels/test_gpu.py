@@ -15,7 +15,7 @@ import pytest
 
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.build import CUDA_SOURCES, BuildError, cuda_binary
-from internvl_edge.kernels.cuda import CudaKernels
+from internvl_edge.kernels.cuda import SELECT_MOST_BLOCKS, CudaKernels
 from internvl_edge.kernels.device import CudaError, DeviceArray
 from internvl_edge.kernels.jobs import ShuffleJob, ShufflePlan
 
@@ -96,6 +96,24 @@ def test_pixel_shuffle(kernels: CudaKernels, given: str, channels: int, version:
     )
     assert off.max() <= 1
     assert (off > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 255, 257, 32_768, 32_769, 92_553, 3_000_001])
+def test_argmax(kernels: CudaKernels, size: int, dtype: str) -> None:
+    """numpy.argmax's choice: among normal logits, ties, infinities and NaN."""
+    rng = np.random.default_rng(size)
+    out = DeviceArray(kernels.driver, (1,), "int32")
+    best = DeviceArray(kernels.driver, (SELECT_MOST_BLOCKS,), "uint64")
+    rows = [rng.standard_normal(size), rng.integers(0, 3, size), np.full(size, -np.inf)]
+    rows.append(np.where(rng.random(size) < 1e-3, np.inf, rows[0]))
+    rows.append(np.where(rng.random(size) < 1e-4, np.nan, rows[3]))
+    for row in rows:
+        logits = row.astype(dtype)
+        source = DeviceArray.of(kernels.driver, logits)
+        for _ in range(3):  # over the scratch memory of the last
+            kernels.argmax(source, out=out, best=best)
+            assert out.to_host()[0] == logits.argmax()
 
 
 def test_the_kernels_blocks_run_on_the_cpu_do_the_same(kernels: CudaKernels) -> None:

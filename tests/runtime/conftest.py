@@ -13,7 +13,7 @@ from host_driver import HostDriver
 from internvl_edge.kernels import cuda as cuda_kernels
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime import device_tiling
+from internvl_edge.runtime import device_sampling, device_tiling
 from internvl_edge.runtime.backends import onnxruntime_cuda, sessions
 from internvl_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
@@ -42,6 +42,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HostDr
     monkeypatch.setattr(Driver, "open", lambda failure: Driver(driver, failure))
     monkeypatch.setattr(cuda_kernels, "cuda_binary", binary)
     monkeypatch.setattr(device_tiling, "cuda_binary", binary)
+    monkeypatch.setattr(device_sampling, "cuda_binary", binary)
     monkeypatch.setattr(sessions, "check_provider", lambda device: None)
     monkeypatch.setattr(onnxruntime_cuda, "cuda_provider", on_the_host)
     monkeypatch.setattr(OnnxRuntimeCudaBackend, "run", run)

@@ -32,6 +32,7 @@ from internvl_edge.runtime import (
 from internvl_edge.runtime.backends import onnxruntime_cuda, sessions
 from internvl_edge.runtime.backends.onnxruntime_cuda import CudaCache
 from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.sampling import Sampling
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), dtype=np.uint8)
@@ -111,23 +112,59 @@ def test_nothing_waits_between_the_kernel_and_the_rows(
     assert {call[8] for call in bindings.named("cuLaunchKernel")} == {21}
 
 
-def test_a_step_of_decoding(bindings: HostDriver, model: InternVL) -> None:
-    """One wait, no memory, one row each way."""
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_step_of_decoding(bindings: HostDriver, model: InternVL, greedy: bool) -> None:
+    """One wait, no memory; a row to the device, a row of logits or a token back."""
     engine, language = model.engine, model.spec.language
     cache = engine.backend.new_cache(40)
     engine.backend.forward(cache, rows_of(model, [3, 4, 5]), language.rope_theta, np.array([2]))
     cache.state.extend(np.array([3, 4, 5]), language.rope_theta)
-    engine.decode(cache, 6)  # the logits' memory and the tables are as large as they get
+    step = engine.decode_greedily if greedy else engine.decode
+    step(cache, 6)  # the logits' memory and the tables are as large as they get
     bindings.calls.clear()
     for token in (7, 8, 9):
-        engine.decode(cache, token)
+        step(cache, token)
     assert bindings.named(*ALLOCATIONS) == []
     assert bindings.named(*WAITS) == [(21,)] * 3
     assert len(bindings.named("run")) == 3
     sent = sum(call[2] for call in bindings.named("cuMemcpyHtoDAsync"))
     assert sent == 3 * (language.hidden_size * 4 + 4 + 8)  # the embedding, its position, the row
     fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
-    assert fetched == 3 * [language.vocab_size * 4]
+    assert fetched == 3 * [4 if greedy else language.vocab_size * 4]
+
+
+def test_tokens_are_the_largest_logits(bindings: HostDriver, model: InternVL) -> None:
+    engine = model.engine
+    caches = [engine.backend.new_cache(40) for _ in range(2)]
+    for token in range(5, 25):
+        wanted = engine.decode(caches[0], token).argmax()
+        assert engine.decode_greedily(caches[1], token) == wanted
+    assert all(cache.state.length == 20 for cache in caches)
+    assert len(bindings.named("cuLaunchKernel")) == 2 * 20
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.7, top_k=5, seed=3), Sampling(repetition_penalty=1.3)],
+    ids=["sampled", "penalised"],
+)
+def test_who_samples_gets_the_logits(
+    bindings: HostDriver, model: InternVL, golden_model: InternVL, sampling: Sampling
+) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": 8, "sampling": sampling}
+    wanted = golden_model.generate("Hello", **asked)
+    assert model.generate("Hello", **asked).token_ids == wanted.token_ids
+    fetched = {call[2] for call in bindings.named("cuMemcpyDtoHAsync")}
+    assert fetched == {model.spec.language.vocab_size * 4}
+
+
+def test_an_answer_copies_the_logits_of_its_prompt_only(
+    bindings: HostDriver, model: InternVL
+) -> None:
+    tokens = len(model.generate("Hello", max_new_tokens=8).token_ids)
+    fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
+    assert tokens > 1
+    assert fetched == [model.spec.language.vocab_size * 4, *[4] * (tokens - 1)]
 
 
 def rows_of(model: InternVL, ids: list[int]) -> NDArray[Any]:

@@ -7,12 +7,14 @@ Each test skips with its reason where something is missing: a GPU, nvcc, onnxrun
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_callers import TOKENS, answer_in_pycuda
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,6 +23,7 @@ from internvl_edge.kernels.cuda import TILING_SOURCE
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime import DeviceError, ImageError, InternVL
 from internvl_edge.runtime.cuda import Cuda
+from internvl_edge.runtime.device_sampling import GreedyChoice, selection_kernels
 from internvl_edge.runtime.device_tiling import DeviceTiler
 from internvl_edge.runtime.preprocess import tile_on_host
 
@@ -90,6 +93,24 @@ def test_copies_and_a_graph(cuda: Cuda) -> None:
             assert start.seconds_until(stop) > 0
         assert not back[:4].any()
     cuda.check_primary()
+
+
+def test_a_captured_choice(cuda: Cuda, nvcc: None) -> None:
+    """The token of InternLM2's 92,553 logits, chosen by a graph over what comes next."""
+    rng, kernels = np.random.default_rng(7), selection_kernels(cuda)
+    assert kernels is not None
+    with cuda.active():
+        host, logits = cuda.pinned((92_553,), "float32"), cuda.zeros((92_553,), "float32")
+        greedy = GreedyChoice(cuda, kernels)
+        greedy.queue(logits)
+        assert greedy.read() == 0  # all alike
+        with cuda.capture() as graph:
+            greedy.queue(logits)
+        for row in (rng.standard_normal(92_553), rng.integers(0, 5, 92_553)):
+            host[:] = row
+            cuda.upload(host, logits)
+            graph.launch()
+            assert greedy.read() == host.argmax()
 
 
 def test_tiles_and_names_are_the_hosts(cuda: Cuda, nvcc: None) -> None:
@@ -169,3 +190,21 @@ def test_answers_in_torchs_context_and_stream(
         got = model.generate(QUESTION, [image], max_new_tokens=8)
     assert got.token_ids == wanted.token_ids
     assert torch.ones(3, device="cuda").sum().item() == 3  # torch's context is as it was
+
+
+def test_answers_in_pycudas_context_and_stream(
+    cuda: Cuda, golden_bundle: Path, golden_model: InternVL
+) -> None:
+    """ONNX Runtime works in the primary context; another is refused."""
+    wanted = golden_model.generate(QUESTION, [PIXELS], max_new_tokens=TOKENS)
+    on_stream = partial(load, golden_bundle)
+    got = answer_in_pycuda(lambda stream: on_stream(stream=stream), PIXELS, primary=True)
+    assert got == wanted.token_ids
+
+
+def test_tokens_are_the_largest_logits(cuda: Cuda, nvcc: None, golden_bundle: Path) -> None:
+    engine = load(golden_bundle).engine
+    caches = [engine.backend.new_cache(64) for _ in range(2)]
+    for token in range(5, 60):
+        wanted = engine.decode(caches[0], token).argmax()
+        assert engine.decode_greedily(caches[1], token) == wanted

@@ -11,7 +11,7 @@ from host_driver import HostDriver, on_device
 from PIL import Image
 
 from internvl_edge.kernels.build import BuildError
-from internvl_edge.runtime import ImageError, InternVL, device_tiling
+from internvl_edge.runtime import ImageError, InternVL, device_sampling, device_tiling
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), dtype=np.uint8)
@@ -127,12 +127,13 @@ def test_without_nvcc_tiles_are_cut_on_the_host(
     def none(source: str) -> Path:
         raise BuildError("no nvcc found\nsearched everywhere")
 
-    monkeypatch.setattr(device_tiling, "cuda_binary", none)
+    for user in (device_tiling, device_sampling):
+        monkeypatch.setattr(user, "cuda_binary", none)
     model = InternVL.load(golden_bundle, device="cuda", threads=2)
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        "CUDA kernels not built: no nvcc found; images are tiled on the CPU"
-    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "CUDA kernels not built: no nvcc found; tokens are chosen on the CPU",
+        "CUDA kernels not built: no nvcc found; images are tiled on the CPU",
+    ]
     wanted = golden_model.generate(QUESTION, [PIXELS], max_new_tokens=4).token_ids
     assert model.generate(QUESTION, [PIXELS], max_new_tokens=4).token_ids == wanted
     late = on_device(bindings, np.zeros_like(PIXELS), stream=9)

@@ -144,15 +144,20 @@ def prefill(model: InternVL, tokens: int) -> TensorRtCache:
     return cache
 
 
-def test_a_step_of_decoding(bindings: HostDriver, model: InternVL, trt: FakeTensorRt) -> None:
-    """One wait, no memory, one graph, one row each way."""
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_step_of_decoding(
+    bindings: HostDriver, model: InternVL, trt: FakeTensorRt, greedy: bool
+) -> None:
+    """One wait, no memory, one graph; a row to the device, a row of logits or a token back."""
     cache = prefill(model, 3)
+    step = model.engine.decode_greedily if greedy else model.engine.decode
     for token in (6, 7):
-        model.engine.decode(cache, token)
+        step(cache, token)
     bindings.calls.clear()
     trt.passes.clear()
     for token in (8, 9, 10):
-        model.engine.decode(cache, token)
+        step(cache, token)
+    assert bindings.named("cuLaunchKernel") == []  # the choice is part of the graph
     assert bindings.named(*ALLOCATIONS) == []
     assert bindings.named(*WAITS) == [(21,)] * 3
     assert len(bindings.named("cuGraphLaunch")) == 3
@@ -160,11 +165,18 @@ def test_a_step_of_decoding(bindings: HostDriver, model: InternVL, trt: FakeTens
     language = model.spec.language
     sent = sum(call[2] for call in bindings.named("cuMemcpyHtoDAsync"))
     assert sent == 3 * (language.hidden_size * 4 + 8 + 8)  # the embedding, its position, the row
-    assert [call[2] for call in bindings.named("cuMemcpyDtoHAsync")] == 3 * [
-        language.vocab_size * 4
-    ]
+    fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
+    assert fetched == 3 * [4 if greedy else language.vocab_size * 4]
     runs = len(bindings.named("cuMemcpy2DAsync"))
     assert runs == (3 if model.engine.backend._buffers.fresh is not None else 0)
+
+
+def test_tokens_are_the_largest_logits(model: InternVL) -> None:
+    """Run, captured and launched, and the same in the next stretch of the cache."""
+    caches = [prefill(model, 60), prefill(model, 60)]
+    for token in range(5, 20):
+        wanted = model.engine.decode(caches[0], token).argmax()
+        assert model.engine.decode_greedily(caches[1], token) == wanted
 
 
 def test_one_graph_per_stretch_of_the_cache(model: InternVL, trt: FakeTensorRt) -> None:

@@ -1,24 +1,31 @@
-"""Engines on a GPU, with whichever TensorRT is installed: the reference implementation's answers.
+"""Engines on a GPU, with whichever TensorRT is installed: the reference implementation's answers,
+and the CPU's to callers who bring context, stream and picture.
 
 pytest -m gpu tests/runtime
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import GOLDEN
+from cuda_callers import QUESTION, TOKENS, answer_in_pycuda, answer_in_torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import DeviceError, InternVL
+from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.trt import Library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (300, 410, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +57,44 @@ def test_golden_answers(
             question, [golden_images["img0"]], max_tiles=6, max_new_tokens=len(wanted)
         )
         assert got.token_ids == wanted
+
+
+@pytest.fixture(scope="module")
+def built(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines for this machine."""
+    dialect: DialectName = "tensorrt" if library.api.modern else "tensorrt-portable"
+    folder = tmp_path_factory.mktemp("engines")
+    path = export_bundle(GOLDEN / "model", folder / "bundle", dialect=dialect)
+    InternVL.load(path, device="tensorrt", auto_build=True)
+    return path
+
+
+def on_stream(built: Path, stream: Any) -> InternVL:
+    return InternVL.load(built, device="tensorrt", stream=stream)
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_torchs_context_stream_and_picture(
+    built: Path, golden_model: InternVL, own_stream: bool
+) -> None:
+    wanted = golden_model.generate(QUESTION, [PIXELS], max_new_tokens=TOKENS)
+    got = answer_in_torch(partial(on_stream, built), PIXELS, own_stream=own_stream)
+    assert got == wanted.token_ids
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_pycudas_context_stream_and_picture(
+    built: Path, golden_model: InternVL, primary: bool
+) -> None:
+    wanted = golden_model.generate(QUESTION, [PIXELS], max_new_tokens=TOKENS)
+    got = answer_in_pycuda(partial(on_stream, built), PIXELS, primary=primary)
+    assert got == wanted.token_ids
+
+
+def test_tokens_are_the_largest_logits(built: Path) -> None:
+    """The choice within the captured step, over three stretches of the cache."""
+    engine = InternVL.load(built, device="tensorrt").engine
+    caches = [engine.backend.new_cache(600) for _ in range(2)]
+    for token in range(5, 535):
+        wanted = engine.decode(caches[0], 5 + token % 300).argmax()
+        assert engine.decode_greedily(caches[1], 5 + token % 300) == wanted
