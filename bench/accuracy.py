@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -50,6 +50,7 @@ class Case:
     kv: Any = None
     block: int = BLOCK
     dialect: DialectName = "onnxruntime"
+    head_bits: Literal[4, 8] = 8
 
     @property
     def has_naive(self) -> bool:
@@ -69,6 +70,7 @@ CASES = (
     Case("int8 + int8 + kv8", "int8", "int8", "int8"),
     Case("int8 + int4", "int8", "int4"),
     Case("int8 + int4 + kv8", "int8", "int4", "int8"),
+    Case("int8 + int4, 4-bit head", "int8", "int4", head_bits=4),
     Case("int8 + int4, block 128", "int8", "int4", None, 128),
     Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
     Case("fp16, tensorrt", "fp16", "fp16", dialect="tensorrt"),
@@ -206,7 +208,7 @@ def _measure(
             language=case.language,
             kv=case.kv,
             dialect=case.dialect,
-            options=QuantOptions(block=case.block, naive=naive),
+            options=QuantOptions(block=case.block, head_bits=case.head_bits, naive=naive),
             calibration=calibration,
             overwrite=True,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class QuantOptions:
     Attributes:
         block: inputs that share a scale in block formats.
         symmetric: of block formats: fixed zero point, or one stored per block.
+        head_bits: of the head where the language model is stored as integers: 8 or 4.
         naive: plain round to nearest with full ranges, for comparison.
         keep_fp16: prefixes of tensor names that stay at half precision.
         keep_worst: so many more units stay at half precision: those that lose most.
@@ -57,6 +58,7 @@ class QuantOptions:
 
     block: int = 128
     symmetric: bool = True
+    head_bits: Literal[4, 8] = 8
     naive: bool = False
     keep_fp16: tuple[str, ...] = ()
     keep_worst: int = 0
@@ -141,8 +143,8 @@ class Recipe:
 
     @property
     def head_form(self) -> BlockFormat:
-        """The head is read once a token and decides it: 8 bits."""
-        return BlockFormat(8, self.options.block, self.options.symmetric)
+        """The head is read once a token and decides it: 8 bits unless fewer are asked for."""
+        return BlockFormat(self.options.head_bits, self.options.block, self.options.symmetric)
 
 
 def decide(

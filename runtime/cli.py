@@ -136,6 +136,7 @@ def _export(arguments: argparse.Namespace) -> int:
             options=QuantOptions(
                 block=arguments.block,
                 symmetric=not arguments.asymmetric,
+                head_bits=4 if arguments.head == "int4" else 8,
                 naive=arguments.naive,
                 keep_fp16=tuple(word for word in arguments.keep_fp16 if not word.isdigit()),
                 keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdigit()),
@@ -240,6 +241,9 @@ def _add_export(commands: Commands) -> None:
     )
     export.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
     export.add_argument("--block", type=int, choices=(32, 64, 128), default=128)
+    export.add_argument(
+        "--head", choices=("int8", "int4"), default="int8", help="of an int8 or int4 language model"
+    )
     export.add_argument("--asymmetric", action="store_true", help="store a zero point per block")
     export.add_argument("--naive", action="store_true", help="round to nearest, for comparison")
     export.add_argument(

@@ -30,6 +30,7 @@ def add_peers(subjects: Commands) -> None:
     )
     peers.add_argument("--layers", type=int, metavar="N", help="of the drawn model (default: 8)")
     peers.add_argument("--language", choices=("fp32", "fp16", "int8", "int4"), default="int4")
+    peers.add_argument("--head", choices=("int8", "int4"), default="int8")
     peers.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="its name's beginning; repeat"
     )
@@ -54,6 +55,7 @@ def _peers(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         layers=arguments.layers,
         language=arguments.language,
+        head_bits=4 if arguments.head == "int4" else 8,
         names=arguments.peer,
         settings=Settings(
             threads=default_threads(arguments.threads),

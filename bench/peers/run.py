@@ -1,7 +1,8 @@
 """The `bench peers` command: same weights, prompt and threads; this runtime and a peer in turns.
 
-    internvl-edge bench peers [CHECKPOINT] [--layers N] [--language int4] [--peer NAME ...]
-                              [--threads N] [--prompt N] [--new-tokens N] [--repeat N] [--json FILE]
+    internvl-edge bench peers [CHECKPOINT] [--layers N] [--language int4] [--head int4]
+                              [--peer NAME ...] [--threads N] [--prompt N] [--new-tokens N]
+                              [--repeat N] [--json FILE]
 
 Without a checkpoint: InternVL 1.5's true shapes cut to a few layers, with drawn weights. Every
 system runs in a process of its own and waits asleep for its turn. Ratios are taken turn by turn,
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,6 +98,7 @@ def run_peers(
     *,
     layers: int | None,
     language: LanguagePrecision,
+    head_bits: Literal[4, 8],
     names: Sequence[str],
     settings: Settings,
     optimum_python: Path | None,
@@ -106,6 +108,7 @@ def run_peers(
     """Measure and print; returns the exit status.
 
     Args:
+        head_bits: of the output head where the decoder is stored as integers.
         layers: of the drawn model; None is `SYNTHETIC_LAYERS`.
         work: folder for the converted weights while they are needed; None is the system's.
 
@@ -126,7 +129,7 @@ def run_peers(
     standings: list[Standing] = []
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="internvl-edge-", dir=work) as folder:
-        bundle = _export(source, Path(folder), language)
+        bundle = _export(source, Path(folder), language, head_bits)
         files = Files(source, Path(folder), settings.threads)
         own = Worker(OWN, bundle, settings.threads, settings.context)
         try:
@@ -156,6 +159,7 @@ def run_peers(
             "model": SYNTHETIC if checkpoint is None else checkpoint.name,
             "layers": source.spec.language.num_hidden_layers,
             "language": language,
+            "head_bits": head_bits,
             "machine": machine,
             "notes": [note] if note else [],
             "settings": asdict(settings),
@@ -239,7 +243,9 @@ def _source(checkpoint: Path | None, layers: int | None) -> ModelSource:
     return SyntheticWeights(replace(spec, vision=replace(spec.vision, num_hidden_layers=1)))
 
 
-def _export(source: ModelSource, folder: Path, language: LanguagePrecision) -> Path:
+def _export(
+    source: ModelSource, folder: Path, language: LanguagePrecision, head_bits: Literal[4, 8]
+) -> Path:
     """The bundle, rounded to nearest: how integers were chosen does not change the time."""
     print("converting the weights", file=sys.stderr)
     side = source.spec.vision.tile_size
@@ -251,7 +257,7 @@ def _export(source: ModelSource, folder: Path, language: LanguagePrecision) -> P
         source,
         folder / "bundle",
         language=language,
-        options=QuantOptions(naive=True),
+        options=QuantOptions(naive=True, head_bits=head_bits),
         calibration=pictures,
         sensitivity=False,
     )

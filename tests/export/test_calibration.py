@@ -69,6 +69,7 @@ def decibels(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
         (KV8, 200, 35),
         ({"language": "int8", "options": BLOCK32}, 200, 30),
         ({"language": "int4", "options": BLOCK32}, 200, 15),
+        ({"language": "int4", "options": QuantOptions(block=32, head_bits=4)}, 200, 12),
         ({"language": "fp16", **KV8}, 200, 35),
         (ALL, 30, 14),
     ],

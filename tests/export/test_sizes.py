@@ -79,7 +79,7 @@ def tensorrt_recipes() -> st.SearchStrategy[Recipe]:
         "language": st.sampled_from(["fp32", "fp16", "int8", "int4"]),
         "kv": st.sampled_from(["fp16", "int8"]),
         "dialect": st.just("tensorrt-portable"),
-        "options": st.builds(QuantOptions, block=st.just(64)),
+        "options": st.builds(QuantOptions, block=st.just(64), head_bits=st.sampled_from([4, 8])),
     }
     modern = fields | {"kv": st.just("fp16"), "dialect": st.just("tensorrt")}
     return st.builds(Recipe, **modern) | st.builds(Recipe, **fields)
@@ -94,6 +94,7 @@ RECIPES = st.builds(
         QuantOptions,
         block=st.sampled_from([32, 64, 128]),
         symmetric=st.booleans(),
+        head_bits=st.sampled_from([4, 8]),
         keep_fp16=st.sampled_from(
             [(), ("vision_model.encoder.layers.0.", "mlp1."), ("language_model.model.layers.0.",)]
         ),
