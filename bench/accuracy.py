@@ -71,6 +71,7 @@ CASES = (
     Case("int8 + int4", "int8", "int4"),
     Case("int8 + int4 + kv8", "int8", "int4", "int8"),
     Case("int8 + int4, 4-bit head", "int8", "int4", head_bits=4),
+    Case("int8 + int4, 4-bit head, block 256", "int8", "int4", None, 256, head_bits=4),
     Case("int8 + int4, block 128", "int8", "int4", None, 128),
     Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
     Case("fp16, tensorrt", "fp16", "fp16", dialect="tensorrt"),

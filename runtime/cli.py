@@ -240,7 +240,7 @@ def _add_export(commands: Commands) -> None:
         help="who runs the graphs; tensorrt is 10.15 or later, tensorrt-portable 10.3 (JetPack 6)",
     )
     export.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
-    export.add_argument("--block", type=int, choices=(32, 64, 128), default=128)
+    export.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
     export.add_argument(
         "--head", choices=("int8", "int4"), default="int8", help="of an int8 or int4 language model"
     )

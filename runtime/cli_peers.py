@@ -30,6 +30,7 @@ def add_peers(subjects: Commands) -> None:
     )
     peers.add_argument("--layers", type=int, metavar="N", help="of the drawn model (default: 8)")
     peers.add_argument("--language", choices=("fp32", "fp16", "int8", "int4"), default="int4")
+    peers.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
     peers.add_argument("--head", choices=("int8", "int4"), default="int8")
     peers.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="its name's beginning; repeat"
@@ -50,12 +51,15 @@ def _peers(arguments: argparse.Namespace) -> int:
     check_threads(arguments.threads)
     with export_installed():
         from internvl_edge.bench.peers.run import Settings, default_threads, run_peers
+        from internvl_edge.export.decisions import QuantOptions
 
     return run_peers(
         arguments.checkpoint,
         layers=arguments.layers,
         language=arguments.language,
-        head_bits=4 if arguments.head == "int4" else 8,
+        options=QuantOptions(
+            block=arguments.block, head_bits=4 if arguments.head == "int4" else 8, naive=True
+        ),
         names=arguments.peer,
         settings=Settings(
             threads=default_threads(arguments.threads),

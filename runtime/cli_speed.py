@@ -102,7 +102,7 @@ def _add_estimate(subjects: Commands) -> None:
     estimate.add_argument("--vision", choices=get_args(VisionPrecision))
     estimate.add_argument("--language", choices=get_args(LanguagePrecision))
     estimate.add_argument("--kv", choices=get_args(CachePrecision))
-    estimate.add_argument("--block", type=int, choices=(32, 64, 128), default=128)
+    estimate.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
     estimate.add_argument("--tiles", type=int, metavar="N", help="thumbnail included")
     estimate.add_argument("--prompt", type=int, default=100, metavar="N", help="tokens of text")
     estimate.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer")

@@ -1,6 +1,6 @@
 """The `bench peers` command: same weights, prompt and threads; this runtime and a peer in turns.
 
-    internvl-edge bench peers [CHECKPOINT] [--layers N] [--language int4] [--head int4]
+    internvl-edge bench peers [CHECKPOINT] [--layers N] [--language int4] [--block N] [--head int4]
                               [--peer NAME ...] [--threads N] [--prompt N] [--new-tokens N]
                               [--repeat N] [--json FILE]
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +98,7 @@ def run_peers(
     *,
     layers: int | None,
     language: LanguagePrecision,
-    head_bits: Literal[4, 8],
+    options: QuantOptions,
     names: Sequence[str],
     settings: Settings,
     optimum_python: Path | None,
@@ -108,7 +108,8 @@ def run_peers(
     """Measure and print; returns the exit status.
 
     Args:
-        head_bits: of the output head where the decoder is stored as integers.
+        options: of the bundle here; rounding to nearest will do, for how integers were chosen does
+            not change the time.
         layers: of the drawn model; None is `SYNTHETIC_LAYERS`.
         work: folder for the converted weights while they are needed; None is the system's.
 
@@ -129,7 +130,7 @@ def run_peers(
     standings: list[Standing] = []
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="internvl-edge-", dir=work) as folder:
-        bundle = _export(source, Path(folder), language, head_bits)
+        bundle = _export(source, Path(folder), language, options)
         files = Files(source, Path(folder), settings.threads)
         own = Worker(OWN, bundle, settings.threads, settings.context)
         try:
@@ -159,7 +160,8 @@ def run_peers(
             "model": SYNTHETIC if checkpoint is None else checkpoint.name,
             "layers": source.spec.language.num_hidden_layers,
             "language": language,
-            "head_bits": head_bits,
+            "block": options.block,
+            "head_bits": options.head_bits,
             "machine": machine,
             "notes": [note] if note else [],
             "settings": asdict(settings),
@@ -244,9 +246,8 @@ def _source(checkpoint: Path | None, layers: int | None) -> ModelSource:
 
 
 def _export(
-    source: ModelSource, folder: Path, language: LanguagePrecision, head_bits: Literal[4, 8]
+    source: ModelSource, folder: Path, language: LanguagePrecision, options: QuantOptions
 ) -> Path:
-    """The bundle, rounded to nearest: how integers were chosen does not change the time."""
     print("converting the weights", file=sys.stderr)
     side = source.spec.vision.tile_size
     pictures = folder / "pictures"
@@ -257,7 +258,7 @@ def _export(
         source,
         folder / "bundle",
         language=language,
-        options=QuantOptions(naive=True, head_bits=head_bits),
+        options=options,
         calibration=pictures,
         sensitivity=False,
     )

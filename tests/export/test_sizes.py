@@ -92,7 +92,7 @@ RECIPES = st.builds(
     kv=st.sampled_from(["fp32", "int8"]),
     options=st.builds(
         QuantOptions,
-        block=st.sampled_from([32, 64, 128]),
+        block=st.sampled_from([32, 64, 128, 256]),
         symmetric=st.booleans(),
         head_bits=st.sampled_from([4, 8]),
         keep_fp16=st.sampled_from(
