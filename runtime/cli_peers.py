@@ -51,15 +51,13 @@ def _peers(arguments: argparse.Namespace) -> int:
     check_threads(arguments.threads)
     with export_installed():
         from internvl_edge.bench.peers.run import Settings, default_threads, run_peers
-        from internvl_edge.export.decisions import QuantOptions
 
     return run_peers(
         arguments.checkpoint,
         layers=arguments.layers,
         language=arguments.language,
-        options=QuantOptions(
-            block=arguments.block, head_bits=4 if arguments.head == "int4" else 8, naive=True
-        ),
+        block=arguments.block,
+        head_bits=4 if arguments.head == "int4" else 8,
         names=arguments.peer,
         settings=Settings(
             threads=default_threads(arguments.threads),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,7 +98,8 @@ def run_peers(
     *,
     layers: int | None,
     language: LanguagePrecision,
-    options: QuantOptions,
+    block: int,
+    head_bits: Literal[4, 8],
     names: Sequence[str],
     settings: Settings,
     optimum_python: Path | None,
@@ -108,8 +109,8 @@ def run_peers(
     """Measure and print; returns the exit status.
 
     Args:
-        options: of the bundle here; rounding to nearest will do, for how integers were chosen does
-            not change the time.
+        block: inputs that share a scale where the decoder is stored as integers.
+        head_bits: of the output head there.
         layers: of the drawn model; None is `SYNTHETIC_LAYERS`.
         work: folder for the converted weights while they are needed; None is the system's.
 
@@ -117,6 +118,8 @@ def run_peers(
         LimitError: a number or a name that makes no sense, or an output that cannot be written.
     """
     settings.check()
+    # Rounded to nearest: how integers were chosen does not change the time.
+    options = QuantOptions(block=block, head_bits=head_bits, naive=True)
     peers = choose_peers(names)
     check_writable(json_file)
     if work is not None and not work.is_dir():
