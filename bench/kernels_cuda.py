@@ -23,7 +23,13 @@ import numpy as np
 from internvl_edge.bench.kernels import FEATURES, INT8_SCALE, WrongResultError, photo
 from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.kernels import ops
-from internvl_edge.kernels.cuda import CudaKernels
+from internvl_edge.kernels.cuda import (
+    CANDIDATE,
+    SELECT_MOST,
+    CudaKernels,
+    read_candidates,
+    select_scratch,
+)
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime.cuda import Cuda
 
@@ -31,12 +37,14 @@ LAUNCHES = 20
 GROUPS = 7
 #: A 4K photo as 40 tiles and a thumbnail; InternViT-6B's output for 41 tiles.
 SIZE, GRID, TILES = (3840, 2160), {"columns": 8, "rows": 5}, 41
+#: InternLM2's.
+VOCAB = 92_553
 COPY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """One kernel at 41 tiles."""
+    """One kernel at 41 tiles, or the selection of one row."""
 
     name: str
     kernel_ms: float
@@ -107,6 +115,7 @@ class DeviceBench:
         rows = [self.tiling("tiles", "uint8")]  # what the runtime uses
         rows += [self.tiling(layout, dtype) for layout, dtype in tilings]
         rows += [self.shuffle(dtype) for dtype in ("float16", "int8")]
+        rows.append(self.selection())
         return {
             "device": self.cuda.name,
             "sm": "{}{}".format(*self.cuda.capability),
@@ -160,6 +169,26 @@ class DeviceBench:
             raise WrongResultError(f"{name}: differs from the CPU library by up to {gap.max()}")
         row = self._row(name, launch, x[:, 1:].nbytes + expected.nbytes)
         for array in (source, out, *on_device.values()):
+            array.free()
+        return row
+
+    def selection(self) -> DeviceRow:
+        """The largest of one row of logits: bound by its three launches, not by bytes."""
+        logits = np.random.default_rng(0).standard_normal(VOCAB, np.float32)
+        source = DeviceArray.of(self.driver, logits)
+        out = DeviceArray(self.driver, (SELECT_MOST,), CANDIDATE)
+        scratch = DeviceArray(self.driver, (select_scratch(VOCAB, SELECT_MOST),), CANDIDATE)
+        name = f"largest {SELECT_MOST} of {VOCAB} logits"
+
+        def launch() -> None:
+            self.kernels.select(source, out=out, scratch=scratch, stream=self.stream)
+
+        launch()
+        ids, _ = read_candidates(out.to_host())
+        if not np.array_equal(ids, np.argsort(-logits, kind="stable")[:SELECT_MOST]):
+            raise WrongResultError(f"{name}: differs from NumPy's sort")
+        row = self._row(name, launch, logits.nbytes + out.nbytes)
+        for array in (source, out, scratch):
             array.free()
         return row
 

@@ -15,7 +15,7 @@
 namespace ive {
 
 // Element types of outputs and of the vision features; the numbers are part of the C interface.
-enum Type : int32_t { kUint8 = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
+enum Type : int32_t { kUint8 = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3, kUint64 = 4 };
 
 // What the CPU entry points return; the CUDA launchers return cudaError_t.
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kBadArgument = 2 };

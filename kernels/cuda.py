@@ -45,20 +45,21 @@ from internvl_edge.kernels.weights import Weights
 TILING_SOURCE, SHUFFLE_SOURCE, SELECT_SOURCE = CUDA_SOURCES
 #: By the second word of a kernel's name.
 SOURCE_OF = {"tile": TILING_SOURCE, "pixel": SHUFFLE_SOURCE, "select": SELECT_SOURCE}
-SHORT = {"uint8": "u8", "float32": "f32", "float16": "f16", "int8": "i8"}
+SHORT = {"uint8": "u8", "float32": "f32", "float16": "f16", "int8": "i8", "uint64": "u64"}
 MAX_GRID_YZ = 65535
 TILE_THREADS = 128
 SHUFFLE_THREADS = 256
-SELECT_THREADS = 256
-#: Blocks that share the logits of one row; each leaves a candidate of 8 bytes.
-SELECT_MOST_BLOCKS = 128
+#: Logits a block sorts at once, and the most it keeps of them.
+SELECT_RUN, SELECT_MOST = 1024, 64
+#: A logit and its index in one number, as select.cuh makes it.
+CANDIDATE = np.dtype(np.uint64)
 
 #: Weights of this many axes stay on the device; a video uses four.
 CACHED_AXES = 64
 
 
 class CudaKernels:
-    """Tiling, pixel shuffle and greedy choice in the context that is current at each call."""
+    """Tiling, pixel shuffle and selection of logits in the context that is current at each call."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -159,19 +160,19 @@ class CudaKernels:
         self._launch(context, name, shuffle_shape(plan), shared, handle, job)
         return out
 
-    def argmax(self, logits: Any, *, out: Any, best: Any, stream: Any = None) -> Any:
-        """Index of the largest logit, as `numpy.argmax`: the first of equals, a NaN before all.
+    def select(self, logits: Any, *, out: Any, scratch: Any, stream: Any = None) -> Any:
+        """The largest logits in order: of equals the first, and a NaN before every number.
 
-        Two launches and no memory of its own: what is captured after one call stays valid as long
-        as the three arrays.
+        One launch or more and no memory of its own: what is captured after one call stays valid as
+        long as the three arrays. `read_candidates` tells what the result says.
 
         Args:
             logits: float32 or float16 `(n,)`, 1 <= n < 2^31.
-            out: int32 `(1,)`.
-            best: uint64 `(SELECT_MOST_BLOCKS,)`, overwritten.
+            out: uint64 `(count,)`, 1 <= count <= SELECT_MOST.
+            scratch: uint64 `(select_scratch(n, count),)`, overwritten.
 
         Returns:
-            `out`.
+            `out`: zeros where there are fewer logits.
 
         Raises:
             ValueError, TypeError: an argument is not as above.
@@ -185,14 +186,20 @@ class CudaKernels:
         if source.dtype.name not in ("float32", "float16"):
             raise TypeError(f"logits are float32 or float16, not {source.dtype}")
         _check_contiguous(source)
-        scratch = _output_address(best, (SELECT_MOST_BLOCKS,), np.dtype(np.uint64))
-        to = _output_address(out, (1,), np.dtype(np.int32))
-        kind = source.dtype.name
-        job = SelectJob(source.ctypes.data, scratch, to, source.size, TYPES[kind])
-        shape = select_shape(source.size)
-        self._launch(context, f"ive_select_{SHORT[kind]}", shape, 0, handle, job)
-        one = LaunchShape(1, 1, 1, SELECT_THREADS)
-        self._launch(context, "ive_select_id", one, 0, handle, job)
+        count = len(out)
+        if not 1 <= count <= SELECT_MOST:
+            raise ValueError(f"{count} candidates: the kernel keeps 1 to {SELECT_MOST}")
+        to = _output_address(out, (count,), CANDIDATE)
+        needed = (select_scratch(source.size, count),)
+        free = _output_address(scratch, needed, CANDIDATE)
+        address, size, kind = source.ctypes.data, source.size, source.dtype.name
+        for kept in select_levels(source.size, count):
+            last = kept == count
+            job = SelectJob(address, to if last else free, size, count, TYPES[kind])
+            name = f"ive_select_{SHORT[kind]}"
+            self._launch(context, name, select_shape(size), 0, handle, job)
+            address, size, kind = free, kept, CANDIDATE.name
+            free += kept * CANDIDATE.itemsize
         return out
 
     def _planes(
@@ -310,9 +317,33 @@ def shuffle_shape(plan: ShufflePlan) -> LaunchShape:
 
 
 def select_shape(size: int) -> LaunchShape:
-    """Launch shape of the first of two kernels, as `select_shape` in select.cuh."""
-    blocks = min(-(-size // SELECT_THREADS), SELECT_MOST_BLOCKS)
-    return LaunchShape(blocks, 1, 1, SELECT_THREADS)
+    """One block a run, as `select_shape` in select.cuh."""
+    return LaunchShape(-(-size // SELECT_RUN), 1, 1, SELECT_RUN // 2)
+
+
+def select_levels(size: int, count: int) -> list[int]:
+    """How many candidates each launch leaves, until `count` are left."""
+    levels = [select_shape(size).x * count]
+    while levels[-1] > count:
+        levels.append(select_shape(levels[-1]).x * count)
+    return levels
+
+
+def select_scratch(size: int, count: int) -> int:
+    """Candidates between the launches."""
+    return sum(select_levels(size, count)[:-1])
+
+
+def read_candidates(found: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What `CudaKernels.select` found, on the host: indices and logits, the largest first.
+
+    Inverts `candidate` of select.cuh; -0 comes back as 0.
+    """
+    found = found[found != 0]
+    ids = (~found & 0xFFFFFFFF).astype(np.int64)
+    bits = (found >> np.uint64(32)).astype(np.uint32)
+    positive = bits & np.uint32(0x80000000) != 0
+    return ids, np.where(positive, bits ^ np.uint32(0x80000000), ~bits).view(np.float32)
 
 
 def _output_address(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -116,9 +116,10 @@ extern "C" int32_t ive_cpu_pixel_shuffle_blocks(const ive::ShuffleJob* job) {
 }
 
 extern "C" int32_t ive_cpu_select_blocks(const ive::SelectJob* job) {
-  if (job->size < 1) return ive::kBadArgument;
+  if (job->size < 1 || job->count < 1 || job->count > ive::kSelectMost) return ive::kBadArgument;
   return job->type == ive::kFloat32   ? ive::host::select_blocks<float>(*job)
          : job->type == ive::kFloat16 ? ive::host::select_blocks<ive::Half>(*job)
+         : job->type == ive::kUint64  ? ive::host::select_blocks<uint64_t>(*job)
                                       : ive::kBadArgument;
 }
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 FORMATS = {"rgb": 0, "bgr": 1, "rgba": 2, "nv12": 3}
 MATRICES = {"bt601": 0, "bt709": 1}
 LAYOUTS = {"tiles": 0, "nchw": 1, "patches": 2}
-TYPES = {"uint8": 0, "float32": 1, "float16": 2, "int8": 3}
+TYPES = {"uint8": 0, "float32": 1, "float16": 2, "int8": 3, "uint64": 4}
 SHUFFLES = {"v2": 0, "v1": 1}
 
 #: Sides and widths are int32 in the kernels, with room for a factor of 4 bytes a pixel.
@@ -94,10 +94,10 @@ class SelectJob(ctypes.Structure):
     """`ive::SelectJob`."""
 
     _fields_ = (
-        ("logits", ctypes.c_void_p),
-        ("best", ctypes.c_void_p),
-        ("id", ctypes.c_void_p),
+        ("input", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
         ("size", ctypes.c_int32),
+        ("count", ctypes.c_int32),
         ("type", ctypes.c_int32),
     )
 

@@ -6,22 +6,22 @@
 
 namespace {
 
-// Maximum over the block, in its first thread; host_select.h does the same on the CPU.
-__device__ __forceinline__ uint64_t block_best(uint64_t value) {
-  __shared__ uint64_t partial[ive::kSelectWarps];
-  for (int step = ive::kSelectWarp / 2; step > 0; step /= 2) {
-    value = ive::better(value, __shfl_xor_sync(0xffffffffu, value, step));
-  }
-  if (threadIdx.x % ive::kSelectWarp == 0) partial[threadIdx.x / ive::kSelectWarp] = value;
-  __syncthreads();
-  return threadIdx.x == 0 ? ive::best_of_warps(partial) : value;
-}
-
+// host_select.h does the same on the CPU.
 template <typename T>
 __device__ __forceinline__ void select(const ive::SelectJob& job) {
+  __shared__ uint64_t run[ive::kSelectRun];
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const uint64_t best = block_best(ive::best_of_logits<T>(job, blockIdx.x, thread));
-  if (thread == 0) job.best[blockIdx.x] = best;
+  for (int32_t place = thread; place < ive::kSelectRun; place += ive::kSelectThreads) {
+    run[place] = ive::select_input<T>(job, blockIdx.x, place);
+  }
+  __syncthreads();
+  for (int32_t length = 2; length <= ive::kSelectRun; length *= 2) {
+    for (int32_t stride = length / 2; stride > 0; stride /= 2) {
+      ive::compare_exchange(run, thread, length, stride);
+      __syncthreads();
+    }
+  }
+  if (thread < job.count) job.out[int64_t{blockIdx.x} * job.count + thread] = run[thread];
 }
 
 }  // namespace
@@ -33,26 +33,21 @@ __device__ __forceinline__ void select(const ive::SelectJob& job) {
   }
 IVE_SELECT(f32, float)
 IVE_SELECT(f16, ive::Half)
+IVE_SELECT(u64, uint64_t)
 #undef IVE_SELECT
 
-// One block.
-extern "C" __global__ void __launch_bounds__(ive::kSelectThreads)
-    ive_select_id(const __grid_constant__ ive::SelectJob job) {
-  const auto thread = static_cast<int32_t>(threadIdx.x);
-  const uint64_t best = block_best(ive::best_of_block(job, thread));
-  if (thread == 0) *job.id = ive::index_of(best);
-}
-
-// All pointers of `job` are device pointers. Asynchronous on `stream`.
+// One launch; the result is whole where one block was enough. All pointers of `job` are device
+// pointers. Asynchronous on `stream`.
 extern "C" cudaError_t ive_select(const ive::SelectJob* job, cudaStream_t stream) {
-  if (job->size < 1 || (job->type != ive::kFloat32 && job->type != ive::kFloat16)) {
+  if (job->size < 1 || job->count < 1 || job->count > ive::kSelectMost) {
     return cudaErrorInvalidValue;
   }
   const ive::LaunchShape shape = ive::select_shape(*job);
-  const auto kernel = job->type == ive::kFloat32 ? ive_select_f32 : ive_select_f16;
+  const auto kernel = job->type == ive::kFloat32   ? ive_select_f32
+                      : job->type == ive::kFloat16 ? ive_select_f16
+                      : job->type == ive::kUint64  ? ive_select_u64
+                                                   : nullptr;
+  if (kernel == nullptr) return cudaErrorInvalidValue;
   kernel<<<static_cast<unsigned>(shape.x), shape.threads, 0, stream>>>(*job);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) return status;
-  ive_select_id<<<1, ive::kSelectThreads, 0, stream>>>(*job);
   return cudaGetLastError();
 }

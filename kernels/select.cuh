@@ -1,31 +1,30 @@
-// The token of the largest logit: index of the maximum of one row, as numpy.argmax finds it (the
-// first of equals; a NaN is larger than every number). Bodies for CUDA and C++ alike.
+// The tokens of the largest logits of one row, in order: of equals the first, as numpy.argmax has
+// it, and a NaN before every number. Bodies for CUDA and C++ alike.
+//
+// Blocks sort runs of kSelectRun and keep the first `count` of each; then the same is done to what
+// they kept, until one run is left. 92,553 logits and 64 tokens take three launches.
 #pragma once
 
 #include "common.cuh"
 
 namespace ive {
 
-// Passed to kernels by value; kernels/jobs.py mirrors it field by field.
+// One launch. Passed to kernels by value; kernels/jobs.py mirrors it field by field.
 struct SelectJob {
-  const void* logits;  // (size,), float or half
-  uint64_t* best;      // (kSelectMostBlocks,), scratch: the best candidate of each block
-  int32_t* id;         // (1,)
-  int32_t size;        // at least 1
-  int32_t type;        // of the logits
+  const void* input;  // (size,), logits as float or half, or candidates
+  uint64_t* out;      // (ceil(size / kSelectRun), count), candidates, the largest of a run first
+  int32_t size;       // at least 1
+  int32_t count;      // 1..kSelectMost
+  int32_t type;       // of the input
 };
 
-constexpr int32_t kSelectWarp = 32;
-constexpr int32_t kSelectThreads = 256;
-constexpr int32_t kSelectWarps = kSelectThreads / kSelectWarp;
-// One candidate a thread is left for the second kernel's only block. 92,553 logits are three for
-// each thread of these blocks.
-constexpr int32_t kSelectMostBlocks = 128;
-static_assert(kSelectMostBlocks <= kSelectThreads, "the second kernel is one block");
+constexpr int32_t kSelectRun = 1024;                // 8 KB of shared memory
+constexpr int32_t kSelectThreads = kSelectRun / 2;  // one pair each
+constexpr int32_t kSelectMost = 64;
+static_assert(kSelectMost < kSelectRun, "every launch leaves less");
 
-IVE_BODY LaunchShape select_shape(const SelectJob& job) {  // of the first kernel
-  const int64_t blocks = ceil_div(job.size, kSelectThreads);
-  return LaunchShape{blocks < kSelectMostBlocks ? blocks : kSelectMostBlocks, 1, 1, kSelectThreads};
+IVE_BODY LaunchShape select_shape(const SelectJob& job) {
+  return LaunchShape{ceil_div(job.size, kSelectRun), 1, 1, kSelectThreads};
 }
 
 // Orders floats as unsigned integers: NaN above infinity, both zeros alike, nothing at 0.
@@ -36,41 +35,39 @@ IVE_BODY uint32_t ordered(float value) {
 }
 
 // A logit and its index as one number: of two, the larger is the larger logit, and among equals the
-// one that comes first. So the result is the same in whatever order they are compared.
+// one that comes first. No two are equal, so the result is the same in whatever order they are
+// compared.
 IVE_BODY uint64_t candidate(float logit, int32_t index) {
   return static_cast<uint64_t>(ordered(logit)) << 32 | ~static_cast<uint32_t>(index);
 }
 
 constexpr uint64_t kNoCandidate = 0;  // smaller than any
 
-IVE_BODY int32_t index_of(uint64_t candidate) {
-  return static_cast<int32_t>(~static_cast<uint32_t>(candidate));
-}
-
-IVE_BODY uint64_t better(uint64_t a, uint64_t b) { return a > b ? a : b; }
-
-// What one thread of the first kernel looks at: every so many logits, neighbours in a warp.
 template <typename T>
-IVE_BODY uint64_t best_of_logits(const SelectJob& job, int64_t block, int32_t thread) {
-  const int64_t stride = select_shape(job).x * kSelectThreads;
-  uint64_t best = kNoCandidate;
-  for (int64_t i = block * kSelectThreads + thread; i < job.size; i += stride) {
-    const float logit = to_float(static_cast<const T*>(job.logits)[i]);
-    best = better(best, candidate(logit, static_cast<int32_t>(i)));
+IVE_BODY uint64_t as_candidate(T logit, int32_t index) {
+  return candidate(to_float(logit), index);
+}
+IVE_BODY uint64_t as_candidate(uint64_t found, int32_t) { return found; }
+
+// What stands at a place of a block's run before it is sorted.
+template <typename T>
+IVE_BODY uint64_t select_input(const SelectJob& job, int64_t block, int32_t place) {
+  const int64_t index = block * kSelectRun + place;
+  if (index >= job.size) return kNoCandidate;
+  return as_candidate(static_cast<const T*>(job.input)[index], static_cast<int32_t>(index));
+}
+
+// One comparison of a bitonic sort (Batcher 1968), largest first: runs of `length` are sorted,
+// every other one the other way round, by exchanging what lies `stride` apart. `pair` counts the
+// pairs.
+IVE_BODY void compare_exchange(uint64_t* run, int32_t pair, int32_t length, int32_t stride) {
+  const int32_t low = 2 * pair - (pair & (stride - 1));  // stride is a power of two
+  const uint64_t a = run[low], b = run[low + stride];
+  const bool descending = (low & length) == 0;
+  if ((a < b) == descending) {
+    run[low] = b;
+    run[low + stride] = a;
   }
-  return best;
-}
-
-// What one thread of the second kernel looks at.
-IVE_BODY uint64_t best_of_block(const SelectJob& job, int32_t thread) {
-  return thread < select_shape(job).x ? job.best[thread] : kNoCandidate;
-}
-
-// The end of a maximum over the block; `partial` holds one candidate per warp.
-IVE_BODY uint64_t best_of_warps(const uint64_t* partial) {
-  uint64_t best = kNoCandidate;
-  for (int warp = 0; warp < kSelectWarps; ++warp) best = better(best, partial[warp]);
-  return best;
 }
 
 }  // namespace ive

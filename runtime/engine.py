@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.backends import Backend, Cache, GreedyBackend
+from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.reuse import PrefixStore
 from internvl_edge.runtime.rope import rope_base
+from internvl_edge.runtime.sampling import Candidates
 from internvl_edge.runtime.specs import ModelSpec
 
 #: Most tokens of one prefill pass: bounds the activations of the MLP (512 x 16,384 x 4 = 34 MB).
@@ -203,15 +204,15 @@ class Engine:
         logits = self._append(cache, rows, ids, base, np.zeros(1, np.int64))
         return np.asarray(logits[0])
 
-    def decode_greedily(self, cache: Cache, token: int) -> int:
-        """Append one token; return the next, the one of the largest logit."""
-        if not isinstance(self.backend, GreedyBackend):
-            return int(self.decode(cache, token).argmax())
+    def decode_candidates(self, cache: Cache, token: int, count: int) -> Candidates:
+        """Append one token; return at least the `count` largest logits; `count` 0: all of them."""
+        if count == 0 or not isinstance(self.backend, SelectingBackend):
+            return Candidates(self.decode(cache, token))
         ids, rows, base = self._next(cache, token)
         with cache.state.lock:
-            chosen = self.backend.forward_greedy(cache, rows, base)
+            found = self.backend.forward_candidates(cache, rows, base, count)
             cache.state.extend(ids, base)
-        return chosen
+        return found
 
     def _next(
         self, cache: Cache, token: int

@@ -28,7 +28,7 @@ from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
 from internvl_edge.runtime.prompt import place_images
 from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
-from internvl_edge.runtime.sampling import Sampler, Sampling
+from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
 
@@ -313,12 +313,10 @@ class InternVL:
             logits, timings.cached_tokens = self.engine.prefill(target, sequence, check)
             encoding = timings.vision_s - vision
             timings.prefill_s = time.perf_counter() - before - encoding
-            return sample(logits)
+            return sample(Candidates(logits))
 
         def decode(token: int) -> int:
-            if sampling.greedy:
-                return self.engine.decode_greedily(target, token)
-            return sample(self.engine.decode(target, token))
+            return sample(self.engine.decode_candidates(target, token, sampling.candidates))
 
         def finished(reply: Reply) -> None:
             self._prefixes.keep(target)

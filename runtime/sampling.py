@@ -40,6 +40,16 @@ class Sampling:
         """Whether the largest logit is all it takes."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits decide; 0: all do.
+
+        1 is the first of equals. Beyond, equals of the last one are kept: hence at least 2.
+        """
+        if self.greedy:
+            return 1
+        return max(self.top_k, 2) if self.top_k and self.repetition_penalty == 1 else 0
+
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, ">= 0")
         _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 keeps all)")
@@ -54,6 +64,19 @@ class Sampling:
         _check(self.seed is None or self.seed >= 0, "seed", self.seed, ">= 0")
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens to choose from.
+
+    Attributes:
+        logits: float32 `(n,)`.
+        ids: int64 `(n,)`, ascending; None: every token of the vocabulary.
+    """
+
+    logits: NDArray[np.float32]
+    ids: NDArray[np.int64] | None = None
+
+
 class Sampler:
     """Draws tokens under one `Sampling`; remembers what was generated for the penalty."""
 
@@ -62,16 +85,22 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         self._generated: list[int] = []
 
-    def __call__(self, logits: NDArray[np.float32]) -> int:
-        """Choose a token id from logits `(vocab,)`."""
-        filtered = filter_logits(logits, self._generated, self._sampling)
-        if self._sampling.temperature == 0:
-            token = int(filtered.argmax())
+    def __call__(self, candidates: Candidates) -> int:
+        """Choose a token id: from all of the vocabulary or, as the same seed would choose there,
+        from at least as many of the largest logits as `Sampling.candidates` says."""
+        if self._sampling.greedy:
+            place = int(candidates.logits.argmax())
         else:
-            token = int(self._random.choice(len(filtered), p=_softmax(filtered)))
+            place = self._place(filter_logits(candidates.logits, self._generated, self._sampling))
+        token = place if candidates.ids is None else int(candidates.ids[place])
         if self._sampling.repetition_penalty != 1:
             self._generated.append(token)
         return token
+
+    def _place(self, filtered: NDArray[np.float64]) -> int:
+        if self._sampling.temperature == 0:
+            return int(filtered.argmax())
+        return int(self._random.choice(len(filtered), p=_softmax(filtered)))
 
 
 def filter_logits(

@@ -290,10 +290,9 @@ def _run_kernel(function: str, job: ShuffleJob | TileJob | SelectJob) -> None:
     assert library is not None
     if isinstance(job, ShuffleJob):
         assert library.ive_cpu_pixel_shuffle_blocks(ctypes.byref(job)) == 0
-    # The bodies of both passes, at the second.
     elif isinstance(job, SelectJob):
-        if function == "ive_select_id":
-            assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
+        assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
+    # The bodies of both passes, at the second.
     elif function != "ive_tile_horizontal":
         assert library.ive_cpu_tile_elements(ctypes.byref(job)) == 0
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.sampling import Candidates
 
 
 class Cache(Protocol):
@@ -60,12 +61,18 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class GreedyBackend(Protocol):
-    """A backend that can also choose a token where the logits are, and leaves them there."""
+class SelectingBackend(Protocol):
+    """A backend that can also find the largest logits where they are, and leaves the others."""
 
-    def forward_greedy(self, cache: Cache, embeddings: NDArray[np.floating], base: float) -> int:
-        """Like `Backend.forward` with one row `(1, hidden)`; the token of its largest logit.
+    def forward_candidates(
+        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
+    ) -> Candidates:
+        """Like `Backend.forward` with one row `(1, hidden)`.
+
+        Args:
+            count: how many of the largest logits are wanted.
 
         Returns:
-            what `numpy.argmax` finds in the logits.
+            these and what equals the last of them (where it is one: the first of equals, as
+            `numpy.argmax` has it), or more, or all.
         """

@@ -23,10 +23,11 @@ from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.device_sampling import GreedyChoice, selection_kernels
+from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.rope import RopeTable
+from internvl_edge.runtime.sampling import Candidates
 
 
 def cuda_provider(cuda: Cuda) -> Provider:
@@ -95,11 +96,11 @@ class StagedInput:
 
 class LogitsOutput:
     """The logits of one binding: on the device, of which the asked rows are copied back, or the
-    token of the largest alone."""
+    largest of one row."""
 
     def __init__(self, place: Place, binding: Any, vocab: int, kernels: CudaKernels | None) -> None:
         self._place, self._binding, self._vocab = place, binding, vocab
-        self._greedy = None if kernels is None else GreedyChoice(place.cuda, kernels)
+        self._largest = None if kernels is None else LargestLogits(place.cuda, kernels, vocab)
         self._device = place.cuda.empty((1, vocab), np.float32)
         self._row = place.cuda.pinned((1, vocab), np.float32)  # decoding reads one row a pass
         self._bound = 0
@@ -120,12 +121,12 @@ class LogitsOutput:
         cuda.synchronize()
         return host.copy() if rows == 1 else host
 
-    def choose(self) -> int:
-        """Wait for the token of the largest logit of the one bound row."""
-        if self._greedy is None:
-            return int(self.read()[0].argmax())
-        self._greedy.queue(self._device[:1].of_shape((self._vocab,)))
-        return self._greedy.read()
+    def candidates(self, count: int) -> Candidates:
+        """Wait for at least the `count` largest of the one bound row."""
+        if self._largest is None:
+            return Candidates(self.read()[0])
+        self._largest.queue(self._device[:1].of_shape((self._vocab,)))
+        return self._largest.read(count) or Candidates(self.read()[0])
 
 
 class CudaCache:
@@ -268,13 +269,15 @@ class OnnxRuntimeCudaBackend:
             self.run(self._language, cache.binding)
             return cache.logits.read()
 
-    def forward_greedy(self, cache: Cache, embeddings: NDArray[np.floating], base: float) -> int:
-        """One pass over one new row; see `GreedyBackend.forward_greedy`."""
+    def forward_candidates(
+        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
+    ) -> Candidates:
+        """One pass over one new row; see `SelectingBackend.forward_candidates`."""
         assert isinstance(cache, CudaCache)
         with self._cuda.active():
             cache.feed(embeddings, base, np.zeros(1, np.int64))
             self.run(self._language, cache.binding)
-            return cache.logits.choose()
+            return cache.logits.candidates(count)
 
     def run(self, session: Any, binding: Any) -> None:
         """Queue a session behind what is on the stream."""

@@ -6,8 +6,8 @@ the token or the logits. A captured graph belongs to the context it was captured
 and its addresses; so each has a context of its own, by storage of the cache and number of keys
 read.
 
-The greedy choice is part of every captured step: its 4 bytes are copied, and of InternLM2's 92,553
-logits the 370 KB only for who samples or asks for them.
+The choice of the largest logits is part of every captured step: the 8 bytes of one or 512 of 64 are
+copied, and the 370 KB of InternLM2's 92,553 logits only for who asks for all of them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.tensorrt_memory import Buffers, Storage, key_bucket, pieces
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.cuda import Cuda, Graph
-from internvl_edge.runtime.device_sampling import GreedyChoice, selection_kernels
+from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.engines import Engines
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.rope import RopeTable
+from internvl_edge.runtime.sampling import Candidates
 from internvl_edge.runtime.trt import Context, Library, Plan
 
 
@@ -131,7 +132,8 @@ class TensorRtBackend:
             self._buffers = Buffers(bundle, cuda, self.limits, self._dtype)
             self._prefill.bind(self._buffers.addresses())
             kernels = selection_kernels(cuda)
-            self._greedy = None if kernels is None else GreedyChoice(cuda, kernels)
+            vocab = spec.language.vocab_size
+            self._largest = None if kernels is None else LargestLogits(cuda, kernels, vocab)
             self.description = f"{library.name} {library.version}, {cuda.name}"
         self._free: list[Storage] = []
 
@@ -193,17 +195,17 @@ class TensorRtBackend:
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def forward_greedy(self, cache: Cache, embeddings: NDArray[np.floating], base: float) -> int:
-        """One pass over one new row; see `GreedyBackend.forward_greedy`."""
-        row = np.zeros(1, np.int64)
-        if self._greedy is None:
-            return int(self.forward(cache, embeddings, base, row)[0].argmax())
+    def forward_candidates(
+        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
+    ) -> Candidates:
+        """One pass over one new row; see `SelectingBackend.forward_candidates`."""
         assert isinstance(cache, TensorRtCache)
         start = cache.state.length
         with self._cuda.active():
             cache.prepare(start, start + 1, base)
-            self._queue(cache.storage, embeddings, start, row)
-            return self._greedy.read()
+            self._queue(cache.storage, embeddings, start, np.zeros(1, np.int64))
+            found = None if self._largest is None else self._largest.read(count)
+            return found or Candidates(self._buffers.read_logits(1)[0])
 
     def _pass(
         self,
@@ -244,9 +246,9 @@ class TensorRtBackend:
 
     def _choose(self) -> None:
         """Queue the choice among the logits of the first row."""
-        if self._greedy is not None:
+        if self._largest is not None:
             vocab = self._bundle.spec.language.vocab_size
-            self._greedy.queue(self._buffers.logits[:1].of_shape((vocab,)))
+            self._largest.queue(self._buffers.logits[:1].of_shape((vocab,)))
 
     def _step(self, storage: Storage, keys: int) -> Callable[[], None]:
         if keys not in storage.steps:

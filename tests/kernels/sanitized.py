@@ -86,15 +86,18 @@ def shuffle_everything(library: ctypes.CDLL) -> None:
 
 
 def select_everything(library: ctypes.CDLL) -> None:
-    for size in (1, 255, 257, 128 * 256, 128 * 256 + 1, 92553):
+    count = 64
+    for size in (1, 63, 1023, 1024, 1025, 92553):
         for dtype in ("float32", "float16"):
             logits = np.resize(np.array([1, np.nan, np.inf, -np.inf], dtype), size)
-            best = np.empty(min(-(-size // cuda.SELECT_THREADS), 128), np.uint64)
-            chosen = np.empty(1, np.int32)
-            addresses = (array.ctypes.data for array in (logits, best, chosen))
-            job = SelectJob(*addresses, size, TYPES[dtype])
-            assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
-            assert chosen[0] == logits.argmax()
+            given, first = logits, logits.argmax()
+            for kept in cuda.select_levels(size, count):
+                out = np.empty(kept, np.uint64)
+                addresses = given.ctypes.data, out.ctypes.data
+                job = SelectJob(*addresses, len(given), count, TYPES[given.dtype.name])
+                assert library.ive_cpu_select_blocks(ctypes.byref(job)) == 0
+                given = out
+            assert cuda.read_candidates(given)[0][0] == first
 
 
 def main(path: str, *mode: str) -> None:

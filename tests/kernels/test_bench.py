@@ -83,7 +83,7 @@ def test_report_of_a_device(
     (path,) = store.iterdir()
     assert path.name == f"kernels-stand-in-{report['date']}.json"
     assert json.loads(path.read_text()) == report
-    assert len(report["rows"]) == 6
+    assert len(report["rows"]) == 7
     assert report["sm"] == "87"
     assert report["rows"][0]["kernel_ms"] == ELAPSED_MS / 2
     # What stays is the kernels' own: weights of the axes and the scratch.

@@ -15,7 +15,7 @@ import pytest
 
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.build import CUDA_SOURCES, BuildError, cuda_binary
-from internvl_edge.kernels.cuda import SELECT_MOST_BLOCKS, CudaKernels
+from internvl_edge.kernels.cuda import CudaKernels, read_candidates, select_scratch
 from internvl_edge.kernels.device import CudaError, DeviceArray
 from internvl_edge.kernels.jobs import ShuffleJob, ShufflePlan
 
@@ -99,21 +99,27 @@ def test_pixel_shuffle(kernels: CudaKernels, given: str, channels: int, version:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 255, 257, 32_768, 32_769, 92_553, 3_000_001])
-def test_argmax(kernels: CudaKernels, size: int, dtype: str) -> None:
-    """numpy.argmax's choice: among normal logits, ties, infinities and NaN."""
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1024, 1025, 16_384, 16_385, 92_553, 3_000_001])
+@pytest.mark.parametrize("count", [1, 64])
+def test_selection(kernels: CudaKernels, size: int, dtype: str, count: int) -> None:
+    """NumPy's order: among normal logits, ties, infinities and NaN."""
     rng = np.random.default_rng(size)
-    out = DeviceArray(kernels.driver, (1,), "int32")
-    best = DeviceArray(kernels.driver, (SELECT_MOST_BLOCKS,), "uint64")
+    out = DeviceArray(kernels.driver, (count,), "uint64")
+    scratch = DeviceArray(kernels.driver, (select_scratch(size, count),), "uint64")
     rows = [rng.standard_normal(size), rng.integers(0, 3, size), np.full(size, -np.inf)]
     rows.append(np.where(rng.random(size) < 1e-3, np.inf, rows[0]))
     rows.append(np.where(rng.random(size) < 1e-4, np.nan, rows[3]))
     for row in rows:
         logits = row.astype(dtype)
+        nan = np.isnan(logits)
+        values = np.where(nan, 0, logits.astype(np.float64))
+        expected = np.lexsort((np.arange(size), -values, ~nan))[:count]
         source = DeviceArray.of(kernels.driver, logits)
         for _ in range(3):  # over the scratch memory of the last
-            kernels.argmax(source, out=out, best=best)
-            assert out.to_host()[0] == logits.argmax()
+            kernels.select(source, out=out, scratch=scratch)
+            ids, found = read_candidates(out.to_host())
+            np.testing.assert_array_equal(ids, expected)
+            np.testing.assert_array_equal(found, logits[ids].astype(np.float32))
 
 
 def test_the_kernels_blocks_run_on_the_cpu_do_the_same(kernels: CudaKernels) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from candidates import check_candidates
 from checkpoints import GOLDEN
 from host_driver import FOREIGN_CONTEXT, HostDriver, on_device
 from numpy.typing import NDArray
@@ -112,50 +113,62 @@ def test_nothing_waits_between_the_kernel_and_the_rows(
     assert {call[8] for call in bindings.named("cuLaunchKernel")} == {21}
 
 
-@pytest.mark.parametrize("greedy", [False, True])
-def test_a_step_of_decoding(bindings: HostDriver, model: InternVL, greedy: bool) -> None:
-    """One wait, no memory; a row to the device, a row of logits or a token back."""
+@pytest.mark.parametrize(("count", "copied"), [(0, None), (1, 8), (5, 512)])
+def test_a_step_of_decoding(
+    bindings: HostDriver, model: InternVL, count: int, copied: int | None
+) -> None:
+    """One wait, no memory; a row to the device, a row of logits or the largest back."""
     engine, language = model.engine, model.spec.language
     cache = engine.backend.new_cache(40)
     engine.backend.forward(cache, rows_of(model, [3, 4, 5]), language.rope_theta, np.array([2]))
     cache.state.extend(np.array([3, 4, 5]), language.rope_theta)
-    step = engine.decode_greedily if greedy else engine.decode
-    step(cache, 6)  # the logits' memory and the tables are as large as they get
+    engine.decode_candidates(
+        cache, 6, count
+    )  # the logits' memory and the tables are as large as they get
     bindings.calls.clear()
     for token in (7, 8, 9):
-        step(cache, token)
+        engine.decode_candidates(cache, token, count)
     assert bindings.named(*ALLOCATIONS) == []
     assert bindings.named(*WAITS) == [(21,)] * 3
     assert len(bindings.named("run")) == 3
     sent = sum(call[2] for call in bindings.named("cuMemcpyHtoDAsync"))
     assert sent == 3 * (language.hidden_size * 4 + 4 + 8)  # the embedding, its position, the row
     fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
-    assert fetched == 3 * [4 if greedy else language.vocab_size * 4]
+    assert fetched == 3 * [copied or language.vocab_size * 4]
 
 
-def test_tokens_are_the_largest_logits(bindings: HostDriver, model: InternVL) -> None:
+def test_candidates_are_the_largest_logits(bindings: HostDriver, model: InternVL) -> None:
     engine = model.engine
     caches = [engine.backend.new_cache(40) for _ in range(2)]
-    for token in range(5, 25):
-        wanted = engine.decode(caches[0], token).argmax()
-        assert engine.decode_greedily(caches[1], token) == wanted
+    check_candidates(engine, *caches, zip(range(5, 25), range(1, 21), strict=True))
     assert all(cache.state.length == 20 for cache in caches)
-    assert len(bindings.named("cuLaunchKernel")) == 2 * 20
+    assert len(bindings.named("cuLaunchKernel")) == 20
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [Sampling(temperature=0.7, top_k=5, seed=3), Sampling(repetition_penalty=1.3)],
-    ids=["sampled", "penalised"],
+    ("sampling", "copied"),
+    [
+        (Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3), 512),
+        (Sampling(temperature=0.7, top_k=1, seed=3), 512),
+        (Sampling(temperature=0.7, top_k=65, seed=3), None),
+        (Sampling(temperature=0.7, seed=3), None),
+        (Sampling(repetition_penalty=1.3), None),
+    ],
+    ids=["top-k", "top-1", "more than 64", "sampled", "penalised"],
 )
-def test_who_samples_gets_the_logits(
-    bindings: HostDriver, model: InternVL, golden_model: InternVL, sampling: Sampling
+def test_who_samples_gets_what_decides(
+    bindings: HostDriver,
+    model: InternVL,
+    golden_model: InternVL,
+    sampling: Sampling,
+    copied: int | None,
 ) -> None:
+    """The same seed draws the same tokens as from all the logits."""
     asked: dict[str, Any] = {"max_new_tokens": 8, "sampling": sampling}
     wanted = golden_model.generate("Hello", **asked)
     assert model.generate("Hello", **asked).token_ids == wanted.token_ids
-    fetched = {call[2] for call in bindings.named("cuMemcpyDtoHAsync")}
-    assert fetched == {model.spec.language.vocab_size * 4}
+    _, *fetched = (call[2] for call in bindings.named("cuMemcpyDtoHAsync"))
+    assert fetched == [copied or model.spec.language.vocab_size * 4] * (len(wanted.token_ids) - 1)
 
 
 def test_an_answer_copies_the_logits_of_its_prompt_only(
@@ -164,7 +177,7 @@ def test_an_answer_copies_the_logits_of_its_prompt_only(
     tokens = len(model.generate("Hello", max_new_tokens=8).token_ids)
     fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
     assert tokens > 1
-    assert fetched == [model.spec.language.vocab_size * 4, *[4] * (tokens - 1)]
+    assert fetched == [model.spec.language.vocab_size * 4, *[8] * (tokens - 1)]
 
 
 def rows_of(model: InternVL, ids: list[int]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from candidates import check_candidates
 from cuda_callers import TOKENS, answer_in_pycuda
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,7 +24,7 @@ from internvl_edge.kernels.cuda import TILING_SOURCE
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime import DeviceError, ImageError, InternVL
 from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.device_sampling import GreedyChoice, selection_kernels
+from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.device_tiling import DeviceTiler
 from internvl_edge.runtime.preprocess import tile_on_host
 
@@ -95,22 +96,29 @@ def test_copies_and_a_graph(cuda: Cuda) -> None:
     cuda.check_primary()
 
 
-def test_a_captured_choice(cuda: Cuda, nvcc: None) -> None:
-    """The token of InternLM2's 92,553 logits, chosen by a graph over what comes next."""
+def test_captured_candidates(cuda: Cuda, nvcc: None) -> None:
+    """Of InternLM2's 92,553 logits, by a graph over what comes next; too many equals are told."""
     rng, kernels = np.random.default_rng(7), selection_kernels(cuda)
     assert kernels is not None
     with cuda.active():
         host, logits = cuda.pinned((92_553,), "float32"), cuda.zeros((92_553,), "float32")
-        greedy = GreedyChoice(cuda, kernels)
-        greedy.queue(logits)
-        assert greedy.read() == 0  # all alike
+        largest = LargestLogits(cuda, kernels, 92_553)
+        largest.queue(logits)
+        assert largest.read(50) is None  # all alike
         with cuda.capture() as graph:
-            greedy.queue(logits)
-        for row in (rng.standard_normal(92_553), rng.integers(0, 5, 92_553)):
-            host[:] = row
+            largest.queue(logits)
+        for _ in range(3):
+            host[:] = rng.standard_normal(92_553)
             cuda.upload(host, logits)
             graph.launch()
-            assert greedy.read() == host.argmax()
+            first, found = largest.read(1), largest.read(50)
+            assert first is not None
+            assert first.ids is not None
+            assert first.ids.tolist() == [host.argmax()]
+            assert found is not None
+            assert found.ids is not None
+            assert found.ids.tolist() == sorted(np.argsort(-host)[:64])
+            np.testing.assert_array_equal(found.logits, host[found.ids])
 
 
 def test_tiles_and_names_are_the_hosts(cuda: Cuda, nvcc: None) -> None:
@@ -202,9 +210,7 @@ def test_answers_in_pycudas_context_and_stream(
     assert got == wanted.token_ids
 
 
-def test_tokens_are_the_largest_logits(cuda: Cuda, nvcc: None, golden_bundle: Path) -> None:
+def test_candidates_are_the_largest_logits(cuda: Cuda, nvcc: None, golden_bundle: Path) -> None:
     engine = load(golden_bundle).engine
     caches = [engine.backend.new_cache(64) for _ in range(2)]
-    for token in range(5, 60):
-        wanted = engine.decode(caches[0], token).argmax()
-        assert engine.decode_greedily(caches[1], token) == wanted
+    check_candidates(engine, *caches, zip(range(5, 60), range(1, 56), strict=True))

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from internvl_edge.runtime.sampling import Sampler, Sampling, filter_logits
+from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling, filter_logits
 
 
 @settings(max_examples=150, deadline=None)
@@ -58,17 +58,17 @@ def test_filters_equal_transformers(
 
 def test_greedy_takes_the_largest() -> None:
     logits = np.array([0.1, 3.0, 2.9], np.float32)
-    assert Sampler(Sampling())(logits) == 1
+    assert Sampler(Sampling())(Candidates(logits)) == 1
 
 
 def test_repetition_penalty_applies_to_greedy() -> None:
     sampler = Sampler(Sampling(repetition_penalty=2.0))
-    logits = np.array([0.1, 3.0, 2.9], np.float32)
+    logits = Candidates(np.array([0.1, 3.0, 2.9], np.float32))
     assert [sampler(logits), sampler(logits)] == [1, 2]
 
 
 def test_a_seed_repeats_and_frequencies_follow_the_softmax() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    logits = Candidates(np.log(np.array([0.5, 0.3, 0.2], np.float32)))
     runs = []
     for _ in range(2):
         sampler = Sampler(Sampling(temperature=1.0, seed=7))
@@ -81,7 +81,7 @@ def test_a_seed_repeats_and_frequencies_follow_the_softmax() -> None:
 
 @pytest.mark.parametrize("seeds", [(1, 2)])
 def test_seeds_differ(seeds: tuple[int, int]) -> None:
-    logits = np.zeros(1000, np.float32)
+    logits = Candidates(np.zeros(1000, np.float32))
     draws = [
         [Sampler(Sampling(temperature=1.0, seed=seed))(logits) for _ in range(3)] for seed in seeds
     ]

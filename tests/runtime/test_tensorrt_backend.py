@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builder import needs_newest
+from candidates import check_candidates
 from checkpoints import GOLDEN
 from fake_tensorrt import FakeContext, FakeTensorRt, fake_build
 from host_driver import HostDriver
@@ -144,19 +145,18 @@ def prefill(model: InternVL, tokens: int) -> TensorRtCache:
     return cache
 
 
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize(("count", "copied"), [(0, None), (1, 8), (5, 512)])
 def test_a_step_of_decoding(
-    bindings: HostDriver, model: InternVL, trt: FakeTensorRt, greedy: bool
+    bindings: HostDriver, model: InternVL, trt: FakeTensorRt, count: int, copied: int | None
 ) -> None:
-    """One wait, no memory, one graph; a row to the device, a row of logits or a token back."""
+    """One wait, no memory, one graph; a row to the device, a row of logits or the largest back."""
     cache = prefill(model, 3)
-    step = model.engine.decode_greedily if greedy else model.engine.decode
     for token in (6, 7):
-        step(cache, token)
+        model.engine.decode_candidates(cache, token, count)
     bindings.calls.clear()
     trt.passes.clear()
     for token in (8, 9, 10):
-        step(cache, token)
+        model.engine.decode_candidates(cache, token, count)
     assert bindings.named("cuLaunchKernel") == []  # the choice is part of the graph
     assert bindings.named(*ALLOCATIONS) == []
     assert bindings.named(*WAITS) == [(21,)] * 3
@@ -166,17 +166,15 @@ def test_a_step_of_decoding(
     sent = sum(call[2] for call in bindings.named("cuMemcpyHtoDAsync"))
     assert sent == 3 * (language.hidden_size * 4 + 8 + 8)  # the embedding, its position, the row
     fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
-    assert fetched == 3 * [4 if greedy else language.vocab_size * 4]
+    assert fetched == 3 * [copied or language.vocab_size * 4]
     runs = len(bindings.named("cuMemcpy2DAsync"))
     assert runs == (3 if model.engine.backend._buffers.fresh is not None else 0)
 
 
-def test_tokens_are_the_largest_logits(model: InternVL) -> None:
+def test_candidates_are_the_largest_logits(model: InternVL) -> None:
     """Run, captured and launched, and the same in the next stretch of the cache."""
-    caches = [prefill(model, 60), prefill(model, 60)]
-    for token in range(5, 20):
-        wanted = model.engine.decode(caches[0], token).argmax()
-        assert model.engine.decode_greedily(caches[1], token) == wanted
+    steps = zip(range(5, 25), range(1, 21), strict=True)
+    check_candidates(model.engine, prefill(model, 60), prefill(model, 60), steps)
 
 
 def test_one_graph_per_stretch_of_the_cache(model: InternVL, trt: FakeTensorRt) -> None:

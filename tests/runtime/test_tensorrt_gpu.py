@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from candidates import check_candidates
 from checkpoints import GOLDEN
 from cuda_callers import QUESTION, TOKENS, answer_in_pycuda, answer_in_torch
 from numpy.typing import NDArray
@@ -91,10 +92,9 @@ def test_pycudas_context_stream_and_picture(
     assert got == wanted.token_ids
 
 
-def test_tokens_are_the_largest_logits(built: Path) -> None:
+def test_candidates_are_the_largest_logits(built: Path) -> None:
     """The choice within the captured step, over three stretches of the cache."""
     engine = InternVL.load(built, device="tensorrt").engine
     caches = [engine.backend.new_cache(600) for _ in range(2)]
-    for token in range(5, 535):
-        wanted = engine.decode(caches[0], 5 + token % 300).argmax()
-        assert engine.decode_greedily(caches[1], 5 + token % 300) == wanted
+    steps = ((5 + step % 300, 1 + step % 64) for step in range(530))
+    check_candidates(engine, *caches, steps)
