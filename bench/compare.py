@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_edge.bench.machine import MOST_DRIFT
 from internvl_edge.bench.stored import read_result
 from internvl_edge.bench.tables import PHASES
 from internvl_edge.runtime.errors import LimitError
@@ -159,6 +160,9 @@ def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         for name in ("cpu", "threads", "governor", "power_mode", "libraries")
         if before["machine"][name] != after["machine"][name]
     ]
+    read = [side["ceilings"]["read_bytes_per_s"] for side in (before, after)]
+    if max(read) > MOST_DRIFT * min(read):
+        notes.append(f"memory read at {read[0] / 1e9:.1f} GB/s before, {read[1] / 1e9:.1f} after")
     sides = (("before", before), ("after", after))
     return notes + [f"{side}: {note}" for side, result in sides for note in result["notes"]]
 

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bench.ceilings import Ceilings, measure_ceilings
+from internvl_edge.bench.ceilings import Ceilings, measure_ceilings, read_bandwidth
 from internvl_edge.bench.cold_start import cold_start
 from internvl_edge.bench.energy import Meter, Reading, open_meter
 from internvl_edge.bench.latency import (
@@ -25,7 +25,7 @@ from internvl_edge.bench.latency import (
     picture,
 )
 from internvl_edge.bench.limits import Weights, phase_limits
-from internvl_edge.bench.machine import busy_note, cache_note, describe_machine
+from internvl_edge.bench.machine import busy_note, cache_note, describe_machine, drift_note
 from internvl_edge.bench.report import render_html
 from internvl_edge.bench.statistics import Summary, repeat, summarise
 from internvl_edge.bench.stored import FORMAT, VERSION, check_writable, write_result, write_whole
@@ -97,12 +97,15 @@ def run_latency(
         cold.append(_cold_starts(path, manifest, largest, count, min(rounds * runs, COLD_STARTS)))
     measured: list[dict[Point, list[Run]]] = [{point: [] for point in points} for _ in bundles]
     backends = [""] * len(bundles)
+    read: list[float] = []
     for number in range(rounds):
         for i, path in enumerate(bundles):
             _say(f"round {number + 1} of {rounds}: {names[i]}")
             backends[i] = _measure_round(
                 path, measured[i], count, runs=runs, warmup=warmup, meter=meter
             )
+        read.append(read_bandwidth(count, runs=5))
+    notes.append(drift_note(ceilings.read_bytes_per_s, *read))
     models = [
         {
             "name": names[i],
@@ -120,7 +123,7 @@ def run_latency(
         "machine": machine,
         "notes": [note for note in notes if note],
         "settings": {"rounds": rounds, "runs": runs, "warmup": warmup, "threads": count},
-        "ceilings": asdict(ceilings),
+        "ceilings": asdict(ceilings) | {"read_bytes_per_s_after_rounds": read},
         "energy_source": None if meter is None else meter.source,
         "models": models,
     }

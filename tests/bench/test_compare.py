@@ -13,7 +13,7 @@ import pytest
 from command_line import error_line
 from scipy.stats import t
 
-from internvl_edge.bench.compare import compare, difference, holm
+from internvl_edge.bench.compare import _notes, compare, difference, holm
 from internvl_edge.bench.statistics import summarise
 from internvl_edge.bench.stored import write_result
 from internvl_edge.runtime.cli import main
@@ -72,6 +72,15 @@ def test_a_round_is_one_sample(result: dict[str, Any]) -> None:
     assert row.before_s == pytest.approx((0.010 * 0.011 * 0.010) ** (1 / 3))
     assert not row.real
     assert row.p > 0.05
+
+
+def test_another_memory_is_told(result: dict[str, Any]) -> None:
+    before, after = noisy(result, 0, {}), noisy(result, 1, {})
+    before["ceilings"]["read_bytes_per_s"] = 60e9
+    for read, told in ((55e9, False), (44e9, True), (80e9, True)):
+        after["ceilings"]["read_bytes_per_s"] = read
+        notes = "\n".join(_notes(before, after))
+        assert (f"memory read at 60.0 GB/s before, {read / 1e9:.1f} after" in notes) == told
 
 
 def test_rounds_that_differ_are_not_a_difference(result: dict[str, Any]) -> None:
