@@ -4,18 +4,20 @@ ONNX Runtime repacks the weights of a matrix product when a session is created: 
 takes 17 s and as much anonymous memory as there are weights. It can save the packed form in the
 graph's data file (`session.save_external_prepacked_constant_initializers`) and map it from there,
 but keeps the original beside it, because it packs again at load and finds the stored form by a
-hash of the result. Here both are one: the initializer is declared to *be* the first bytes of its
-packed form, and the hash stored is that of packing those bytes. Kernels compute with the packed
-form either way, so results are the same bit for bit.
+hash of the result. Here nothing is kept beside it: the initializer is declared to be some bytes of
+the file, and the hash stored is that of packing those. The bytes of all matrices overlap, so that a
+load reads only as much of the file as the largest matrix has. Kernels compute with the packed form
+either way, so results are the same bit for bit.
 
 The result fits one version of ONNX Runtime on one kind of CPU: see `runtime.prepared`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +27,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from internvl_edge.export.graph import ALIGNMENT
+from internvl_edge.export.split import split_outputs
 from internvl_edge.runtime.errors import ExportError
+from internvl_edge.runtime.prepared import WIDEST_BYTES
 
 #: Operators that pack a weight: which input it is, and which has the dtype of the first.
 PACKED_OPERATORS = {"MatMulNBits": (1, 2), "QGemm": (3, 2), "Gemm": (1, 1)}
@@ -42,7 +46,7 @@ class Packing:
     """The packed form of a weight.
 
     Attributes:
-        key: how ONNX Runtime finds it: operator and hash of what packing gives.
+        key: how ONNX Runtime finds it: operator and hash of what packing the weight gives.
         data: the bytes.
         flags: as ONNX Runtime wrote them.
     """
@@ -64,6 +68,7 @@ def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) ->
         ExportError: ONNX Runtime packs in a way that cannot be stored like this.
     """
     model = onnx.load(str(source), load_external_data=False)
+    split_outputs(model, WIDEST_BYTES)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {
         node.input[PACKED_OPERATORS[node.op_type][0]]: node
@@ -74,31 +79,69 @@ def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) ->
         target.with_suffix(".data").open("wb") as out,
         tempfile.TemporaryDirectory(dir=target.parent) as scratch,
     ):
+        data = _Data(out)
         for tensor in model.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 continue
             original = _read(tensor, source.parent)
-            packing = None
+            probe = packing = None
             if tensor.name in readers and original.nbytes >= LEAST_BYTES:
                 probe = _Probe(readers[tensor.name], tensors, source.parent, Path(scratch))
                 packing = probe.packing(tensor.name, original)
-            _place(tensor, original, packing, out)
+            if probe is None or packing is None:
+                data.append_plain(tensor, original)
+            else:
+                data.append_packed(tensor, original.nbytes, packing, probe)
             advance(original.nbytes)
     onnx.save(model, str(target))
 
 
-def _place(tensor: TensorProto, original: Bytes, packing: Packing | None, out: BinaryIO) -> None:
-    """Append a weight to the data file and point its initializer there."""
-    out.write(bytes(-out.tell() % ALIGNMENT))
-    offset = out.tell()
-    _point(tensor, Path(out.name).name, offset, original.nbytes)
-    if packing is None:
-        out.write(original.data)
-        return
-    out.write(packing.data.data)
-    out.write(bytes(max(0, original.nbytes - packing.data.nbytes)))
-    stored = f"{packing.key}|{offset};{packing.data.nbytes};{packing.flags}"
-    tensor.external_data.add(key=PREPACKED, value=stored)
+class _Data:
+    """The weights' file as it grows."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._path = out, Path(out.name)
+        self._packed = 0
+        self._digests: dict[str, bytes] = {}  # by key, of the stored form
+
+    def append_plain(self, tensor: TensorProto, original: Bytes) -> None:
+        """Append a weight as it is and point its initializer there."""
+        _point(tensor, self._path.name, self._append(original), original.nbytes)
+
+    def append_packed(
+        self, tensor: TensorProto, nbytes: int, packing: Packing, probe: _Probe
+    ) -> None:
+        """Append a packed weight and point its initializer of `nbytes` to bytes that lead to it."""
+        offset = self._append(packing.data)
+        digest = hashlib.sha256(packing.data.data).digest()
+        for start in self._windows(offset, nbytes):
+            window = np.fromfile(self._path, np.uint8, nbytes, offset=start)
+            again = probe.packing(tensor.name, window)
+            if again is None:
+                raise ExportError(f"{tensor.name}: ONNX Runtime packs it only for some values")
+            if self._digests.setdefault(again.key, digest) == digest:
+                break
+        else:
+            raise ExportError(f"{tensor.name}: its packed form cannot be told from another's")
+        self._packed += 1
+        _point(tensor, self._path.name, start, nbytes)
+        stored = f"{again.key}|{offset};{packing.data.nbytes};{packing.flags}"
+        tensor.external_data.add(key=PREPACKED, value=stored)
+
+    def _append(self, data: Bytes) -> int:
+        self._out.write(bytes(-self._out.tell() % ALIGNMENT))
+        offset = self._out.tell()
+        self._out.write(data.data)
+        self._out.flush()
+        return offset
+
+    def _windows(self, offset: int, nbytes: int) -> Iterator[int]:
+        """Where `nbytes` may be declared to lie: near the file's beginning, each at another place,
+        or, while that is too short, where the packed form begins."""
+        yield from range(self._packed * ALIGNMENT, self._out.tell() - nbytes, ALIGNMENT)
+        self._out.write(bytes(max(0, offset + nbytes - self._out.tell())))
+        self._out.flush()
+        yield offset
 
 
 class _Probe:
@@ -112,20 +155,8 @@ class _Probe:
         self._folder = folder
         self._scratch = scratch
 
-    def packing(self, name: str, original: Bytes) -> Packing | None:
-        """The packed form, keyed by what packing its own first bytes gives; None if none."""
-        packing = self._pack(name, original)
-        if packing is None:
-            return None
-        alias = np.zeros_like(original)
-        alias[: packing.data.nbytes] = packing.data[: original.nbytes]
-        again = self._pack(name, alias)
-        if again is None:
-            raise ExportError(f"{name}: ONNX Runtime packs it only for some values")
-        return replace(packing, key=again.key)
-
-    def _pack(self, name: str, values: Bytes) -> Packing | None:
-        """What ONNX Runtime stores for weight `name` when it holds `values`."""
+    def packing(self, name: str, values: Bytes) -> Packing | None:
+        """What ONNX Runtime stores for weight `name` when it holds `values`; None: nothing."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()

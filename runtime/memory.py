@@ -15,6 +15,7 @@ from internvl_edge.runtime.bundle import Manifest
 from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
 from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.prepared import WIDEST_BYTES
 
 #: Interpreter, libraries, two sessions of a model without weights.
 PROCESS_BYTES = 90 << 20
@@ -22,7 +23,7 @@ PROCESS_BYTES = 90 << 20
 SESSION_SHARE = 0.0055
 #: A packed matrix beside the one in the file: column sums and scales lie between the values.
 PACKED_GROWTH = 1.05
-#: Packing the largest matrix, the head: the block it is packed into, and that it is hashed in.
+#: Packing the head or a part of it: the block it is packed into, and that it is hashed in.
 PACKING_SHARE = 1.4
 #: Activations of a pass in units of the MLP's widest, which is there before and after its
 #: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to.
@@ -93,11 +94,11 @@ def plan_memory(
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
     files = sum(manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
-    head = manifest.parts.get("head")
+    head = manifest.parts["head"].bytes if "head" in manifest.parts else 0
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
         sessions=int(SESSION_SHARE * files),
-        packing=int(PACKING_SHARE * head.bytes) if head else 0,
+        packing=int(PACKING_SHARE * (min(head, WIDEST_BYTES) if prepared else head)),
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
         language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
         vision=int(VISION_WIDE * batch * wide),

@@ -20,6 +20,8 @@ from internvl_edge.runtime.errors import BundleError
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
+#: A head of more bytes is stored in parts: loading packs one matrix at a time.
+WIDEST_BYTES = 128 << 20
 
 #: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
 _KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
@@ -48,12 +50,16 @@ def prepared_folder(bundle: Bundle) -> Path:
 def prepared_manifest(bundle: Bundle, files: Mapping[str, FileEntry]) -> str:
     """JSON that ties packed graphs to the bundle they were made from."""
     entries = {name: vars(entry) for name, entry in sorted(files.items())}
-    return json.dumps({"source": _source(bundle), "files": entries}, indent=2)
+    return json.dumps(_origin(bundle) | {"files": entries}, indent=2)
 
 
 def is_prepared(bundle: Bundle) -> bool:
-    """Whether there are packed graphs for this machine; they are not looked at yet."""
-    return (prepared_folder(bundle) / MANIFEST).exists()
+    """Whether there are packed graphs for this machine and this bundle; their files may be damaged.
+
+    Raises:
+        BundleError: their manifest is.
+    """
+    return _manifest(bundle) is not None
 
 
 def find_prepared(bundle: Bundle) -> Path | None:
@@ -62,18 +68,26 @@ def find_prepared(bundle: Bundle) -> Path | None:
     Raises:
         BundleError: they are there, but damaged.
     """
-    folder = prepared_folder(bundle)
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    folder, data = prepared_folder(bundle), _manifest(bundle)
+    if data is None:
         return None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {folder / MANIFEST}: {error}; {_REMEDY}") from error
-    if not isinstance(data, dict) or data.get("source") != _source(bundle):
-        return None  # of a bundle that stood here before
     for name, entry in _entries(folder, data).items():
         check_file(folder / name, entry, bundle.verify, _REMEDY)
     return folder
+
+
+def _manifest(bundle: Bundle) -> dict[str, Any] | None:
+    """What lies there; None if nothing does, or what was made from another bundle."""
+    path = prepared_folder(bundle) / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}; {_REMEDY}") from error
+    if not isinstance(data, dict) or any(data.get(k) != v for k, v in _origin(bundle).items()):
+        return None
+    return data
 
 
 _REMEDY = "run 'internvl-edge prepare --overwrite' on the bundle"
@@ -92,10 +106,11 @@ def _entries(folder: Path, data: Mapping[str, Any]) -> dict[str, FileEntry]:
     return entries
 
 
-def _source(bundle: Bundle) -> dict[str, str]:
-    """Hashes of the graphs and of their weights."""
+def _origin(bundle: Bundle) -> dict[str, Any]:
+    """Hashes of the graphs and of their weights, and how these are cut."""
     files = bundle.manifest.files
-    return {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
+    source = {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
+    return {"source": source, "widest_bytes": WIDEST_BYTES}
 
 
 def _cpu_flags() -> list[str]:

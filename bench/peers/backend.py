@@ -29,7 +29,7 @@ class Sequence:
         return 0
 
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
-        raise NotImplementedError("llama.cpp's cache is not shared between conversations")
+        raise ValueError("llama.cpp's cache is not shared between conversations")
 
 
 class LlamaCppBackend:

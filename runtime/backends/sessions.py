@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import io
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,10 @@ _ORT_TYPE = {
 }
 #: mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Free blocks between others, for a matrix, its transpose and its packed form: larger than these,
+#: so that they still fit when small things have come to lie in them (else up to 2 s of the 26B's
+#: load). Memory is committed when it is written. Heaps of threads have 64 MB.
+_HOLES, _PIN, _HOLE = 5, 512 << 10, 56 << 20
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -101,10 +105,12 @@ class CpuGraphs:
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
-            # Packing weights keeps one core busy, and there are two graphs.
-            graphs = (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
-            with self._loading(), ThreadPoolExecutor(len(graphs)) as pool:
-                self._sessions = dict(zip(graphs, pool.map(self._open, graphs), strict=True))
+            # Packing weights keeps one core busy, and there are two graphs. The one with the larger
+            # matrices is opened here: glibc keeps freed blocks over 64 MB for its main thread only.
+            with self._loading() as keep, ThreadPoolExecutor(1, initializer=keep) as pool:
+                vision = pool.submit(self._open, contract.VISION_GRAPH)
+                self._sessions[contract.LANGUAGE_GRAPH] = self._open(contract.LANGUAGE_GRAPH)
+                self._sessions[contract.VISION_GRAPH] = vision.result()
 
     @property
     def vision(self) -> ort.InferenceSession:
@@ -124,22 +130,39 @@ class CpuGraphs:
 
 
 @contextlib.contextmanager
-def large_blocks_reused() -> Iterator[None]:
+def large_blocks_reused() -> Iterator[Callable[[], None] | None]:
     """Let the C library keep large blocks that are freed, and give them back at the end.
 
     Even for prepared weights ONNX Runtime packs every matrix to find the stored form by its hash.
     Each time that takes a new block from the system, which clears its pages; kept blocks bring the
     load of the 26B from 11.0 to 4.7 s. (glibc only; elsewhere nothing changes.)
+
+    Yields:
+        what another thread calls once before it does the same; or None.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
-        yield
+        yield None
         return
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    pins: list[int] = []
+
+    def make_holes() -> None:
+        blocks = []
+        for _ in range(_HOLES):
+            blocks.append(library.malloc(_HOLE))
+            pins.append(library.malloc(_PIN))
+        for block in blocks:
+            library.free(block)
+
     library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
-        yield
+        yield make_holes
     finally:
+        for pin in pins:
+            library.free(pin)
         # The largest values that glibc's own adaptation reaches.
         library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 from checkpoints import small_config, write_checkpoint
+from onnx import TensorProto, helper, numpy_helper
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.prepack import prepack_graph
 from internvl_edge.export.prepare import prepare_bundle
 from internvl_edge.runtime import BundleError, ExportError, InternVL
 from internvl_edge.runtime import prepared as prepared_module
@@ -114,6 +118,58 @@ def anonymous_bytes(bundle: Path) -> int:
         [sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True
     )
     return int(done.stdout)
+
+
+def test_a_load_reads_the_beginning_only(prepared_bundle: Path) -> None:
+    """ONNX Runtime packs what initializers say they are: overlapping bytes, the largest's worth."""
+    folder = find_prepared(open_bundle(prepared_bundle))
+    assert folder is not None
+    places = declared(folder / LANGUAGE_GRAPH)
+    assert len(places) > 4
+    # The first ones are where they are stored, while the file is too short for another place.
+    far = [start for start, _ in places if start > 4096 * len(places)]
+    assert len(far) <= 2
+    ends = [start + length for start, length in places if start not in far]
+    assert max(ends) <= max(length for _, length in places) + 4096 * len(places)
+
+
+def declared(path: Path) -> list[tuple[int, int]]:
+    """Offsets and lengths of packed initializers."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    entries = [{e.key: e.value for e in t.external_data} for t in graph.initializer]
+    packed = [entry for entry in entries if "prepacked_0" in entry]
+    assert len({entry["prepacked_0"].split("|")[0] for entry in packed}) == len(packed)
+    return [(int(entry["offset"]), int(entry["length"])) for entry in packed]
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 3])
+def test_matrices_of_equal_bytes_are_not_confused(tmp_path: Path, zeros: int) -> None:
+    """Places in the file that hold the same bytes lead to the same packed form."""
+    rng = np.random.default_rng(0)
+    weights = [np.zeros((256, 256), np.float32)] * zeros
+    weights += [rng.standard_normal((256, 256)).astype(np.float32) for _ in range(3)]
+    names = [f"w{i}" for i in range(len(weights))]
+    nodes = [helper.make_node("Gemm", ["x", name], [f"y{name}"]) for name in names]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "several",
+        [value("x", TensorProto.FLOAT, [2, 256])],
+        [value(f"y{name}", TensorProto.FLOAT, [2, 256]) for name in names],
+        [numpy_helper.from_array(w, name) for w, name in zip(weights, names, strict=True)],
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    path, packed = tmp_path / "plain" / "several.onnx", tmp_path / "several.onnx"
+    path.parent.mkdir()
+    onnx.save(model, str(path), save_as_external_data=True, location="several.data")
+    prepack_graph(path, packed, lambda count: None)
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    plain, quick = (
+        ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]) for p in (path, packed)
+    )
+    for got, wanted in zip(quick.run(None, {"x": x}), plain.run(None, {"x": x}), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_another_machine_does_not_take_it(
