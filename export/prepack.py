@@ -170,8 +170,13 @@ class _Probe:
             options.add_session_config_entry(key, value)
         ort.InferenceSession(self._write(name, values), options, providers=["CPUExecutionProvider"])
         saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
-        (tensor,) = (t for t in saved.graph.initializer if t.name == name)
-        stored = [e.value for e in tensor.external_data if e.key.startswith("prepacked_")]
+        stored = [
+            entry.value
+            for tensor in saved.graph.initializer
+            if tensor.name == name  # not there: float16, which becomes another tensor in float32
+            for entry in tensor.external_data
+            if entry.key.startswith("prepacked_")
+        ]
         if not stored:
             return None
         key, *forms = stored[0].split("|")

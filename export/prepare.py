@@ -48,9 +48,16 @@ def prepare_bundle(
 
     Raises:
         BundleError: not a bundle, or a damaged one.
-        ExportError: it exists already, no space, or the bundle cannot be written to.
+        ExportError: it exists already, no space, the bundle cannot be written to, or a graph is
+            float16.
     """
     bundle = open_bundle(path)
+    for part in ("vision", "language"):
+        if getattr(bundle.manifest, part) == "fp16":
+            raise ExportError(
+                f"the {part} graph is fp16, which the CPU holds in memory as float32: there is"
+                f" nothing to map; export with --{part} int8"
+            )
     target = prepared_folder(bundle)
     if target.exists() and not overwrite:
         raise ExportError(f"{target} exists; pass --overwrite to write it again")

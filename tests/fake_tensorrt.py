@@ -96,7 +96,7 @@ class FakeEngine:
             for values, mode in ((graph.input, "INPUT"), (graph.output, "OUTPUT"))
             for value in values
         }
-        self.session = open_session(path.parent, path.name, Provider(fuses=False), 1)
+        self.session = open_session(path.parent, path.name, Provider(optimise="basic"), 1)
         self.in_place = any(node.op_type == "TensorScatter" for node in graph.node)
 
     @property

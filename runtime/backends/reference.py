@@ -69,7 +69,7 @@ class ReferenceBackend:
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._in_place = manifest.dialect == "tensorrt"
         self._ort_value = ort.OrtValue
-        self._vision, self._language = open_graphs(bundle, Provider(fuses=False), threads)
+        self._vision, self._language = open_graphs(bundle, Provider(optimise="basic"), threads)
         self._description = (
             f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
             f" graphs of the {manifest.dialect} dialect"

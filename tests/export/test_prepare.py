@@ -234,6 +234,16 @@ def test_command_line(
     assert main(["prepare", bundle, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_float16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    """The CPU computes it in float32, in memory of its own: nothing would be mapped."""
+    bundle = write_bundle(tmp_path, **({"vision": "int8", "language": "int8"} | {part: "fp16"}))
+    assert main(["prepare", str(bundle)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{part} int8" in error
+    assert not (bundle / "prepared").exists()
+
+
 def test_nothing_is_left_of_an_interrupted_run(
     int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
