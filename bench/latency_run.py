@@ -123,7 +123,8 @@ def run_latency(
         "machine": machine,
         "notes": [note for note in notes if note],
         "settings": {"rounds": rounds, "runs": runs, "warmup": warmup, "threads": count},
-        "ceilings": asdict(ceilings) | {"read_bytes_per_s_after_rounds": read},
+        "ceilings": asdict(ceilings),
+        "read_bytes_per_s_after_rounds": read,
         "energy_source": None if meter is None else meter.source,
         "models": models,
     }

@@ -24,7 +24,7 @@ class Workspace:
         self._path = path
         key_file = path / _KEY
         if not key_file.exists() or key_file.read_text(encoding="utf-8") != key:
-            shutil.rmtree(path, ignore_errors=True)
+            self.remove()
             path.mkdir(parents=True)
             key_file.write_text(key, encoding="utf-8")
         self._latest: Path | None = None
@@ -59,7 +59,9 @@ class Workspace:
         self._latest = target
 
     def remove(self) -> None:
-        """The bundle is written: progress is no longer needed."""
+        """Progress is no longer needed. The key goes first: without it, what a kill leaves of the
+        rest is nobody's."""
+        (self._path / _KEY).unlink(missing_ok=True)
         shutil.rmtree(self._path, ignore_errors=True)
 
     def _activations(self, unit: str) -> Path:
