@@ -338,6 +338,12 @@ def read_candidates(found: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArr
     """What `CudaKernels.select` found, on the host: indices and logits, the largest first.
 
     Inverts `candidate` of select.cuh; -0 comes back as 0.
+
+    Args:
+        found: `(count,)`, zeros where there were fewer logits.
+
+    Returns:
+        int64 `(n,)` and float32 `(n,)`, n <= count.
     """
     found = found[found != 0]
     ids = (~found & 0xFFFFFFFF).astype(np.int64)

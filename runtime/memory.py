@@ -198,7 +198,7 @@ def _remedies(manifest: Manifest, plan: MemoryPlan) -> str:
         options.append("a smaller --max-context, fewer images or a lower --max-tiles")
         if manifest.kv != "int8":
             options.append("an export with --kv int8")
-    return "use " + ", or ".join(options)
+    return "use " + ", or ".join(options) + ", or close other programs"
 
 
 def _gib(size: int) -> str:
