@@ -14,8 +14,8 @@ from typing import Any
 LIBRARIES = ("internvl-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
 #: Seconds `nvpmodel -q` may take.
 PATIENCE = 5
-#: Ratio of read bandwidths from which on a machine was not the same one: a choice. A virtual machine
-#: with busy neighbours showed 1.4 to 1.6 from round to round.
+#: Ratio of read bandwidths from which on a machine was not the same one: a choice. A virtual
+#: machine with busy neighbours showed 1.4 to 1.6 from round to round.
 MOST_DRIFT = 1.15
 
 
