@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from internvl_edge.bench.latency import (
     picture,
 )
 from internvl_edge.bench.limits import Weights, phase_limits
-from internvl_edge.bench.machine import busy_note, cache_note, describe_machine, drift_note
+from internvl_edge.bench.machine import busy_note, cache_note, describe_machine
 from internvl_edge.bench.report import render_html
+from internvl_edge.bench.rounds import measure_rounds
 from internvl_edge.bench.statistics import Summary, repeat, summarise
 from internvl_edge.bench.stored import FORMAT, VERSION, check_writable, write_result, write_whole
 from internvl_edge.bench.tables import render_text
@@ -56,7 +57,8 @@ def run_latency(
     """Measure and print; returns the exit status.
 
     Args:
-        rounds: how often the models are loaded and go over the grid.
+        rounds: how often the models are loaded and go over the grid; more where the machine was
+            in another state meanwhile, see `bench.rounds`.
         runs: measured runs of each point in each round, after `warmup` others.
 
     Raises:
@@ -95,24 +97,25 @@ def run_latency(
     for name, path, manifest in zip(names, bundles, manifests, strict=True):
         _say(f"{name}: cold start")
         cold.append(_cold_starts(path, manifest, largest, count, min(rounds * runs, COLD_STARTS)))
-    measured: list[dict[Point, list[Run]]] = [{point: [] for point in points} for _ in bundles]
-    backends = [""] * len(bundles)
-    read: list[float] = []
-    for number in range(rounds):
-        for i, path in enumerate(bundles):
-            _say(f"round {number + 1} of {rounds}: {names[i]}")
-            backends[i] = _measure_round(
-                path, measured[i], count, runs=runs, warmup=warmup, meter=meter
-            )
-        read.append(read_bandwidth(count, runs=5))
-    notes.append(drift_note(ceilings.read_bytes_per_s, *read))
+
+    def measure(number: int) -> list[Round]:
+        rounds_so_far = f"round {number + 1}, until {rounds} were steady"
+        found = []
+        for name, path in zip(names, bundles, strict=True):
+            _say(f"{rounds_so_far}: {name}")
+            found.append(_measure_round(path, points, count, runs=runs, warmup=warmup, meter=meter))
+        return found
+
+    measured = measure_rounds(rounds, measure, lambda: read_bandwidth(count))
+    notes.append(measured.note)
+    ceilings = replace(ceilings, read_bytes_per_s=measured.ceiling)
     models = [
         {
             "name": names[i],
-            "backend": backends[i],
+            "backend": measured.found[0][i].backend,
             **_bundle_dict(manifest),
             "cold_start": cold[i],
-            "points": _points(manifest, measured[i], ceilings),
+            "points": _points(manifest, points, [found[i] for found in measured.counted], ceilings),
         }
         for i, manifest in enumerate(manifests)
     ]
@@ -122,9 +125,15 @@ def run_latency(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
         "notes": [note for note in notes if note],
-        "settings": {"rounds": rounds, "runs": runs, "warmup": warmup, "threads": count},
+        "settings": {
+            "rounds": len(measured.kept),
+            "runs": runs,
+            "warmup": warmup,
+            "threads": count,
+        },
         "ceilings": asdict(ceilings),
-        "read_bytes_per_s_after_rounds": read,
+        "read_bytes_per_s_between_rounds": measured.read_bytes_per_s,
+        "rounds_counted": measured.kept,
         "energy_source": None if meter is None else meter.source,
         "models": models,
     }
@@ -136,21 +145,35 @@ def run_latency(
     return 0
 
 
+@dataclass(frozen=True)
+class Round:
+    """One load of a bundle and its way over the grid.
+
+    Attributes:
+        backend: what ran it.
+        runs: of each point.
+    """
+
+    backend: str
+    runs: Mapping[Point, Sequence[Run]]
+
+
 def _measure_round(
     path: Path,
-    measured: Mapping[Point, list[Run]],
+    points: Sequence[Point],
     threads: int,
     *,
     runs: int,
     warmup: int,
     meter: Meter | None,
-) -> str:
-    """Load the bundle, add runs to every point; returns what ran them."""
+) -> Round:
     # Nothing is kept between answers: every repetition does the whole work.
     model = InternVL.load(path, device="cpu", threads=threads, verify="size", reuse_bytes=0)
-    for point, conversations in measured.items():
-        conversations += measure_point(model, point, runs=runs, warmup=warmup, meter=meter)
-    return model.engine.backend.description
+    found = {
+        point: measure_point(model, point, runs=runs, warmup=warmup, meter=meter)
+        for point in points
+    }
+    return Round(model.engine.backend.description, found)
 
 
 def _bundle_dict(manifest: Manifest) -> dict[str, Any]:
@@ -163,12 +186,16 @@ def _bundle_dict(manifest: Manifest) -> dict[str, Any]:
 
 
 def _points(
-    manifest: Manifest, measured: Mapping[Point, list[Run]], ceilings: Ceilings
+    manifest: Manifest, points: Sequence[Point], rounds: Sequence[Round], ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     weights = Weights.of(manifest)
     return [
-        _point_dict(collect(point, conversations), weights, ceilings)
-        for point, conversations in measured.items()
+        _point_dict(
+            collect(point, [run for found in rounds for run in found.runs[point]]),
+            weights,
+            ceilings,
+        )
+        for point in points
     ]
 
 

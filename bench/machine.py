@@ -14,7 +14,7 @@ from typing import Any
 LIBRARIES = ("internvl-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
 #: Seconds `nvpmodel -q` may take.
 PATIENCE = 5
-#: Ratio of read bandwidths from which on a machine was not the same one: a choice. A virtual
+#: Ratio of read bandwidths from which on a machine was not in the same state: a choice. A virtual
 #: machine with busy neighbours showed 1.4 to 1.6 from round to round.
 MOST_DRIFT = 1.15
 
@@ -51,17 +51,6 @@ def busy_note(machine: dict[str, Any]) -> str | None:
     if load is None or load < 0.25 * cores:
         return None
     return f"the machine was busy when this began (load {load:.1f} on {cores} cores)"
-
-
-def drift_note(*read_bytes_per_s: float) -> str | None:
-    """A warning when the memory's bandwidth was another one from round to round."""
-    least, most = min(read_bytes_per_s), max(read_bytes_per_s)
-    if most <= MOST_DRIFT * least:
-        return None
-    return (
-        f"memory was read at {least / 1e9:.1f} to {most / 1e9:.1f} GB/s from round to round: other"
-        " work, of another virtual machine perhaps, shares it; what it bounds varies as much"
-    )
 
 
 def cache_note(machine: dict[str, Any], name: str, weight_bytes: int) -> str | None:

@@ -17,7 +17,7 @@ from internvl_edge.bench.latency import (
     picture,
     question,
 )
-from internvl_edge.bench.machine import busy_note, cache_note, describe_machine, drift_note
+from internvl_edge.bench.machine import busy_note, cache_note, describe_machine
 from internvl_edge.bench.stored import read_result, violation, write_result
 from internvl_edge.bench.tables import PHASES, render_text
 from internvl_edge.runtime import InternVL
@@ -203,11 +203,6 @@ def test_a_machine_that_tells(tmp_path: Path) -> None:
     assert "load 99.5" in (busy_note(machine) or "")
     assert "fit the 4 MB" in (cache_note(machine, "m", 1000) or "")
     assert cache_note(machine, "m", 5 << 20) is None
-
-
-def test_a_memory_that_others_use() -> None:
-    assert drift_note(50e9, 45e9, 48e9) is None
-    assert "read at 40.0 to 50.0 GB/s" in (drift_note(50e9, 45e9, 40e9) or "")
 
 
 def test_stop_token_does_not_end_an_answer(result: dict[str, Any], integer_bundle: Path) -> None:
