@@ -63,18 +63,22 @@ class Case:
 FLOAT = "fp32"
 CASES = (
     Case(FLOAT),
+    Case("fp32 + kv16", kv="fp16"),
     Case("fp32 + kv8", kv="int8"),
     Case("fp16", "fp16", "fp16"),
     Case("fp16 + kv8", "fp16", "fp16", "int8"),
     Case("int8 + int8", "int8", "int8"),
+    Case("int8 + int8 + kv16", "int8", "int8", "fp16"),
     Case("int8 + int8 + kv8", "int8", "int8", "int8"),
     Case("int8 + int4", "int8", "int4"),
+    Case("int8 + int4 + kv16", "int8", "int4", "fp16"),
     Case("int8 + int4 + kv8", "int8", "int4", "int8"),
     Case("int8 + int4, 4-bit head", "int8", "int4", head_bits=4),
     Case("int8 + int4, 4-bit head, block 256", "int8", "int4", None, 256, head_bits=4),
     Case("int8 + int4, block 128", "int8", "int4", None, 128),
     Case("int8 + int4 + kv8, block 128", "int8", "int4", "int8", 128),
     Case("fp16, tensorrt", "fp16", "fp16", dialect="tensorrt"),
+    Case("int8 + int8, tensorrt", "int8", "int8", dialect="tensorrt"),
     Case("int8 + int4, tensorrt", "int8", "int4", None, 128, "tensorrt"),
     Case("int8 + int4 + kv8, portable", "int8", "int4", "int8", 128, "tensorrt-portable"),
 )

@@ -168,12 +168,13 @@ def _bind_cache(session: Any, bundle: Bundle, capacity: int) -> tuple[Any, list[
 def _bind_rows(binding: Any, bundle: Bundle, tokens: int, total: int, capacity: int) -> None:
     language, manifest = bundle.spec.language, bundle.manifest
     dtype = contract.compute_dtype(manifest.language, manifest.dialect)
+    rope = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
     rows = np.random.default_rng(0).standard_normal((tokens, language.hidden_size))
     cos, sin = rope_rows(language, language.rope_theta, 0, capacity)
     feeds = {
         contract.EMBEDDINGS: rows.astype(dtype),
-        contract.ROPE_COS: cos.astype(dtype),
-        contract.ROPE_SIN: sin.astype(dtype),
+        contract.ROPE_COS: cos.astype(rope),
+        contract.ROPE_SIN: sin.astype(rope),
         contract.LAST_POSITION: np.array([total - 1], np.int32),
         contract.TOTAL_LENGTH: np.array(total, np.int32),
         contract.LOGIT_ROWS: np.array([tokens - 1], np.int64),

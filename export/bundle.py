@@ -124,19 +124,25 @@ def export_bundle(
 def _check_cache(recipe: Recipe) -> None:
     """Raise ExportError unless the dialect's attention takes the KV cache's precision."""
     computed = default_cache(recipe.language, recipe.dialect)
-    if recipe.kv not in ("int8", computed):
-        raise ExportError(
-            f"kv {recipe.kv} does not go with language {recipe.language}: attention takes int8 or"
-            f" {computed}, which is how that decoder computes"
-        )
-    if recipe.kv != "int8":
+    if recipe.kv == "int8":
+        _check_int8_cache(recipe.dialect, computed)
         return
-    if recipe.dialect == "tensorrt":
+    # ONNX Runtime's attention may compute at half precision within a float32 decoder.
+    floats = dict.fromkeys([computed, *(["fp16"] if recipe.dialect == "onnxruntime" else [])])
+    if recipe.kv not in floats:
+        raise ExportError(
+            f"kv {recipe.kv} does not go with language {recipe.language} in graphs for"
+            f" {recipe.dialect}; use {' or '.join(floats)}"
+        )
+
+
+def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
+    if dialect == "tensorrt":
         raise ExportError(
             "kv int8 does not go with --for tensorrt: TensorRT's cache update (TensorScatter) takes"
             f" no integers; keep {computed}, or export --for tensorrt-portable"
         )
-    if recipe.dialect == "onnxruntime" and not takes_int8_cache():
+    if dialect == "onnxruntime" and not takes_int8_cache():
         raise ExportError(
             "kv int8 needs an onnxruntime whose GroupQueryAttention takes a quantised cache, as"
             " 1.31 does; update onnxruntime (Python 3.11 or later)"

@@ -114,6 +114,13 @@ def default_cache(
     return "fp16" if compute_dtype(language, dialect) == "float16" else "fp32"
 
 
+def rope_dtype(
+    precision: LanguagePrecision, cache: CachePrecision, dialect: DialectName = "onnxruntime"
+) -> str:
+    """NumPy dtype name of the rotary tables: attention's, which is that of a float16 cache."""
+    return "float16" if cache == "fp16" else compute_dtype(precision, dialect)
+
+
 def language_inputs(
     spec: LanguageSpec,
     precision: LanguagePrecision,
@@ -127,11 +134,11 @@ def language_inputs(
     way: ONNX Runtime's attention takes the total length; TensorRT's graphs take `positions`, and
     with `key_positions` (0, 1, ... up to any number that is enough) how far the cache is read.
     """
-    dtype = compute_dtype(precision, dialect)
+    rope = rope_dtype(precision, cache, dialect)
     tensors = [
-        Tensor(EMBEDDINGS, dtype, ("tokens", spec.hidden_size)),
-        Tensor(ROPE_COS, dtype, ("context", spec.head_dim // 2)),
-        Tensor(ROPE_SIN, dtype, ("context", spec.head_dim // 2)),
+        Tensor(EMBEDDINGS, compute_dtype(precision, dialect), ("tokens", spec.hidden_size)),
+        Tensor(ROPE_COS, rope, ("context", spec.head_dim // 2)),
+        Tensor(ROPE_SIN, rope, ("context", spec.head_dim // 2)),
         *_place(dialect),
         Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
     ]

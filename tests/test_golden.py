@@ -18,6 +18,7 @@ from PIL import Image
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.engine import TokenSequence
 from internvl_edge.runtime.preprocess import select_grid
 
 EMBEDDING_TOLERANCE = 1e-4
@@ -116,6 +117,29 @@ def test_logits_beyond_the_trained_length(golden_model: InternVL, logits_arrays:
     got = golden_model.logits(ids)
     for part, key in ((got[-8:], "ntk_logits_last8"), (got[:4], "ntk_logits_first4")):
         np.testing.assert_allclose(part, logits_arrays[key][0], rtol=0, atol=LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["text", "ntk"])
+def test_logits_over_a_half_precision_cache(
+    tmp_path: Path, golden_model: InternVL, logits_arrays: Arrays, case: str
+) -> None:
+    """Attention alone rounds to float16, 2**-11 of a value: the logits' error is a few of those."""
+    bundle = export_bundle(GOLDEN / "model", tmp_path / "bundle", kv="fp16")
+    model = InternVL.load(bundle, device="cpu", threads=1)
+    ids = logits_arrays[f"{case}_input_ids"][0]
+    wanted = logits_arrays["text_logits" if case == "text" else "ntk_logits_last8"][0]
+    error = model.logits(ids)[-len(wanted) :] - wanted
+    assert 1e-4 < np.sqrt((error**2).mean() / (wanted**2).mean()) < 6 * 2**-11
+    half, full = cached_bytes(model, ids), cached_bytes(golden_model, ids)
+    assert 0 < 2 * half == full
+
+
+def cached_bytes(model: InternVL, ids: NDArray[Any]) -> int:
+    """Of a conversation's cache once the prompt is in it."""
+    cache = model.engine.backend.new_cache(len(ids))
+    sequence = TokenSequence.build(ids.tolist(), model.context_id, [])
+    model.engine.prefill(cache, sequence, lambda: None)
+    return cache.nbytes
 
 
 @pytest.mark.parametrize("name", ["single", "multi_image", "video", "text_only"])

@@ -220,6 +220,9 @@ class OnnxRuntimeDialect:
                 f" takes multiples of {HEAD_MULTIPLE} only"
             )
         graph = self.graph
+        dtype = graph.dtype(qkv)
+        if graph.dtype(cache.past_key) == "float16":  # all of attention's floats are of one type
+            qkv = graph.cast(qkv, "float16", f"{name}.half")
         packed = graph.node("Unsqueeze", [qkv, graph.shape(0)], f"{name}.batch")
         inputs = [
             packed,
@@ -248,7 +251,7 @@ class OnnxRuntimeDialect:
             "GroupQueryAttention", inputs, name, 3, attributes, MICROSOFT
         )
         rows = graph.node("Squeeze", [attended, graph.shape(0)], f"{name}.rows")
-        return rows, key, value
+        return graph.cast(rows, dtype, f"{name}.cast"), key, value
 
     def _cache_scales(self, scales: CacheScales, layer: int) -> list[str]:
         """One scale per head and lane, as float32 (1, kv_heads, 1, head_dim)."""

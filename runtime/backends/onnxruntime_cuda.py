@@ -137,26 +137,28 @@ class CudaCache:
         place: Place,
         binding: Any,
         bundle: Bundle,
-        dtype: str,
         capacity: int,
         kernels: CudaKernels | None,
     ) -> None:
         language, cuda = bundle.spec.language, place.cuda
         self.state = CacheState(capacity)
         self.binding = binding
-        self._rope = RopeTable(language, capacity, dtype)
+        manifest = bundle.manifest
+        rope = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
+        self._rope = RopeTable(language, capacity, rope)
         # Cleared: attention multiplies what lies beyond the length by zero, and NaN stays NaN.
         self._memory = cuda.zeros(
             (2 * language.num_hidden_layers, *contract.cache_shape(language, capacity)),
-            contract.CACHE_DTYPE[bundle.manifest.kv],
+            contract.CACHE_DTYPE[manifest.kv],
         )
         for index, (past, present) in enumerate(contract.cache_pairs(language)):
             part = self._memory[index : index + 1].of_shape(self._memory.shape[1:])
             place.bind_input(binding, past, part)
             place.bind_output(binding, present, part)
-        self._tables = [cuda.zeros(self._rope.cos.shape, dtype) for _ in range(2)]
+        self._tables = [cuda.zeros(self._rope.cos.shape, rope) for _ in range(2)]
         for name, table in zip((contract.ROPE_COS, contract.ROPE_SIN), self._tables, strict=True):
             place.bind_input(binding, name, table)
+        dtype = contract.compute_dtype(manifest.language, manifest.dialect)
         self._embeddings = StagedInput(place, binding, contract.EMBEDDINGS, dtype)
         self._last = StagedInput(place, binding, contract.LAST_POSITION, np.int32)
         self._rows = StagedInput(place, binding, contract.LOGIT_ROWS, np.int64)
@@ -215,7 +217,6 @@ class OnnxRuntimeCudaBackend:
 
         self._bundle, self._cuda = bundle, cuda
         manifest = bundle.manifest
-        self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
         self._place = Place(cuda, provider.device)
         self._kernels = selection_kernels(cuda)
@@ -247,7 +248,7 @@ class OnnxRuntimeCudaBackend:
         try:
             with self._cuda.active():
                 binding = self._language.io_binding()
-                given = (self._bundle, self._dtype, capacity, self._kernels)
+                given = (self._bundle, capacity, self._kernels)
                 return CudaCache(self._place, binding, *given)
         except DeviceError as error:
             raise LimitError(

@@ -65,7 +65,7 @@ class ReferenceBackend:
 
         manifest = bundle.manifest
         self._spec = bundle.spec.language
-        self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
+        self._rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._in_place = manifest.dialect == "tensorrt"
         self._ort_value = ort.OrtValue
@@ -99,7 +99,7 @@ class ReferenceBackend:
                 f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
             ) from error
         pasts = {name: self._ort_value.ortvalue_from_numpy(a) for name, a in arrays.items()}
-        rope = RopeTable(self._spec, capacity, self._dtype)
+        rope = RopeTable(self._spec, capacity, self._rope_dtype)
         return ReferenceCache(CacheState(capacity), rope, pasts)
 
     def forward(

@@ -170,9 +170,19 @@ def test_kept_layers_are_half_precision(tmp_path: Path, checkpoint: Path) -> Non
     assert operators["QGemm"] == 6 + 2  # one of two layers, and the projector
 
 
-def test_float_cache_must_be_as_computed(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(ExportError, match="kv fp16 does not go with language fp32"):
-        export_bundle(checkpoint, tmp_path / "bundle", kv="fp16")
+@pytest.mark.parametrize(
+    ("dialect", "language", "kv", "taken"),
+    [
+        ("onnxruntime", "fp16", "fp32", "fp16"),
+        ("tensorrt", "fp32", "fp16", "fp32"),
+        ("tensorrt-portable", "int4", "fp32", "fp16"),
+    ],
+)
+def test_a_float_cache_attention_does_not_take(
+    tmp_path: Path, checkpoint: Path, dialect: Any, language: Any, kv: Any, taken: str
+) -> None:
+    with pytest.raises(ExportError, match=f"kv {kv} does not go with .*; use {taken}$"):
+        export_bundle(checkpoint, tmp_path / "bundle", language=language, kv=kv, dialect=dialect)
 
 
 def test_an_onnxruntime_without_int8_cache_is_named(
