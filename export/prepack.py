@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from internvl_edge.export.cut import cut_graph
 from internvl_edge.export.graph import ALIGNMENT
 from internvl_edge.export.split import split_outputs
 from internvl_edge.runtime.errors import ExportError
@@ -56,12 +57,13 @@ class Packing:
     flags: str
 
 
-def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) -> None:
+def prepack_graph(source: Path, targets: Sequence[Path], advance: Callable[[int], None]) -> None:
     """Write a graph whose matrices are stored packed.
 
     Args:
         source: an ONNX file with external data.
-        target: file to write; its weights go beside it, as `<stem>.data`.
+        targets: files to write, one for each part the graph is cut into; the weights of each go
+            beside it, as `<stem>.data`.
         advance: called with the bytes of each weight done.
 
     Raises:
@@ -69,6 +71,14 @@ def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) ->
     """
     model = onnx.load(str(source), load_external_data=False)
     split_outputs(model, WIDEST_BYTES)
+    for target, part in zip(targets, cut_graph(model, len(targets)), strict=True):
+        _prepack_part(part, source.parent, target, advance)
+
+
+def _prepack_part(
+    model: onnx.ModelProto, folder: Path, target: Path, advance: Callable[[int], None]
+) -> None:
+    """Write one file; `folder` is where the model's weights lie."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {
         node.input[PACKED_OPERATORS[node.op_type][0]]: node
@@ -83,10 +93,10 @@ def prepack_graph(source: Path, target: Path, advance: Callable[[int], None]) ->
         for tensor in model.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 continue
-            original = _read(tensor, source.parent)
+            original = _read(tensor, folder)
             probe = packing = None
             if tensor.name in readers and original.nbytes >= LEAST_BYTES:
-                probe = _Probe(readers[tensor.name], tensors, source.parent, Path(scratch))
+                probe = _Probe(readers[tensor.name], tensors, folder, Path(scratch))
                 packing = probe.packing(tensor.name, original)
             if probe is None or packing is None:
                 data.append_plain(tensor, original)

@@ -19,6 +19,8 @@ from internvl_edge.runtime.contract import (
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.prepared import (
     MANIFEST,
+    part_count,
+    part_names,
     prepared_folder,
     prepared_manifest,
     superseded,
@@ -66,7 +68,8 @@ def prepare_bundle(
     advance = (progress or ignore_total)(total)
     with written_aside(target) as aside:
         for name in (VISION_GRAPH, LANGUAGE_GRAPH):
-            prepack_graph(bundle.file(name), aside / name, advance)
+            parts = part_names(name, part_count(bundle.manifest, name))
+            prepack_graph(bundle.file(name), [aside / part for part in parts], advance)
         files = {file.name: file_entry(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(prepared_manifest(bundle, files) + "\n", encoding="utf-8")
     for stale in superseded(target):

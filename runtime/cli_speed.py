@@ -34,7 +34,9 @@ def _add_latency(subjects: Commands) -> None:
         "--prompt", nargs="+", type=int, default=[64], metavar="N", help="tokens of the question"
     )
     latency.add_argument("--new-tokens", nargs="+", type=int, default=[32], metavar="N")
-    latency.add_argument("--rounds", type=int, default=5, help="times the model is loaded anew")
+    latency.add_argument(
+        "--rounds", type=int, default=5, help="that count, each with the model loaded anew"
+    )
     latency.add_argument("--repeat", type=int, default=3, help="measured runs of a point a round")
     latency.add_argument("--warmup", type=int, default=1, help="runs before them, not counted")
     add_threads(latency)

@@ -12,10 +12,15 @@ import numpy as np
 
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.bundle import Manifest
-from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.runtime.contract import (
+    LANGUAGE_FILES,
+    LANGUAGE_GRAPH,
+    VISION_FILES,
+    VISION_GRAPH,
+)
 from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.prepared import WIDEST_BYTES
+from internvl_edge.runtime.prepared import WIDEST_BYTES, part_count
 
 #: Interpreter, libraries, two sessions of a model without weights.
 PROCESS_BYTES = 90 << 20
@@ -25,6 +30,11 @@ SESSION_SHARE = 0.0055
 PACKED_GROWTH = 1.05
 #: Packing the head or a part of it: the block it is packed into, and that it is hashed in.
 PACKING_SHARE = 1.4
+#: Packing in each other part of prepared graphs, which open at once, in units of its largest
+#: matrix: there are the matrix, its transpose and the packed form.
+PACKING_COPIES = 3
+#: Of a weight.
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 #: Activations of a pass in units of the MLP's widest, which is there before and after its
 #: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to.
 VISION_WIDE, LANGUAGE_WIDE = 3.0, 8.0
@@ -41,7 +51,7 @@ class MemoryPlan:
 
     Attributes:
         sessions: both graphs, beside their matrices.
-        packing: of the largest matrix, while a session opens.
+        packing: of the largest matrices, while sessions open.
         vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
         language_weights: the same.
         vision: activations of the largest pass over tiles.
@@ -49,6 +59,8 @@ class MemoryPlan:
         images: rows and pixels of the images in the prompt.
         kv_cache: of all positions asked for.
         low_memory: whether the two graphs are held one at a time.
+        returned: whether the vision graph's activations are given back before the language
+            graph's: of a prepared graph in parts they are.
         process: interpreter, libraries, sessions.
     """
 
@@ -61,6 +73,7 @@ class MemoryPlan:
     images: int
     kv_cache: int
     low_memory: bool
+    returned: bool = False
     process: int = PROCESS_BYTES
 
     @property
@@ -68,7 +81,8 @@ class MemoryPlan:
         """Peak anonymous memory."""
         vision = self.vision_weights + self.vision
         language = self.language_weights + self.language + self.kv_cache
-        answer = self.images + (max(vision, language) if self.low_memory else vision + language)
+        in_turns = self.low_memory or self.returned
+        answer = self.images + (max(vision, language) if in_turns else vision + language)
         # While the last session opens, the other's weights are there already.
         load = self.packing + (0 if self.low_memory else self.vision_weights)
         return self.process + self.sessions + max(load + self.language_weights, answer)
@@ -94,11 +108,10 @@ def plan_memory(
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
     files = sum(manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
-    head = manifest.parts["head"].bytes if "head" in manifest.parts else 0
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
         sessions=int(SESSION_SHARE * files),
-        packing=int(PACKING_SHARE * (min(head, WIDEST_BYTES) if prepared else head)),
+        packing=_packing(manifest, prepared),
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
         language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
         vision=int(VISION_WIDE * batch * wide),
@@ -106,7 +119,23 @@ def plan_memory(
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
+        returned=prepared and part_count(manifest, VISION_GRAPH) > 1,
     )
+
+
+def _packing(manifest: Manifest, prepared: bool) -> int:
+    """Bytes that hold matrices while they are packed."""
+    head = manifest.parts["head"].bytes if "head" in manifest.parts else 0
+    if not prepared:
+        return int(PACKING_SHARE * head)
+    others = 0.0
+    for graph, spec, precision, opened_beside in (
+        (VISION_GRAPH, manifest.spec.vision, manifest.vision, 0),
+        (LANGUAGE_GRAPH, manifest.spec.language, manifest.language, 1),  # the head's part
+    ):
+        matrix = spec.hidden_size * spec.intermediate_size * WEIGHT_BYTES[precision]
+        others += (part_count(manifest, graph) - opened_beside) * PACKING_COPIES * matrix
+    return int(PACKING_SHARE * min(head, WIDEST_BYTES) + others)
 
 
 def position_bytes(manifest: Manifest) -> int:

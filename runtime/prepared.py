@@ -2,7 +2,8 @@
 
 A bundle directory may hold `prepared/<machine key>/` with both graphs again, their matrices packed
 for one version of ONNX Runtime on one kind of CPU. Another version or CPU looks for another key, so
-a stale directory is never used; `internvl-edge prepare` writes the one that fits.
+a stale directory is never used; `internvl-edge prepare` writes the one that fits. A large graph is
+there in parts that load at once.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.runtime.bundle import Bundle, FileEntry, check_file
-from internvl_edge.runtime.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.runtime.bundle import Bundle, FileEntry, Manifest, check_file
+from internvl_edge.runtime.contract import (
+    LANGUAGE_FILES,
+    LANGUAGE_GRAPH,
+    VISION_FILES,
+    VISION_GRAPH,
+)
 from internvl_edge.runtime.errors import BundleError
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
 #: A head of more bytes is stored in parts: loading packs one matrix at a time.
 WIDEST_BYTES = 128 << 20
+#: A graph of more bytes is stored in parts: loading packs the matrices of each on one core. (The
+#: 26B's graphs are two each.)
+PART_BYTES = 5 << 30
 
 #: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
 _KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
@@ -40,6 +49,21 @@ def superseded(folder: Path) -> list[Path]:
     cpu = folder.name.split("-", 2)[2]
     others = folder.parent.glob(f"onnxruntime-*-{cpu}")
     return [other for other in others if other != folder and (other / MANIFEST).exists()]
+
+
+def part_count(manifest: Manifest, graph: str) -> int:
+    """Of how many parts the packed form of a graph is."""
+    if graph == VISION_GRAPH:
+        files, layers = VISION_FILES, manifest.spec.vision.layers_run
+    else:
+        files, layers = LANGUAGE_FILES, manifest.spec.language.num_hidden_layers
+    nbytes = sum(manifest.files[name].bytes for name in files)
+    return max(1, min(layers, -(-nbytes // PART_BYTES)))
+
+
+def part_names(graph: str, count: int) -> list[str]:
+    """Names of a graph's parts: language.onnx, language.1.onnx, ...; each has a .data file."""
+    return [graph, *(graph.replace(".", f".{number}.") for number in range(1, count))]
 
 
 def prepared_folder(bundle: Bundle) -> Path:
@@ -71,7 +95,7 @@ def find_prepared(bundle: Bundle) -> Path | None:
     folder, data = prepared_folder(bundle), _manifest(bundle)
     if data is None:
         return None
-    for name, entry in _entries(folder, data).items():
+    for name, entry in _entries(bundle, data).items():
         check_file(folder / name, entry, bundle.verify, _REMEDY)
     return folder
 
@@ -93,24 +117,30 @@ def _manifest(bundle: Bundle) -> dict[str, Any] | None:
 _REMEDY = "run 'internvl-edge prepare --overwrite' on the bundle"
 
 
-def _entries(folder: Path, data: Mapping[str, Any]) -> dict[str, FileEntry]:
+def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
+    path = prepared_folder(bundle) / MANIFEST
     try:
         entries = {
             str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in data["files"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BundleError(f"{folder / MANIFEST} is damaged; {_REMEDY}") from None
-    if set(entries) != {*VISION_FILES, *LANGUAGE_FILES}:
-        raise BundleError(f"{folder / MANIFEST} is damaged; {_REMEDY}")
+        raise BundleError(f"{path} is damaged; {_REMEDY}") from None
+    graphs = [
+        name
+        for graph in (VISION_GRAPH, LANGUAGE_GRAPH)
+        for name in part_names(graph, part_count(bundle.manifest, graph))
+    ]
+    if set(entries) != {*graphs, *(str(Path(name).with_suffix(".data")) for name in graphs)}:
+        raise BundleError(f"{path} is damaged; {_REMEDY}")
     return entries
 
 
 def _origin(bundle: Bundle) -> dict[str, Any]:
-    """Hashes of the graphs and of their weights, and how these are cut."""
+    """Hashes of the graphs and of their weights, and how both are cut."""
     files = bundle.manifest.files
     source = {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
-    return {"source": source, "widest_bytes": WIDEST_BYTES}
+    return {"source": source, "widest_bytes": WIDEST_BYTES, "part_bytes": PART_BYTES}
 
 
 def _cpu_flags() -> list[str]:

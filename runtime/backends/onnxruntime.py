@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends.chain import Chain, ChainBinding
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
@@ -24,16 +25,16 @@ class OrtCache:
     state: CacheState
     rope: RopeTable
     storage: dict[tuple[str, str], Any]  # names of past and present -> onnxruntime.OrtValue
-    bound: tuple[Any, Any] | None = None  # session, and its IOBinding with the storage in it
+    bound: tuple[Chain, ChainBinding] | None = None  # a graph, and its binding of the storage
 
-    def binding(self, session: Any) -> Any:
-        """The storage bound to a session: once, unless the session is another one now."""
-        if self.bound is None or self.bound[0] is not session:
-            binding = session.io_binding()
+    def binding(self, graph: Chain) -> ChainBinding:
+        """The storage bound to a graph: once, unless it was opened anew."""
+        if self.bound is None or self.bound[0] is not graph:
+            binding = graph.binding()
             for (past, present), buffer in self.storage.items():
                 binding.bind_ortvalue_input(past, buffer)
                 binding.bind_ortvalue_output(present, buffer)
-            self.bound = session, binding
+            self.bound = graph, binding
         return self.bound[1]
 
     @property
@@ -76,8 +77,10 @@ class OnnxRuntimeBackend:
         import onnxruntime as ort
 
         self._spec = bundle.spec
-        self._dtype = contract.compute_dtype(bundle.manifest.language, bundle.manifest.dialect)
-        self._cache_dtype = contract.CACHE_DTYPE[bundle.manifest.kv]
+        manifest = bundle.manifest
+        self._rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
+        self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
+        self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._ort_value = ort.OrtValue
         self._graphs = CpuGraphs(bundle, threads, one_at_a_time=low_memory)
         self._description = (
@@ -92,8 +95,15 @@ class OnnxRuntimeBackend:
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
-        outputs = self._graphs.vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})
-        return np.asarray(outputs[0])
+        vision = self._spec.vision
+        shape = (len(tiles), vision.tokens_per_tile, self._spec.language.hidden_size)
+        rows = np.empty(shape, self._rows_dtype)
+        binding = self._graphs.vision.binding()
+        binding.bind_cpu_input(contract.TILES, np.ascontiguousarray(tiles))
+        output = self._ort_value.ortvalue_from_numpy(rows)
+        binding.bind_ortvalue_output(contract.IMAGE_EMBEDDINGS, output)
+        binding.run(len(tiles) * vision.sequence_length)
+        return rows
 
     def new_cache(self, capacity: int) -> OrtCache:
         """Allocate `2 * layers` buffers. On the CPU, pages are committed when first written."""
@@ -111,7 +121,7 @@ class OnnxRuntimeBackend:
             pair: self._ort_value.ortvalue_from_numpy(lazy_zeros(shape, self._cache_dtype))
             for pair in contract.cache_pairs(language)
         }
-        rope = RopeTable(language, capacity, self._dtype)
+        rope = RopeTable(language, capacity, self._rope_dtype)
         return OrtCache(CacheState(capacity), rope, storage)
 
     def forward(
@@ -126,8 +136,7 @@ class OnnxRuntimeBackend:
         start = cache.state.length
         total = start + len(embeddings)
         cache.rope.prepare(start, total, base)
-        session = self._graphs.language
-        binding = cache.binding(session)
+        binding = cache.binding(self._graphs.language)
         binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
         binding.bind_cpu_input(contract.ROPE_COS, cache.rope.cos)
         binding.bind_cpu_input(contract.ROPE_SIN, cache.rope.sin)
@@ -136,5 +145,5 @@ class OnnxRuntimeBackend:
         binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
         logits = np.empty((len(logit_rows), self._spec.language.vocab_size), np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
-        session.run_with_iobinding(binding)
+        binding.run(len(embeddings))
         return logits

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from internvl_edge.runtime import contract
+from internvl_edge.runtime.backends.chain import Chain
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import BundleError, DeviceError
-from internvl_edge.runtime.prepared import find_prepared
+from internvl_edge.runtime.prepared import find_prepared, part_count, part_names
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -35,7 +36,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 #: Free blocks between others, for a matrix, its transpose and its packed form: larger than these,
 #: so that they still fit when small things have come to lie in them (else up to 2 s of the 26B's
 #: load). Memory is committed when it is written. Heaps of threads have 64 MB.
-_HOLES, _PIN, _HOLE = 5, 512 << 10, 56 << 20
+_HOLES, _PIN, _HOLE = 5, 64 << 10, 61 << 20
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -83,8 +84,11 @@ def open_graphs(
         BundleError: a graph does not load, or its inputs are not the contract's.
         DeviceError: the provider did not start.
     """
-    open_graph = partial(open_checked, bundle, bundle.path, provider=provider, threads=threads)
-    return open_graph(contract.VISION_GRAPH), open_graph(contract.LANGUAGE_GRAPH)
+    sessions = []
+    for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
+        sessions.append(open_session(bundle.path, graph, provider, threads))
+        check_graph(bundle, graph, sessions[-1])
+    return sessions[0], sessions[1]
 
 
 class CpuGraphs:
@@ -100,36 +104,52 @@ class CpuGraphs:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
-        prepared = find_prepared(bundle)
-        folder = prepared or bundle.path
-        self._loading = large_blocks_reused if prepared else contextlib.nullcontext
-        provider = Provider(optimise="none" if prepared else "all")
-        self._open = partial(open_checked, bundle, folder, provider=provider, threads=threads)
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._bundle, self._threads = bundle, threads
+        self._prepared = find_prepared(bundle)
+        self._chains: dict[str, Chain] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
-            # Packing weights keeps one core busy, and there are two graphs. The one with the larger
-            # matrices is opened here: glibc keeps freed blocks over 64 MB for its main thread only.
-            with self._loading() as keep, ThreadPoolExecutor(1, initializer=keep) as pool:
-                vision = pool.submit(self._open, contract.VISION_GRAPH)
-                self._sessions[contract.LANGUAGE_GRAPH] = self._open(contract.LANGUAGE_GRAPH)
-                self._sessions[contract.VISION_GRAPH] = vision.result()
+            self._open(contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
 
     @property
-    def vision(self) -> ort.InferenceSession:
-        return self._session(contract.VISION_GRAPH)
+    def vision(self) -> Chain:
+        return self._chain(contract.VISION_GRAPH)
 
     @property
-    def language(self) -> ort.InferenceSession:
-        return self._session(contract.LANGUAGE_GRAPH)
+    def language(self) -> Chain:
+        return self._chain(contract.LANGUAGE_GRAPH)
 
-    def _session(self, graph: str) -> ort.InferenceSession:
+    def _chain(self, graph: str) -> Chain:
         with self._lock:
-            if graph not in self._sessions:
-                self._sessions.clear()  # first: their memory is needed
-                with self._loading():
-                    self._sessions[graph] = self._open(graph)
-            return self._sessions[graph]
+            if graph not in self._chains:
+                self._chains.clear()  # first: their memory is needed
+                self._open(graph)
+            return self._chains[graph]
+
+    def _open(self, *graphs: str) -> None:
+        """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
+        prepared, manifest = self._prepared, self._bundle.manifest
+        provider = Provider(optimise="none" if prepared else "all")
+        open_part = partial(
+            open_session, prepared or self._bundle.path, provider=provider, threads=self._threads
+        )
+        names = {
+            graph: part_names(graph, part_count(manifest, graph)) if prepared else [graph]
+            for graph in graphs
+        }
+        # The part with the largest matrices, the head's, is opened here: glibc keeps freed blocks
+        # over 64 MB for its main thread only.
+        *others, last = [name for graph in graphs for name in names[graph]]
+        loading = large_blocks_reused if prepared else contextlib.nullcontext
+        sessions = {}
+        with loading() as keep, ThreadPoolExecutor(max(1, len(others)), initializer=keep) as pool:
+            opening = {name: pool.submit(open_part, name) for name in others}
+            sessions[last] = open_part(last)
+            sessions |= {name: future.result() for name, future in opening.items()}
+        for graph in graphs:
+            chain = Chain([sessions[name] for name in names[graph]])
+            check_graph(self._bundle, graph, chain)
+            self._chains[graph] = chain
 
 
 @contextlib.contextmanager
@@ -172,27 +192,23 @@ def large_blocks_reused() -> Iterator[Callable[[], None] | None]:
         library.malloc_trim(0)
 
 
-def open_checked(
-    bundle: Bundle, folder: Path, graph: str, provider: Provider, threads: int | None
-) -> ort.InferenceSession:
-    """One graph of a bundle, from the bundle itself or prepared elsewhere; see `open_graphs`."""
+def check_graph(bundle: Bundle, graph: str, opened: Chain | ort.InferenceSession) -> None:
+    """Raise BundleError unless an opened graph is the contract's."""
     spec, manifest = bundle.spec, bundle.manifest
-    session = open_session(folder, graph, provider, threads)
     if graph == contract.VISION_GRAPH:
         check_contract(
-            session,
+            opened,
             contract.vision_inputs(spec.vision),
             contract.vision_outputs(spec.vision, spec.language, manifest.vision, manifest.dialect),
         )
     else:
         check_contract(
-            session,
+            opened,
             contract.language_inputs(
                 spec.language, manifest.language, manifest.kv, manifest.dialect
             ),
             contract.language_outputs(spec.language, manifest.kv, manifest.dialect),
         )
-    return session
 
 
 def open_session(
@@ -243,10 +259,12 @@ def open_session(
 
 
 def check_contract(
-    session: ort.InferenceSession, inputs: list[contract.Tensor], outputs: list[contract.Tensor]
+    graph: Chain | ort.InferenceSession,
+    inputs: list[contract.Tensor],
+    outputs: list[contract.Tensor],
 ) -> None:
     """Raise BundleError unless names, types and fixed dimensions are the contract's."""
-    for nodes, tensors in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+    for nodes, tensors in ((graph.get_inputs(), inputs), (graph.get_outputs(), outputs)):
         try:
             got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
         except UnicodeDecodeError as error:

@@ -163,7 +163,7 @@ def test_matrices_of_equal_bytes_are_not_confused(tmp_path: Path, zeros: int) ->
     path, packed = tmp_path / "plain" / "several.onnx", tmp_path / "several.onnx"
     path.parent.mkdir()
     onnx.save(model, str(path), save_as_external_data=True, location="several.data")
-    prepack_graph(path, packed, lambda count: None)
+    prepack_graph(path, [packed], lambda count: None)
     x = rng.standard_normal((2, 256)).astype(np.float32)
     plain, quick = (
         ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]) for p in (path, packed)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.runtime import InternVL, LimitError, memory
+from internvl_edge.runtime import prepared as prepared_module
 from internvl_edge.runtime.bundle import Manifest, open_bundle
 from internvl_edge.runtime.cli import main
 from internvl_edge.runtime.memory import (
@@ -134,6 +135,21 @@ def test_what_is_cached_already_is_not_counted_again(
         guard.check_load()
 
 
+def test_graphs_in_parts_give_activations_back(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both graphs' activations are not there at once; more parts pack weights at once."""
+    whole = plan_memory(manifest, tokens=900, tiles=40, prepared=True, low_memory=False)
+    monkeypatch.setattr(prepared_module, "PART_BYTES", 1)
+    parts = plan_memory(manifest, tokens=900, tiles=40, prepared=True, low_memory=False)
+    assert (whole.returned, parts.returned) == (False, True)
+    less = min(whole.vision, whole.language + whole.kv_cache)
+    assert whole.packing < parts.packing < less
+    assert whole.total - parts.total == less
+    plain = plan_memory(manifest, tokens=900, tiles=40, prepared=False, low_memory=False)
+    assert not plain.returned
+
+
 def test_low_memory_gives_the_same_answers(golden_bundle: Path, golden_model: InternVL) -> None:
     """Graphs are opened and closed in turns; the cache survives its session."""
     model = InternVL.load(golden_bundle, device="cpu", threads=1, low_memory=True, reuse_bytes=0)
@@ -144,7 +160,7 @@ def test_low_memory_gives_the_same_answers(golden_bundle: Path, golden_model: In
         wanted = other.send(question, images, max_new_tokens=5)
         assert got.token_ids == wanted.token_ids
         assert got.timings.cached_tokens == wanted.timings.cached_tokens
-        assert len(model.engine.backend._graphs._sessions) == 1
+        assert len(model.engine.backend._graphs._chains) == 1
 
 
 def test_inspect_states_the_plan(golden_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
