@@ -80,13 +80,6 @@ def run_latency(
     count = threads or available_cores()
     machine = describe_machine(count)
     names = [bundle_name(path, number, bundles) for number, path in enumerate(bundles)]
-    notes = [
-        busy_note(machine),
-        *(
-            cache_note(machine, name, sum(Weights.of(manifest).parts.values()))
-            for name, manifest in zip(names, manifests, strict=True)
-        ),
-    ]
     _say("measuring this machine's ceilings")
     precisions = {part for m in manifests for part in (m.vision, m.language)}
     ceilings = measure_ceilings(count, sorted(precisions))
@@ -99,25 +92,26 @@ def run_latency(
         cold.append(_cold_starts(path, manifest, largest, count, min(rounds * runs, COLD_STARTS)))
 
     def measure(number: int) -> list[Round]:
-        rounds_so_far = f"round {number + 1}, until {rounds} were steady"
         found = []
         for name, path in zip(names, bundles, strict=True):
-            _say(f"{rounds_so_far}: {name}")
+            _say(f"round {number + 1}, until {rounds} were steady: {name}")
             found.append(_measure_round(path, points, count, runs=runs, warmup=warmup, meter=meter))
         return found
 
     measured = measure_rounds(rounds, measure, lambda: read_bandwidth(count))
-    notes.append(measured.note)
     ceilings = replace(ceilings, read_bytes_per_s=measured.ceiling)
+    notes = [*_notes(machine, names, manifests), measured.note]
     models = [
         {
-            "name": names[i],
-            "backend": measured.found[0][i].backend,
+            "name": name,
+            "backend": counted[0].backend,
             **_bundle_dict(manifest),
-            "cold_start": cold[i],
-            "points": _points(manifest, points, [found[i] for found in measured.counted], ceilings),
+            "cold_start": starts,
+            "points": _points(manifest, points, counted, ceilings),
         }
-        for i, manifest in enumerate(manifests)
+        for name, manifest, starts, *counted in zip(
+            names, manifests, cold, *measured.counted, strict=True
+        )
     ]
     result = {
         "format": FORMAT,
@@ -143,6 +137,17 @@ def run_latency(
     if html_file is not None:
         write_whole(render_html(result), html_file)
     return 0
+
+
+def _notes(
+    machine: dict[str, Any], names: Sequence[str], manifests: Sequence[Manifest]
+) -> list[str | None]:
+    """What is known to make figures doubtful before anything is measured."""
+    weights = [sum(Weights.of(manifest).parts.values()) for manifest in manifests]
+    return [
+        busy_note(machine),
+        *(cache_note(machine, name, size) for name, size in zip(names, weights, strict=True)),
+    ]
 
 
 @dataclass(frozen=True)

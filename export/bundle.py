@@ -130,9 +130,10 @@ def _check_cache(recipe: Recipe) -> None:
     # ONNX Runtime's attention may compute at half precision within a float32 decoder.
     floats = dict.fromkeys([computed, *(["fp16"] if recipe.dialect == "onnxruntime" else [])])
     if recipe.kv not in floats:
+        others = [] if recipe.dialect == "tensorrt" else ["int8"]
         raise ExportError(
             f"kv {recipe.kv} does not go with language {recipe.language} in graphs for"
-            f" {recipe.dialect}; use {' or '.join(floats)}"
+            f" {recipe.dialect}; use {' or '.join([*floats, *others])}"
         )
 
 

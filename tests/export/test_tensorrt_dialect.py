@@ -300,7 +300,7 @@ def _logits(bundle: Path, sizes: Sequence[int]) -> NDArray[np.float64]:
     ("arguments", "expected"),
     [
         ({"dialect": "tensorrt", "kv": "int8"}, "TensorScatter"),
-        ({"dialect": "tensorrt-portable", "kv": "fp16"}, "attention takes int8 or fp32"),
+        ({"dialect": "tensorrt-portable", "kv": "fp16"}, "for tensorrt-portable; use fp32 or int8"),
         ({"language": "int4", "options": QuantOptions(block=32)}, "blocks of 64 or 128"),
         ({"language": "int4", "options": QuantOptions(symmetric=False)}, "symmetric"),
     ],
