@@ -32,7 +32,7 @@ PACKED_GROWTH = 1.05
 PACKING_SHARE = 1.4
 #: Packing in each other part of prepared graphs, which open at once, in units of its largest
 #: matrix, at most: its transpose, the packed form, and free blocks that the C library keeps (all of
-#: the 26B's load: 0.45 to 0.97 GiB in 40 runs, 0.96 by this).
+#: the 26B's load: 0.55 to 1.09 GiB in 9 runs, 1.20 by this).
 PACKING_COPIES = 5
 #: Of a weight.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}

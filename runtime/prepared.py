@@ -29,8 +29,8 @@ MANIFEST = "prepared.json"
 #: A head of more bytes is stored in parts: loading packs one matrix at a time.
 WIDEST_BYTES = 128 << 20
 #: A graph of more bytes is stored in parts: loading packs the matrices of each on one core. (The
-#: 26B's graphs are two each.)
-PART_BYTES = 5 << 30
+#: 26B's language graph is three, its vision graph two.)
+PART_BYTES = 4 << 30
 
 #: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
 _KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
