@@ -111,7 +111,9 @@ class _Part:
             # Not in the session's memory: it would hold what it could give back.
             values[name] = _floats(shape)
             self.binding.bind_ortvalue_output(name, values[name])
-        self._session.run_with_iobinding(self.binding, self._options)
+        # What a decode step takes is little, and wanted again at once.
+        options = self._options if shape[0] > 1 else None
+        self._session.run_with_iobinding(self.binding, options)
 
 
 def _floats(shape: tuple[int, int]) -> ort.OrtValue:
