@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from internvl_edge.export.split import weight_bytes
+
 _LAYER = re.compile(r"/layers\.(\d+)/")
 
 
@@ -35,7 +37,7 @@ def cut_graph(model: onnx.ModelProto, count: int) -> list[onnx.ModelProto]:
 
 def _cuts(model: onnx.ModelProto, count: int) -> list[int]:
     """Which nodes begin the second and later parts."""
-    sizes = {tensor.name: _nbytes(tensor) for tensor in model.graph.initializer}
+    sizes = {tensor.name: weight_bytes(tensor) for tensor in model.graph.initializer}
     before, layers, starts = [0], {"0"}, []  # starts: the first node of each layer but the first
     for i, node in enumerate(model.graph.node):
         found = _LAYER.search(node.name)
@@ -87,8 +89,3 @@ def _handed_on(nodes: Sequence[NodeProto], read: set[str]) -> list[str]:
 
 def _floats(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-
-
-def _nbytes(tensor: TensorProto) -> int:
-    lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
-    return lengths[0] if lengths else len(tensor.raw_data)

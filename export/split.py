@@ -33,7 +33,7 @@ def split_outputs(model: onnx.ModelProto, widest: int) -> None:
             nodes.append(node)
             continue
         weight = tensors[node.input[1]]
-        columns, parts = weight.dims[0], -(-_nbytes(weight) // widest)
+        columns, parts = weight.dims[0], -(-weight_bytes(weight) // widest)
         width = -(-columns // parts // COLUMNS) * COLUMNS
         cut = [
             _part(node, tensors, start, min(start + width, columns))
@@ -87,7 +87,7 @@ def _rows(tensor: TensorProto, start: int, stop: int, columns: int) -> TensorPro
     part.CopyFrom(tensor)
     part.name = name
     part.dims[0] = tensor.dims[0] // columns * (stop - start)
-    each = _nbytes(tensor) // columns
+    each = weight_bytes(tensor) // columns
     for entry in part.external_data:
         if entry.key == "offset":
             entry.value = str(int(entry.value) + start * each)
@@ -96,6 +96,7 @@ def _rows(tensor: TensorProto, start: int, stop: int, columns: int) -> TensorPro
     return part
 
 
-def _nbytes(tensor: TensorProto) -> int:
+def weight_bytes(tensor: TensorProto) -> int:
+    """Of an initializer, wherever it is stored."""
     lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
     return lengths[0] if lengths else numpy_helper.to_array(tensor).nbytes
