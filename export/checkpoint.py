@@ -167,7 +167,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.parent} is not a checkpoint directory: it has no {path.name}"
+            f"{path.parent} is not a checkpoint directory: it has no {path.name}; give the folder"
+            " of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
         ) from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise CheckpointError(f"cannot read {path}: {error}") from error
