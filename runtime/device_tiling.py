@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from internvl_edge.kernels.build import BuildError, cuda_binary
 from internvl_edge.kernels.cuda import TILING_SOURCE, CudaKernels
@@ -23,7 +22,7 @@ from internvl_edge.runtime.preprocess import (
     ImageLike,
     check_array,
     content_hash,
-    load_image,
+    load_pixels,
     select_grid,
     tile_on_host,
 )
@@ -85,9 +84,10 @@ class DeviceTiler:
         limits = {"tile_size": tile_size, "min_tiles": min_tiles, "max_tiles": max_tiles}
         on_device = hasattr(image, "__cuda_array_interface__")
         if self._kernels is None or tile_size % SIDE_MULTIPLE:
-            given = Image.fromarray(self._read(image)) if on_device else image
-            return tile_on_host(given, thumbnail=thumbnail, **limits)
-        pixels = self._read(image) if on_device else np.asarray(load_image(image))
+            return tile_on_host(
+                self._read(image) if on_device else image, thumbnail=thumbnail, **limits
+            )
+        pixels = self._read(image) if on_device else np.ascontiguousarray(load_pixels(image))
         columns, rows = select_grid(pixels.shape[1], pixels.shape[0], **limits)
         count = columns * rows + int(thumbnail and columns * rows > 1)
         with self._cuda.active():

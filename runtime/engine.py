@@ -107,16 +107,20 @@ class ImageRows:
     """The rows that go into some slots `(image rows,)`, in order, from one or many arrays."""
 
     def __init__(self, slots: NDArray[np.int64], parts: Sequence[NDArray[np.floating]]) -> None:
-        self._slots = slots
-        self._rows = np.concatenate(parts) if parts else None
+        self._slots, self._parts = slots, parts
+        #: Rows before each part, and in all.
+        self._offsets = np.cumsum([0, *map(len, parts)])
 
-    def between(
-        self, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.floating] | None]:
-        """Positions in `start..stop`, counted from `start`, and the rows that belong there."""
-        first, last = np.searchsorted(self._slots, [start, stop])
-        rows = None if self._rows is None else self._rows[first:last]
-        return self._slots[first:last] - start, rows
+    def put(self, target: NDArray[np.floating], start: int) -> None:
+        """Write the rows whose slots lie in `target`, the positions from `start` on.
+
+        Read where they are: 41 tiles of a 2B model are 86 MB.
+        """
+        first, last = np.searchsorted(self._slots, [start, start + len(target)])
+        for part, offset in zip(self._parts, self._offsets, strict=False):
+            begin, end = max(first, offset), min(last, offset + len(part))
+            if begin < end:
+                target[self._slots[begin:end] - start] = part[begin - offset : end - offset]
 
 
 def check_slots(slots: int, rows: int) -> None:
@@ -166,11 +170,16 @@ class Engine:
     def encode_tiles(self, tiles: Any, check: Callable[[], None]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)`, in bounded batches."""
         batch = vision_batch(self._spec)
-        parts = []
-        for start in range(0, len(tiles), batch):
+        check()
+        rows = self.backend.encode_tiles(tiles[:batch])
+        if len(tiles) > batch:
+            first = rows
+            rows = np.empty((len(tiles), *first.shape[1:]), first.dtype)
+            rows[:batch] = first
+        for start in range(batch, len(tiles), batch):
             check()
-            parts.append(self.backend.encode_tiles(tiles[start : start + batch]))
-        return np.concatenate(parts).reshape(-1, self._spec.language.hidden_size)
+            rows[start : start + batch] = self.backend.encode_tiles(tiles[start : start + batch])
+        return rows.reshape(-1, self._spec.language.hidden_size)
 
     def prefill(
         self, cache: Cache, sequence: TokenSequence, check: Callable[[], None]
@@ -261,9 +270,7 @@ class Engine:
         logit_rows: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         rows = self._embedding.rows(sequence.ids[start:stop])
-        slots, values = images.between(start, stop)
-        if len(slots):
-            rows[slots] = values
+        images.put(rows, start)
         return self._append(cache, rows, sequence.signatures[start:stop], base, logit_rows)
 
     def _append(

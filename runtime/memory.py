@@ -22,8 +22,8 @@ from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.prepared import WIDEST_BYTES, part_count
 
-#: Interpreter, libraries, two sessions of a model without weights.
-PROCESS_BYTES = 90 << 20
+#: Interpreter, libraries, two sessions of a model without weights, and what a first answer leaves.
+PROCESS_BYTES = 80 << 20
 #: Of the weights' bytes, what sessions hold besides them: scales, norms, the graphs.
 SESSION_SHARE = 0.0055
 #: A packed matrix beside the one in the file: column sums and scales lie between the values.
@@ -37,11 +37,11 @@ PACKING_COPIES = 5
 #: Of a weight.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 #: Activations of a pass in units of the MLP's widest, which is there before and after its
-#: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to.
-VISION_WIDE, LANGUAGE_WIDE = 3.0, 8.0
-#: Rows of the images: as encoded, and joined for the prompt. Pixels: the
-#: picture, its resized form and its tiles.
-ROW_COPIES, PIXEL_COPIES = 2, 3
+#: activation function, and narrower ones beside it: what ONNX Runtime's arenas grow to, at most
+#: (they double: two to four in the vision tower).
+VISION_WIDE, LANGUAGE_WIDE = 4.0, 8.0
+#: Rows of the images. Pixels: the picture as given, about as large as its tiles, and these.
+ROW_COPIES, PIXEL_COPIES = 1, 2
 #: Left to the system and other processes when deciding whether something fits.
 RESERVE_BYTES = 256 << 20
 
@@ -60,8 +60,6 @@ class MemoryPlan:
         images: rows and pixels of the images in the prompt.
         kv_cache: of all positions asked for.
         low_memory: whether the two graphs are held one at a time.
-        returned: whether the vision graph's activations are given back before the language
-            graph's: of a prepared graph in parts they are.
         process: interpreter, libraries, sessions.
     """
 
@@ -74,19 +72,21 @@ class MemoryPlan:
     images: int
     kv_cache: int
     low_memory: bool
-    returned: bool = False
     process: int = PROCESS_BYTES
 
     @property
     def total(self) -> int:
         """Peak anonymous memory."""
-        vision = self.vision_weights + self.vision
-        language = self.language_weights + self.language + self.kv_cache
-        in_turns = self.low_memory or self.returned
-        answer = self.images + (max(vision, language) if in_turns else vision + language)
-        # While the last session opens, the other's weights are there already.
-        load = self.packing + (0 if self.low_memory else self.vision_weights)
-        return self.process + self.sessions + max(load + self.language_weights, answer)
+        weights = self.vision_weights, self.language_weights
+        # A graph gives its activations back before the other one runs.
+        vision, language = self.vision, self.language + self.kv_cache
+        if self.low_memory:
+            answer = max(weights[0] + vision, weights[1] + language)
+            load = max(weights)
+        else:
+            answer = sum(weights) + max(vision, language)
+            load = sum(weights)
+        return self.process + self.sessions + max(load + self.packing, self.images + answer)
 
 
 def plan_memory(
@@ -120,7 +120,6 @@ def plan_memory(
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
-        returned=prepared and part_count(manifest, VISION_GRAPH) > 1,
     )
 
 

@@ -1,6 +1,6 @@
 """Images to tiles, exactly as InternVL does it (spec: Chen et al. 2024, arXiv:2404.16821, 3.1).
 
-`load_image` decodes anything to 8-bit RGB, `select_grid` chooses columns x rows, `tile_image`
+`load_pixels` decodes anything to 8-bit RGB, `select_grid` chooses columns x rows, `tile_image`
 resizes and cuts. Tiles stay uint8: normalisation is part of the vision graph. Resizing and cutting
 are done by the CPU kernel (`kernels/`), built on first use, or by Pillow where it cannot be built.
 """
@@ -58,21 +58,29 @@ class Tiler(Protocol):
 def tile_on_host(
     image: ImageLike, *, tile_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
 ) -> tuple[NDArray[np.uint8], bytes]:
-    """The tiler of the CPU; see `load_image` and `tile_image`."""
-    decoded = load_image(image)
+    """The tiler of the CPU; see `load_pixels` and `tile_image`."""
+    pixels = load_pixels(image)
     tiles = tile_image(
-        decoded,
+        pixels,
         tile_size=tile_size,
         min_tiles=min_tiles,
         max_tiles=max_tiles,
         thumbnail=thumbnail,
     )
-    return tiles, content_hash(np.asarray(decoded))
+    return tiles, content_hash(pixels)
 
 
 def tiles_on_host(tiles: Any) -> NDArray[np.uint8]:
     """Any tiler's tiles as a NumPy array."""
     return tiles if isinstance(tiles, np.ndarray) else tiles.to_host()
+
+
+def load_pixels(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """What `load_image` decodes, as uint8 `(H, W, 3)`; an array is not copied."""
+    if isinstance(source, np.ndarray):
+        check_array(source, max_pixels)
+        return np.asarray(source)
+    return np.asarray(load_image(source, max_pixels=max_pixels))
 
 
 def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -91,7 +99,7 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         ImageError: unreadable, truncated, empty or too large.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
+        return Image.fromarray(np.ascontiguousarray(load_pixels(source, max_pixels=max_pixels)))
     if isinstance(source, Image.Image):
         _check_pixels(source.size, max_pixels, "image")
         return _to_rgb(source, "image")
@@ -168,31 +176,34 @@ def select_grid(
 
 
 def tile_image(
-    image: Image.Image,
+    image: Image.Image | NDArray[np.uint8],
     *,
     tile_size: int,
     min_tiles: int = 1,
     max_tiles: int,
     thumbnail: bool = True,
 ) -> NDArray[np.uint8]:
-    """Cut an RGB image into tiles.
+    """Cut an RGB image, or its pixels uint8 `(H, W, 3)`, into tiles.
 
     Returns:
         uint8 `(tiles, tile_size, tile_size, 3)`, row-major; when there is more than one tile and
         `thumbnail` is set, the whole image squashed to one tile comes last.
     """
+    pixels = np.asarray(image)
+    height, width, _ = pixels.shape
     columns, rows = select_grid(
-        image.width, image.height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
+        width, height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
     )
     if ops.cpu_kernels() is not None:
         return ops.tile(
-            np.asarray(image),
+            pixels,
             columns=columns,
             rows=rows,
             tile_size=tile_size,
             thumbnail=thumbnail,
         )
-    grid = np.asarray(resize(image, columns * tile_size, rows * tile_size))
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    grid = np.asarray(resize(picture, columns * tile_size, rows * tile_size))
     # (rows * S, columns * S, 3) -> (rows, S, columns, S, 3) -> (rows * columns, S, S, 3)
     tiles = (
         grid.reshape(rows, tile_size, columns, tile_size, 3)
@@ -200,7 +211,7 @@ def tile_image(
         .reshape(rows * columns, tile_size, tile_size, 3)
     )
     if thumbnail and columns * rows > 1:
-        whole = np.asarray(resize(image, tile_size, tile_size))
+        whole = np.asarray(resize(picture, tile_size, tile_size))
         tiles = np.concatenate([tiles, whole[np.newaxis]])
     return np.ascontiguousarray(tiles)
 
@@ -222,11 +233,6 @@ def check_array(array: NDArray[Any], max_pixels: int = MAX_PIXELS) -> None:
             f"an image array is uint8 of shape (H, W, 3), not {array.dtype} {array.shape}"
         )
     _check_pixels((array.shape[1], array.shape[0]), max_pixels, "image array")
-
-
-def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
-    check_array(array, max_pixels)
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int, label: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends.chain import Chain
+from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import BundleError, DeviceError
 from internvl_edge.runtime.prepared import find_prepared, part_count, part_names
@@ -31,12 +31,6 @@ _ORT_TYPE = {
     "uint8": "tensor(uint8)",
     "bool": "tensor(bool)",
 }
-#: mallopt(3)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-#: Free blocks between others, for a matrix, its transpose and its packed form: larger than these,
-#: so that they still fit when small things have come to lie in them (else up to 2 s of the 26B's
-#: load). Memory is committed when it is written. Heaps of threads have 64 MB.
-_HOLES, _PIN, _HOLE = 5, 64 << 10, 61 << 20
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -140,9 +134,9 @@ class CpuGraphs:
         # The part with the largest matrices, the head's, is opened here: glibc keeps freed blocks
         # over 64 MB for its main thread only.
         *others, last = [name for graph in graphs for name in names[graph]]
-        loading = large_blocks_reused if prepared else contextlib.nullcontext
+        loading = large_blocks_reused if prepared else large_blocks_returned
         sessions = {}
-        with loading() as keep, ThreadPoolExecutor(max(1, len(others)), initializer=keep) as pool:
+        with loading() as enter, ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool:
             opening = {name: pool.submit(open_part, name) for name in others}
             sessions[last] = open_part(last)
             sessions |= {name: future.result() for name, future in opening.items()}
@@ -150,46 +144,6 @@ class CpuGraphs:
             chain = Chain([sessions[name] for name in names[graph]])
             check_graph(self._bundle, graph, chain)
             self._chains[graph] = chain
-
-
-@contextlib.contextmanager
-def large_blocks_reused() -> Iterator[Callable[[], None] | None]:
-    """Let the C library keep large blocks that are freed, and give them back at the end.
-
-    Even for prepared weights ONNX Runtime packs every matrix to find the stored form by its hash.
-    Each time that takes a new block from the system, which clears its pages; kept blocks bring the
-    load of the 26B from 11.0 to 4.7 s. (glibc only; elsewhere nothing changes.)
-
-    Yields:
-        what another thread calls once before it does the same; or None.
-    """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
-        yield None
-        return
-    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
-    pins: list[int] = []
-
-    def make_holes() -> None:
-        blocks = []
-        for _ in range(_HOLES):
-            blocks.append(library.malloc(_HOLE))
-            pins.append(library.malloc(_PIN))
-        for block in blocks:
-            library.free(block)
-
-    library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    try:
-        yield make_holes
-    finally:
-        for pin in pins:
-            library.free(pin)
-        # The largest values that glibc's own adaptation reaches.
-        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        library.malloc_trim(0)
 
 
 def check_graph(bundle: Bundle, graph: str, opened: Chain | ort.InferenceSession) -> None:

@@ -92,9 +92,13 @@ def test_more_never_takes_less(manifest: Manifest, tokens: int, tiles: int, more
 
 def test_one_graph_at_a_time_takes_the_larger() -> None:
     plan = MemoryPlan(2, 4, 50, 100, 7, 9, images=3, kv_cache=11, low_memory=False, process=1)
-    assert plan.total == 1 + 2 + 3 + (50 + 7) + (100 + 9 + 11)
-    assert replace(plan, low_memory=True).total == 1 + 2 + 3 + (100 + 9 + 11)
+    assert plan.total == 1 + 2 + 3 + (50 + 100) + (9 + 11)  # activations are given back
+    assert replace(plan, vision=30).total == 1 + 2 + 3 + (50 + 100) + 30
     assert replace(plan, packing=40).total == 1 + 2 + 50 + 100 + 40  # the load is its peak
+    plan = replace(plan, low_memory=True)
+    assert plan.total == 1 + 2 + 3 + (100 + 9 + 11)
+    assert replace(plan, vision=80).total == 1 + 2 + 3 + (50 + 80)
+    assert replace(plan, packing=40).total == 1 + 2 + 100 + 40
 
 
 def test_what_does_not_fit_is_refused_with_remedies(
@@ -126,7 +130,7 @@ def test_what_is_cached_already_is_not_counted_again(
     """Weights and the process are there: a prompt is charged for what it adds."""
     guard = MemoryGuard(manifest, prepared=False, low_memory=False)
     plan = plan_memory(manifest, tokens=64, tiles=1, prepared=False, low_memory=False)
-    added = plan.vision + plan.language + plan.images + plan.kv_cache
+    added = plan.images + max(plan.vision, plan.language + plan.kv_cache)
     monkeypatch.setattr(memory, "available_memory", lambda: memory.RESERVE_BYTES + added)
     guard.check_prompt(64, 1)
     with pytest.raises(LimitError):
@@ -135,24 +139,13 @@ def test_what_is_cached_already_is_not_counted_again(
         guard.check_load()
 
 
-def test_graphs_in_parts_give_activations_back(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both graphs' activations are not there at once; more parts pack weights at once."""
-
+def test_more_parts_pack_more_at_once(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     def planned() -> MemoryPlan:
         return plan_memory(manifest, tokens=900, tiles=40, prepared=True, low_memory=False)
 
     whole = planned()
     monkeypatch.setattr(prepared_module, "PART_BYTES", 1)
-    parts = planned()
-    assert (whole.returned, parts.returned) == (False, True)
-    assert whole.packing < parts.packing
-    # Beyond what opening takes: the larger of the two, not both.
-    parts = replace(parts, packing=0)
-    assert whole.total - parts.total == min(whole.vision, whole.language + whole.kv_cache)
-    plain = plan_memory(manifest, tokens=900, tiles=40, prepared=False, low_memory=False)
-    assert not plain.returned
+    assert whole.packing < planned().packing
 
 
 def test_low_memory_gives_the_same_answers(golden_bundle: Path, golden_model: InternVL) -> None:
