@@ -1,12 +1,15 @@
-"""What a figure was measured on: processor, clocks, memory, load, library versions."""
+"""What a figure was measured on: processor, clocks, memory, load, versions, the command."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,16 @@ def describe_machine(threads: int, root: Path = Path("/")) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "libraries": _versions(),
+        "command": command_line(sys.argv),
     }
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What was typed, to be typed again; of whole paths the last name: results are shared."""
+    # A path stands alone or behind "--option=".
+    return shlex.join(
+        re.sub(r"^(--[\w-]+=)?/(?:.*/(?!$))?", r"\1", a, flags=re.S) for a in arguments
+    )
 
 
 def busy_note(machine: dict[str, Any]) -> str | None:

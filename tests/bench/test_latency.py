@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from internvl_edge.bench.latency import (
     picture,
     question,
 )
-from internvl_edge.bench.machine import busy_note, cache_note, describe_machine
+from internvl_edge.bench.machine import busy_note, cache_note, command_line, describe_machine
 from internvl_edge.bench.stored import read_result, violation, write_result
 from internvl_edge.bench.tables import PHASES, render_text
 from internvl_edge.runtime import InternVL
@@ -210,6 +211,15 @@ def test_a_machine_that_tells(tmp_path: Path) -> None:
     assert "load 99.5" in (busy_note(machine) or "")
     assert "fit the 4 MB" in (cache_note(machine, "m", 1000) or "")
     assert cache_note(machine, "m", 5 << 20) is None
+
+
+def test_a_result_says_what_was_typed_without_folders(tmp_path: Path) -> None:
+    typed = ["/usr/local/bin/internvl-edge", "bench", "memory", "/data/b 2", "--tiles", "13"]
+    said = command_line([*typed, "--json=/data/x.json", "near/by", "--ratio=1/2", "/data/b2/"])
+    assert said == (
+        "internvl-edge bench memory 'b 2' --tiles 13 --json=x.json near/by --ratio=1/2 b2/"
+    )
+    assert describe_machine(1, root=tmp_path)["command"] == command_line(sys.argv)
 
 
 def test_stop_token_does_not_end_an_answer(result: dict[str, Any], integer_bundle: Path) -> None:
