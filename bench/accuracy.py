@@ -22,8 +22,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from internvl_edge.bench.intervals import Comparison, Estimate
+from internvl_edge.bench.machine import describe_machine
 from internvl_edge.bench.peers.answers import NAMES as LLAMA_CPP
 from internvl_edge.bench.peers.answers import absent, llamacpp_models
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
@@ -144,6 +146,7 @@ def run_accuracy(
     known = [case.name for case in CASES] + (list(LLAMA_CPP) if peers else [])
     if unknown := set(only) - set(known):
         raise LimitError(f"--only {sorted(unknown)[0]!r} is unknown; known: {', '.join(known)}")
+    check_writable(output)
     checkpoint = example_room() / "checkpoint"
     questions = list(held_out(images))
     rows = []
@@ -172,8 +175,13 @@ def run_accuracy(
                 rows.append(_row(loaded.name, loaded.nbytes, scores, exact, None))
                 print(_line(rows[-1]), flush=True)
     if output is not None:
-        report = {"images": images, "turns": TURNS, "rows": [asdict(row) for row in rows]}
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {
+            "images": images,
+            "turns": TURNS,
+            "rows": [asdict(row) for row in rows],
+            "machine": describe_machine(threads or 0),
+        }
+        write_result(report, output)
     return 0
 
 

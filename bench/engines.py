@@ -10,13 +10,14 @@ version: there the figures are estimates.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.bench.machine import describe_machine
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.bench.synthetic import SyntheticWeights, internvl_1_5
 from internvl_edge.export.decisions import Recipe
 from internvl_edge.export.gate import DEFAULT_SHAPES, MIB, GraphReport, build_graph
@@ -124,6 +125,7 @@ def extrapolate(small: Sequence[GraphReport], large: Sequence[GraphReport]) -> l
 
 def run_engines(*, output: Path | None) -> int:
     """Build, print the tables and store them; returns the exit status."""
+    check_writable(output)
     version = require_builder()
     builds = []
     for layers in DEPTHS:
@@ -144,8 +146,9 @@ def run_engines(*, output: Path | None) -> int:
             },
             "whole": [asdict(graph) for graph in whole],
             "targets": verdicts,
+            "machine": describe_machine(0),
         }
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_result(report, output)
     return 0
 
 

@@ -8,7 +8,6 @@ where it stopped. A question whose image cannot be read is a failure that is cou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 from internvl_edge.bench.datasets import DataError, Dataset, Question, load_dataset
 from internvl_edge.bench.intervals import Comparison, Estimate
 from internvl_edge.bench.journal import Answer, Journal
+from internvl_edge.bench.machine import describe_machine
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import read_manifest, sha256_file
@@ -91,6 +92,7 @@ def run_evaluation(
         LimitError: options out of range.
     """
     _check(bundles, outputs, options)
+    check_writable(report)
     dataset = load_dataset(data, metric)
     questions = dataset.questions[: options.limit]
     paths = list(outputs) or [
@@ -115,8 +117,9 @@ def run_evaluation(
             "options": asdict(options),
             "bundles": [asdict(entry) for entry in reports],
             "comparison": {name: asdict(entry) for name, entry in comparison.items()},
+            "machine": describe_machine(engine.threads or 0),
         }
-        report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_result(content, report)
     return 0
 
 

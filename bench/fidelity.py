@@ -9,7 +9,6 @@ their next-token distributions are compared at every token of the answer.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from internvl_edge.bench.accuracy import held_out
 from internvl_edge.bench.datasets import DataError, load_dataset
 from internvl_edge.bench.evaluation import Engine
 from internvl_edge.bench.intervals import Estimate
+from internvl_edge.bench.machine import describe_machine
+from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.errors import BundleError, ImageError, LimitError, PromptError
@@ -129,6 +130,7 @@ def run_fidelity(
     for name, value in (("--images", images), ("--max-new-tokens", max_new_tokens)):
         if value < 1:
             raise LimitError(f"{name} is {value}, it must be at least 1")
+    check_writable(report)
     items = _items(data, suffix) if data is not None else _tiny_ocr(images)
     parent = InternVL.load(reference, device=engine.device, threads=engine.threads)
     model = InternVL.load(bundle, device=engine.device, threads=engine.threads)
@@ -149,8 +151,9 @@ def run_fidelity(
     result = Fidelity.of(compared)
     print("\n".join(_lines(result, failures)))
     if report is not None:
-        content = {**asdict(result), "answers": answers, "failures": failures}
-        report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        machine = describe_machine(engine.threads or 0)
+        found = {**asdict(result), "answers": answers, "failures": failures, "machine": machine}
+        write_result(found, report)
     return 0
 
 

@@ -21,6 +21,7 @@ def test_rows_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     report = json.loads(output.read_text())
     plain, quantised = report["rows"]
     assert report["images"] == 3
+    assert report["machine"]["libraries"]["onnxruntime"]
     assert plain["score"]["count"] == quantised["score"]["count"] >= 3
     assert quantised["megabytes"] < 0.3 * plain["megabytes"]
     assert quantised["naive"]["count"] == plain["score"]["count"]
