@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,7 @@ def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecisi
 
 def fits_in_memory(size: int) -> str:
     """Whether weights of `size` bytes fit the memory that is free now, and both figures."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_memory()
     verdict = "yes" if size < free else "no"
     return f"{verdict}: weights {_bytes(size)}, free memory {_bytes(free)}"
 

@@ -235,11 +235,13 @@ def _gib(size: int) -> str:
 
 
 def _meminfo(root: Path) -> int:
-    """What the kernel would give without swapping; free pages where it does not tell."""
+    """What the kernel would give without swapping; where it does not tell, what there is."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii")
     except OSError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # macOS does not even know of free ones.
+        known = [name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in os.sysconf_names]
+        return os.sysconf(known[0]) * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return int(fields["MemAvailable"].split()[0]) * 1024
 
