@@ -120,8 +120,9 @@ def filter_logits(
         scores[scores < kth] = -np.inf
     if sampling.top_p < 1:
         order = np.argsort(-scores, kind="stable")
-        before = np.cumsum(_softmax(scores[order])) - _softmax(scores[order])
-        scores[order[before >= sampling.top_p]] = -np.inf  # the first one always stays
+        # Of it and of all less likely ones, smallest first: beside the large ones they would round.
+        tail = np.cumsum(_softmax(scores[order])[::-1])[::-1]
+        scores[order[1:][tail[1:] <= 1 - sampling.top_p]] = -np.inf  # the first one always stays
     if sampling.min_p > 0:
         scores[scores < scores.max() + np.log(sampling.min_p)] = -np.inf
     return scores

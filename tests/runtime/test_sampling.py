@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -19,6 +19,7 @@ from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling, filter
 
 
 @settings(max_examples=150, deadline=None)
+@example(vocab=8, seed=18, temperature=0.25, top_k=0, top_p=1 - 2**-53, min_p=0.0, penalty=1.0)
 @given(
     vocab=st.integers(2, 50),
     seed=st.integers(0, 2**32 - 1),
