@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _HOLES, _PIN, _HOLE = 5, 64 << 10, 61 << 20
 #: Blocks from this size on go back to the system when they are freed, smaller ones when twice as
 #: much is free at a heap's end. Left to itself glibc moves these up to 32 and 64 MB, and keeps
-#: activations that ONNX Runtime gives back: 526 MB instead of 424 for 13 tiles of the 2B. With 4 MB
+#: activations that ONNX Runtime gives back: 526 MB instead of 423 for 13 tiles of the 2B. With 4 MB
 #: tiny_ocr's arenas are cut from the heap anew each pass, which grew by 1 % in fifty turns.
 _RETURNED = 256 << 10
 
