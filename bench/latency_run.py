@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +34,7 @@ from internvl_edge.bench.tables import render_text
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import Manifest, open_bundle
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.errors import ExportError, LimitError
 
 #: Fresh processes per bundle; each hashes the whole bundle, as a user's load does.
 COLD_STARTS = 3
@@ -53,6 +53,7 @@ def run_latency(
     threads: int | None,
     json_file: Path | None,
     html_file: Path | None,
+    png_file: Path | None,
 ) -> int:
     """Measure and print; returns the exit status.
 
@@ -63,6 +64,7 @@ def run_latency(
 
     Raises:
         LimitError: nothing to repeat, a bad grid, or an output that cannot be written.
+        ExportError: plots as PNG are wanted, and matplotlib is not installed.
         DeviceError: a fresh process failed.
         BundleError: not a bundle.
     """
@@ -72,7 +74,8 @@ def run_latency(
             " needed"
         )
     points = grid(tiles, prompt, new_tokens)
-    check_writable(json_file, html_file)
+    check_writable(json_file, html_file, png_file)
+    render_png = None if png_file is None else _png_renderer()
     manifests = [open_bundle(path, verify="size").manifest for path in bundles]
     for manifest in manifests:
         for point in points:
@@ -135,8 +138,22 @@ def run_latency(
     if json_file is not None:
         write_result(result, json_file)
     if html_file is not None:
-        write_whole(render_html(result), html_file)
+        write_whole(render_html(result).encode(), html_file)
+    if png_file is not None and render_png is not None:
+        write_whole(render_png(result), png_file)
     return 0
+
+
+def _png_renderer() -> Callable[[Mapping[str, Any]], bytes]:
+    """`bench.png.render_png`; before anything is measured, for its library may be absent."""
+    try:
+        from internvl_edge.bench.png import render_png
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"--png needs the package {error.name}: pip install 'internvl-edge[bench]'; --html"
+            " needs none"
+        ) from error
+    return render_png
 
 
 def _notes(

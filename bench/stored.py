@@ -24,10 +24,10 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         LimitError: the file cannot be written.
     """
-    write_whole(json.dumps(result, indent=1) + "\n", path)
+    write_whole((json.dumps(result, indent=1) + "\n").encode(), path)
 
 
-def write_whole(text: str, path: Path) -> None:
+def write_whole(content: bytes, path: Path) -> None:
     """Write a file beside its place and rename it.
 
     Raises:
@@ -35,7 +35,7 @@ def write_whole(text: str, path: Path) -> None:
     """
     aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
         raise LimitError(f"cannot write {path}: {error.strerror}") from error

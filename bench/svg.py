@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 
-#: Okabe and Ito's colours: told apart with any kind of colour vision.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+from internvl_edge.bench.plots import COLOURS, Bar
+
 WIDTH, LABEL, VALUE = 860, 230, 110
 BAR, GAP = 20, 10
 CURVE_HEIGHT, MARGIN = 240, 46
 #: Most labels along an axis.
 TICKS = 5
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One row: pieces side by side by name, a text behind them, and a mark to compare with."""
-
-    label: str
-    pieces: Mapping[str, float]
-    text: str
-    mark: float | None = None
 
 
 def stacked_bars(bars: Sequence[Bar], names: Sequence[str]) -> str:

@@ -42,6 +42,7 @@ def _add_latency(subjects: Commands) -> None:
     add_threads(latency)
     latency.add_argument("--json", type=Path, metavar="FILE", help="store every sample there")
     latency.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
+    latency.add_argument("--png", type=Path, metavar="FILE", help="write the plots as a picture")
     latency.set_defaults(run=_latency)
 
 
@@ -61,6 +62,7 @@ def _latency(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         json_file=arguments.json,
         html_file=arguments.html,
+        png_file=arguments.png,
     )
 
 

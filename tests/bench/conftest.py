@@ -38,7 +38,7 @@ def integer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def latency_files(integer_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `result.json` and `report.html`, measured once: no picture, and four tiles."""
+    """Folder of `result.json`, `report.html`, `plots.png`: once, no picture, and four tiles."""
     folder = tmp_path_factory.mktemp("latency")
     run_latency(
         [integer_bundle],
@@ -51,6 +51,7 @@ def latency_files(integer_bundle: Path, tmp_path_factory: pytest.TempPathFactory
         threads=1,
         json_file=folder / "result.json",
         html_file=folder / "report.html",
+        png_file=folder / "plots.png",
     )
     return folder
 

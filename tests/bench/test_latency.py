@@ -32,7 +32,8 @@ WITH_PICTURE = {"decode_image", "tile", "vision", "vision_per_tile"}
 def test_result_follows_the_schema(latency_files: Path, result: dict[str, Any]) -> None:
     assert violation(result) is None
     assert read_result(latency_files / "result.json") == result
-    assert {path.name for path in latency_files.iterdir()} == {"result.json", "report.html"}
+    written = {path.name for path in latency_files.iterdir()}
+    assert written == {"result.json", "report.html", "plots.png"}
 
 
 def runs_of(result: dict[str, Any]) -> int:

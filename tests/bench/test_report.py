@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvl_edge.bench.plots import COLOURS, FIRST_TOKEN, Bar
 from internvl_edge.bench.report import render_html
-from internvl_edge.bench.svg import COLOURS, Bar, distributions, stacked_bars
+from internvl_edge.bench.svg import distributions, stacked_bars
 from internvl_edge.bench.tables import PHASES
+from internvl_edge.runtime.cli import main
 
 VOID = {"meta", "br"}
 #: What makes a browser fetch something, in attributes and in styles.
@@ -155,6 +158,38 @@ def test_a_distribution_rises_to_the_top() -> None:
 def test_bars_of_nothing_are_drawn() -> None:
     svg = ElementTree.fromstring(stacked_bars([Bar("none", {"a": 0.0}, "0 ms")], ["a"]))
     assert all("nan" not in path.attrib["d"] for path in svg.iter("path"))
+
+
+def test_plots_as_a_picture(latency_files: Path, result: dict[str, Any]) -> None:
+    """All colours are seen, and the first bar with a picture is to scale."""
+    pixels = np.asarray(Image.open(latency_files / "plots.png").convert("RGB"))
+    seen = {
+        name: (pixels == list(bytes.fromhex(colour[1:]))).all(axis=-1).sum(axis=1)
+        for name, colour in zip(FIRST_TOKEN, COLOURS, strict=False)
+    }
+    assert all(rows.sum() > 100 for rows in seen.values())  # in the legends, if a bar is thin
+    # From above, the first row of pixels in which vision is wider than in a legend.
+    row = int(np.argmax(seen["vision"] > 40))
+    (point,) = (p for p in result["models"][0]["points"] if p["tiles"])
+    vision, prefill = (point["phases"][name]["median"] for name in ("vision", "prefill"))
+    # Edges between two colours are blended: a pixel at either end.
+    expected = seen["prefill"][row] * vision / prefill
+    assert seen["vision"][row] == pytest.approx(expected, abs=2 + 2 * vision / prefill)
+
+
+def test_a_picture_without_matplotlib(
+    integer_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said before anything is measured."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "internvl_edge.bench.png", raising=False)
+    picture = tmp_path / "plots.png"
+    assert main(["bench", "latency", str(integer_bundle), "--png", str(picture)]) == 2
+    assert "pip install 'internvl-edge[bench]'" in capsys.readouterr().err
+    assert not picture.exists()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
