@@ -25,6 +25,7 @@ setup(
     package_data={
         "*": ["py.typed"],
         "internvl_edge.bench": ["*.schema.json"],
+        "internvl_edge.runtime": ["probes/*.onnx"],
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.examples.tiny_ocr": ["checkpoint/*", "receipt.*"],
     },

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.roofline import Ceiling
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.products import use_exact_products
 
 #: Far beyond any last-level cache, and long enough that starting the threads does not count: four
 #: threads read 256 MiB at 46-51 GB/s and 1 GiB at 59-71 on an AMD EPYC.
@@ -82,10 +84,11 @@ def matrix_rate(dtype: str, threads: int, *, runs: int = 5) -> float:
     Args:
         dtype: float32, float16, or int8 (unsigned times signed, as W8A8 layers run).
     """
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     model, x = _product(dtype)
     options = ort.SessionOptions()
+    use_exact_products(options)
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     session.run(None, {"x": x})

@@ -38,6 +38,8 @@ from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import WeightReader
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.contract import CachePrecision
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.products import use_exact_products
 from internvl_edge.runtime.rope import rope_rows
 from internvl_edge.runtime.specs import ModelSpec
 
@@ -201,13 +203,14 @@ def _compare(
 
 
 def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable[[Feed], list[Any]]:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     folder.mkdir()
     dialect = OnnxRuntimeDialect(GraphBuilder("unit"), plan)
     unit.build(dialect, WeightReader(SyntheticWeights(internvl_1_5()), "float32"), "fp32")
     dialect.graph.save(folder, lambda _: None)
     options = ort.SessionOptions()
+    use_exact_products(options)
     options.intra_op_num_threads = threads
     # The other run's threads would spin into this one's first milliseconds.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -220,7 +223,7 @@ def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable
 
 def _matrix_rate(threads: int) -> float:
     """GFLOP/s of ONNX Runtime's own float32 matrix product, 1025 x 3200 x 12800."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
     from onnx import TensorProto, helper, numpy_helper
 
     rows, inner, columns = 1025, 3200, 12800

@@ -25,6 +25,8 @@ from internvl_edge.bench.statistics import percentile
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.bundle import Bundle, open_bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.products import use_exact_products
 from internvl_edge.runtime.rope import rope_rows
 
 if TYPE_CHECKING:
@@ -135,12 +137,13 @@ def _profile_language(
 
 
 def _session(graph: Path, threads: int | None, folder: Path) -> ort.InferenceSession:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / graph.stem)
     options.log_severity_level = 3
+    use_exact_products(options)
     if threads is not None:
         options.intra_op_num_threads = threads
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -148,7 +151,7 @@ def _session(graph: Path, threads: int | None, folder: Path) -> ort.InferenceSes
 
 def _bind_cache(session: Any, bundle: Bundle, capacity: int) -> tuple[Any, list[Any]]:
     """Past and present on one buffer each, as the runtime binds them."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     manifest, language = bundle.manifest, bundle.spec.language
     zeros = np.zeros(contract.cache_shape(language, capacity), contract.CACHE_DTYPE[manifest.kv])

@@ -20,6 +20,8 @@ from internvl_edge.export.search import InputStats
 from internvl_edge.export.weights import Weight, WeightReader
 from internvl_edge.runtime.contract import CachePrecision, Tensor
 from internvl_edge.runtime.errors import DeviceError
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.products import use_exact_products
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -175,7 +177,7 @@ def run_planned(
 
 def check_device(device: Device) -> None:
     """Raise DeviceError unless the installed ONNX Runtime has the device's provider."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     available = ort.get_available_providers()
     if PROVIDERS[device] not in available:
@@ -199,12 +201,14 @@ def _run(
 
 
 def _session(graph: Path, device: Device, pack: bool) -> ort.InferenceSession:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Float weights stay where they are mapped: packing would hold a second copy of the layer.
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
+    if pack:
+        use_exact_products(options)
     # Between runs NumPy works: threads that spin for the next one would be in its way.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     check_device(device)

@@ -30,6 +30,7 @@ from internvl_edge.export.cut import cut_graph
 from internvl_edge.export.graph import ALIGNMENT
 from internvl_edge.export.split import split_outputs
 from internvl_edge.runtime.errors import ExportError
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import WIDEST_BYTES
 
 #: Operators that pack a weight: which input it is, and which has the dtype of the first.
@@ -167,7 +168,7 @@ class _Probe:
 
     def packing(self, name: str, values: Bytes) -> Packing | None:
         """What ONNX Runtime stores for weight `name` when it holds `values`; None: nothing."""
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         options = ort.SessionOptions()
         options.log_severity_level = 3

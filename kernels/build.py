@@ -152,10 +152,15 @@ def cpu_identity() -> str:
     return "\n".join(lines)
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept for this user, whether or not it exists yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "internvl-edge"
+
+
 def cache_directory() -> Path:
     """Where products are kept, whether or not it exists yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "internvl-edge" / "kernels"
+    return user_cache() / "kernels"
 
 
 def _cached(command: list[str], version: str, name: str, *, cpu: str) -> Path:

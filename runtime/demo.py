@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_edge.kernels.build import user_cache
 from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.devices import Device
 from internvl_edge.runtime.errors import BundleError, CheckpointError, LimitError
@@ -107,8 +107,7 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
         key = hashlib.sha256(weights.read_bytes() + (checkpoint / "config.json").read_bytes())
     except OSError as error:
         raise CheckpointError(f"the demo checkpoint is incomplete: {error}") from error
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    bundle = cache / "internvl-edge" / f"tiny-ocr-{key.hexdigest()[:12]}"
+    bundle = user_cache() / f"tiny-ocr-{key.hexdigest()[:12]}"
     size = weights.stat().st_size / 1e6
     _say("checkpoint", f"tiny_ocr, {size:.1f} MB of weights: InternViT (RMSNorm) + InternLM2 (GQA)")
     if (bundle / MANIFEST).exists():

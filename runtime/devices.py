@@ -103,9 +103,9 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
     cpu_kernels()  # compiled once per machine: here rather than in the first answer
     if bundle.manifest.dialect != "onnxruntime":
         return Opened(ReferenceBackend(bundle, threads, note), tile_on_host)
-    guard = MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory)
-    guard.check_load()
+    MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory).check_load()
     backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)
+    guard = MemoryGuard(bundle.manifest, backend.prepared, low_memory)
     return Opened(backend, tile_on_host, memory=guard)
 
 

@@ -35,3 +35,15 @@ class LimitError(InternVLEdgeError):
 
 class DeviceError(InternVLEdgeError):
     """The device or execution provider asked for is not available."""
+
+
+class InternVLEdgeWarning(UserWarning):
+    """Something is not as it should be, and the answer is right all the same."""
+
+
+class VersionWarning(InternVLEdgeWarning):
+    """A package is in a version that was not tried."""
+
+
+class PreparedWarning(InternVLEdgeWarning):
+    """Prepared weights do not fit and were left out: loading is slower and takes more memory."""

@@ -8,9 +8,7 @@ there in parts that load at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from internvl_edge.runtime.contract import (
     VISION_GRAPH,
 )
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.machine import machine_key
+from internvl_edge.runtime.products import AS_STORED, bundle_form
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
@@ -32,16 +32,7 @@ WIDEST_BYTES = 128 << 20
 #: 26B's language graph is three, its vision graph two.)
 PART_BYTES = 4 << 30
 
-#: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
-_KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
-
-
-def machine_key() -> str:
-    """Name of what packed weights depend on: ONNX Runtime's version and the CPU's features."""
-    import onnxruntime as ort
-
-    digest = hashlib.sha256(" ".join(_cpu_flags()).encode()).hexdigest()
-    return f"onnxruntime-{ort.__version__}-{platform.machine()}-{digest[:12]}"
+PREPARE_AGAIN = "run 'internvl-edge prepare --overwrite' on the bundle"
 
 
 def superseded(folder: Path) -> list[Path]:
@@ -78,16 +69,30 @@ def prepared_manifest(bundle: Bundle, files: Mapping[str, FileEntry]) -> str:
 
 
 def is_prepared(bundle: Bundle) -> bool:
-    """Whether there are packed graphs for this machine and this bundle; their files may be damaged.
+    """Whether there are packed graphs for this machine and this bundle; files may be damaged."""
+    try:
+        return _manifest(bundle) is not None
+    except BundleError:
+        return False
 
-    Raises:
-        BundleError: their manifest is.
-    """
-    return _manifest(bundle) is not None
+
+def why_none(bundle: Bundle) -> str | None:
+    """Explain why what was prepared is not used here and how to mend it; None: nothing was."""
+    folder = prepared_folder(bundle)
+    if folder.is_dir():
+        what = "were made from another export of this bundle, or before it was found which products"
+        return f"prepared weights in {folder} {what} are exact here; {PREPARE_AGAIN}"
+    others = sorted(path.name for path in folder.parent.glob("*") if (path / MANIFEST).exists())
+    if not others:
+        return None
+    return (
+        f"prepared weights in {folder.parent} are for {', '.join(others)}, this is {folder.name};"
+        " run 'internvl-edge prepare' on the bundle"
+    )
 
 
 def find_prepared(bundle: Bundle) -> Path | None:
-    """The packed graphs that fit this machine and this bundle, or None.
+    """The packed graphs that fit this machine and this bundle, or None; see `why_none`.
 
     Raises:
         BundleError: they are there, but damaged.
@@ -96,7 +101,7 @@ def find_prepared(bundle: Bundle) -> Path | None:
     if data is None:
         return None
     for name, entry in _entries(bundle, data).items():
-        check_file(folder / name, entry, bundle.verify, _REMEDY)
+        check_file(folder / name, entry, bundle.verify, PREPARE_AGAIN)
     return folder
 
 
@@ -108,13 +113,10 @@ def _manifest(bundle: Bundle) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}; {_REMEDY}") from error
-    if not isinstance(data, dict) or any(data.get(k) != v for k, v in _origin(bundle).items()):
+        raise BundleError(f"cannot read {path}: {error}; {PREPARE_AGAIN}") from error
+    if not isinstance(data, dict) or not _is_origin(data, bundle):
         return None
     return data
-
-
-_REMEDY = "run 'internvl-edge prepare --overwrite' on the bundle"
 
 
 def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
@@ -125,32 +127,29 @@ def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
             for name, entry in data["files"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BundleError(f"{path} is damaged; {_REMEDY}") from None
+        raise BundleError(f"{path} is damaged; {PREPARE_AGAIN}") from None
     graphs = [
         name
         for graph in (VISION_GRAPH, LANGUAGE_GRAPH)
         for name in part_names(graph, part_count(bundle.manifest, graph))
     ]
     if set(entries) != {*graphs, *(str(Path(name).with_suffix(".data")) for name in graphs)}:
-        raise BundleError(f"{path} is damaged; {_REMEDY}")
+        raise BundleError(f"{path} is damaged; {PREPARE_AGAIN}")
     return entries
 
 
+def _is_origin(data: Mapping[str, Any], bundle: Bundle) -> bool:
+    return {key: value for key, value in data.items() if key != "files"} == _origin(bundle)
+
+
 def _origin(bundle: Bundle) -> dict[str, Any]:
-    """Hashes of the graphs and of their weights, and how both are cut."""
+    """What packed graphs depend on besides the machine.
+
+    Hashes of the graphs and of their weights, how both are cut, and, where it is not the stored
+    one, the form of the integer products.
+    """
     files = bundle.manifest.files
     source = {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
-    return {"source": source, "widest_bytes": WIDEST_BYTES, "part_bytes": PART_BYTES}
-
-
-def _cpu_flags() -> list[str]:
-    """Features of the first CPU that matter, sorted; its name where the system lists none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return sorted({flag for flag in value.split() if flag.startswith(_KERNEL_FLAGS)})
-    return [platform.processor() or platform.machine()]
+    form = bundle_form(bundle.manifest)
+    forms = {} if form == AS_STORED else {"products": form.name}
+    return {"source": source, "widest_bytes": WIDEST_BYTES, "part_bytes": PART_BYTES, **forms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from PIL import Image
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
+
+# Tests open sessions of their own before the runtime does; see `runtime.ort`.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # A busy machine draws and runs slowly, which says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

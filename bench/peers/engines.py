@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.peers.llamacpp import LlamaCpp
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.engine import TokenSequence
+from internvl_edge.runtime.ort import load_onnxruntime
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -119,7 +120,7 @@ class OptimumEngine:
     """Optimum's ONNX Runtime model, exported from a Llama checkpoint, in float32."""
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.runtime.ort import load_onnxruntime
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -117,7 +119,7 @@ class _Part:
 
 
 def _floats(shape: tuple[int, int]) -> ort.OrtValue:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     return ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
 
@@ -128,7 +130,7 @@ def _run_options() -> ort.RunOptions:
     Taking it anew costs page faults: 30 ms a pass of 512 tokens at the 26B's width, which with its
     48 layers takes 18 s; 0.05 of tiny_ocr's 0.7 ms.
     """
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

@@ -15,6 +15,7 @@ from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 
 
@@ -69,12 +70,13 @@ class OnnxRuntimeBackend:
 
     Raises:
         BundleError: a graph does not load, or its inputs are not the contract's.
+        DeviceError: integer products are wrong on this machine.
     """
 
     def __init__(
         self, bundle: Bundle, threads: int | None, note: str = "", *, low_memory: bool = False
     ) -> None:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         self._spec = bundle.spec
         manifest = bundle.manifest
@@ -92,6 +94,11 @@ class OnnxRuntimeBackend:
     @property
     def description(self) -> str:
         return self._description
+
+    @property
+    def prepared(self) -> bool:
+        """Whether weights are mapped from prepared files."""
+        return self._graphs.prepared
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""

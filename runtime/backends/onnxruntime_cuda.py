@@ -26,6 +26,7 @@ from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 from internvl_edge.runtime.sampling import Candidates
 
@@ -36,7 +37,7 @@ def cuda_provider(cuda: Cuda) -> Provider:
     Raises:
         DeviceError: the context is not the device's primary one.
     """
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     with cuda.active():
         cuda.check_primary()
@@ -213,7 +214,7 @@ class OnnxRuntimeCudaBackend:
     """
 
     def __init__(self, bundle: Bundle, cuda: Cuda, provider: Provider, threads: int | None) -> None:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         self._bundle, self._cuda = bundle, cuda
         manifest = bundle.manifest

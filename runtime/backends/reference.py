@@ -20,6 +20,7 @@ from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 
 #: The cache is read in multiples of this, as an engine's captured graphs do.
@@ -61,7 +62,7 @@ class ReferenceBackend:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None, note: str = "") -> None:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         manifest = bundle.manifest
         self._spec = bundle.spec.language

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,8 +17,17 @@ from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends.chain import Chain
 from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
 from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.errors import BundleError, DeviceError
-from internvl_edge.runtime.prepared import find_prepared, part_count, part_names
+from internvl_edge.runtime.errors import BundleError, DeviceError, PreparedWarning
+from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.prepared import (
+    PREPARE_AGAIN,
+    find_prepared,
+    part_count,
+    part_names,
+    why_none,
+)
+from internvl_edge.runtime.products import AS_STORED, Form, bundle_form
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -46,11 +56,13 @@ class Provider:
             meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr); "basic", into equal
             ones; or "none": in a prepared graph there is nothing, and looking takes 0.3 s of the
             26B's load.
+        form: in which integer products are exact on this machine.
     """
 
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
     optimise: Literal["all", "basic", "none"] = "all"
+    form: Form = AS_STORED
 
     @property
     def name(self) -> str:
@@ -59,7 +71,7 @@ class Provider:
 
 def check_provider(device: str) -> None:
     """Raise DeviceError unless the installed ONNX Runtime was built for "cpu" or "cuda"."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
@@ -76,8 +88,9 @@ def open_graphs(
 
     Raises:
         BundleError: a graph does not load, or its inputs are not the contract's.
-        DeviceError: the provider did not start.
+        DeviceError: the provider did not start, or integer products are wrong on this machine.
     """
+    provider = replace(provider, form=bundle_form(bundle.manifest))
     sessions = []
     for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
         sessions.append(open_session(bundle.path, graph, provider, threads))
@@ -88,6 +101,8 @@ def open_graphs(
 class CpuGraphs:
     """Both graphs of a bundle on the CPU, prepared for this machine where they are.
 
+    Where prepared ones do not fit, the plain graphs are opened instead, with a warning.
+
     Args:
         bundle: a verified bundle.
         threads: intra-op threads; None is one per core.
@@ -95,15 +110,24 @@ class CpuGraphs:
 
     Raises:
         BundleError: a graph does not load, or its inputs are not the contract's.
+        DeviceError: integer products are wrong on this machine.
+        LimitError: prepared graphs do not fit, and the plain ones do not fit into memory.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads = bundle, threads
-        self._prepared = find_prepared(bundle)
+        self._guard = MemoryGuard(bundle.manifest, prepared=False, low_memory=one_at_a_time)
+        self._form = bundle_form(bundle.manifest)
+        self._prepared = self._find_prepared()
         self._chains: dict[str, Chain] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
             self._open(contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether weights are mapped from prepared files."""
+        return self._prepared is not None
 
     @property
     def vision(self) -> Chain:
@@ -120,13 +144,38 @@ class CpuGraphs:
                 self._open(graph)
             return self._chains[graph]
 
-    def _open(self, *graphs: str) -> None:
-        """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
-        prepared, manifest = self._prepared, self._bundle.manifest
-        provider = Provider(optimise="none" if prepared else "all")
-        open_part = partial(
-            open_session, prepared or self._bundle.path, provider=provider, threads=self._threads
+    def _find_prepared(self) -> Path | None:
+        try:
+            found = find_prepared(self._bundle)
+        except BundleError as error:
+            self._warn(str(error))
+            return None
+        if found is None and (reason := why_none(self._bundle)) is not None:
+            self._warn(reason)
+        return found
+
+    def _warn(self, reason: str) -> None:
+        """Say that the plain graphs are used, if there is memory for them."""
+        self._guard.check_load()
+        warnings.warn(
+            f"{reason}; until then the plain graphs answer", PreparedWarning, stacklevel=2
         )
+
+    def _open(self, *graphs: str) -> None:
+        if self._prepared is not None:
+            try:
+                return self._open_from(self._prepared, graphs)
+            except BundleError as error:
+                self._prepared = None
+                self._chains.clear()
+                self._warn(f"{error}; {PREPARE_AGAIN}")
+        return self._open_from(self._bundle.path, graphs)
+
+    def _open_from(self, folder: Path, graphs: Sequence[str]) -> None:
+        """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
+        prepared, manifest = folder == self._prepared, self._bundle.manifest
+        provider = Provider(optimise="none" if prepared else "all", form=self._form)
+        open_part = partial(open_session, folder, provider=provider, threads=self._threads)
         names = {
             graph: part_names(graph, part_count(manifest, graph)) if prepared else [graph]
             for graph in graphs
@@ -174,7 +223,7 @@ def open_session(
         BundleError: the graph does not load.
         DeviceError: the provider did not start. ONNX Runtime itself goes on with the CPU then.
     """
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -190,6 +239,8 @@ def open_session(
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }[provider.optimise]
+    for key, value in provider.form.entries.items():
+        options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     chosen = {provider.name: dict(provider.options)}

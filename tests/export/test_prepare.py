@@ -20,7 +20,7 @@ from internvl_edge.export.decisions import QuantOptions
 from internvl_edge.export.prepack import prepack_graph
 from internvl_edge.export.prepare import prepare_bundle
 from internvl_edge.runtime import BundleError, ExportError, InternVL
-from internvl_edge.runtime import prepared as prepared_module
+from internvl_edge.runtime import machine
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.cli import main
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH
@@ -177,7 +177,7 @@ def test_another_machine_does_not_take_it(
 ) -> None:
     bundle = open_bundle(prepared_bundle)
     assert find_prepared(bundle) is not None
-    monkeypatch.setattr(prepared_module, "_cpu_flags", lambda: ["avx2", "fma"])
+    monkeypatch.setattr(machine, "cpu_flags", lambda: ["avx2", "fma"])
     assert find_prepared(bundle) is None
 
 

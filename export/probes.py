@@ -1,0 +1,73 @@
+"""The products by which a machine is tried, as `export` writes them; see `runtime.products`.
+
+    python -m internvl_edge.export.probes FOLDER
+
+writes them; those in runtime/probes/ are the ones in use.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.plan import LinearPlan, QuantPlan
+from internvl_edge.export.quantize import BlockFormat, Blocks
+from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.contract import Tensor
+from internvl_edge.runtime.products import BLOCKS, COLUMNS, LIMITS, WIDTH, Product, full_range
+
+
+def write_probes(folder: Path) -> None:
+    """Write `<product>.onnx` for every product, its weights inside."""
+    for product in get_args(Product):
+        onnx.save(probe(product), folder / f"{product}.onnx")
+
+
+def probe(product: Product) -> onnx.ModelProto:
+    """Build the graph of one product: float32 `(rows, WIDTH)` to `(rows, COLUMNS)`, for each block
+    size where there are blocks."""
+    plans = _plans(product)
+    values = full_range(COLUMNS, WIDTH, *LIMITS[product]).astype(np.float32)
+    graph = GraphBuilder("probe")
+    dialect = OnnxRuntimeDialect(graph, QuantPlan(plans))
+    x = graph.input(Tensor("x", "float32", ("rows", WIDTH)))
+    for name in plans:
+        y = dialect.linear(x, Weight.held(name, values), None, name)
+        graph.output(y, Tensor(f"y.{name}", "float32", ("rows", COLUMNS)))
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+        graph.save(Path(folder), lambda _: None)
+        model = onnx.load(str(Path(folder) / "probe.onnx"), load_external_data=False)
+        load_external_data_for_model(model, folder)
+    return model
+
+
+def _plans(product: Product) -> dict[str, LinearPlan]:
+    """Return a plan by the name of each weight; all scales are one."""
+    if product == "w8a8":
+        return {"w": LinearPlan("int8", input_scale=1.0)}
+    forms = [BlockFormat(8 if product == "int8" else 4, block) for block in BLOCKS]
+    return {
+        f"w{form.block}": LinearPlan("blocks", form=form, packed=_blocks(form)) for form in forms
+    }
+
+
+def _blocks(form: BlockFormat) -> Blocks:
+    low, high = -form.middle, form.levels - form.middle
+    codes = full_range(COLUMNS, WIDTH, low, high) + form.middle
+    if form.bits == 4:  # the earlier input in the lower half of each byte
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    count = form.blocks(WIDTH)
+    packed = codes.astype(np.uint8).reshape(COLUMNS, count, -1)
+    return Blocks(packed, np.ones((COLUMNS, count), np.float32), None)
+
+
+if __name__ == "__main__":
+    write_probes(Path(sys.argv[1]))

@@ -1,0 +1,31 @@
+"""What this machine is, as far as stored results depend on it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+from internvl_edge.runtime.ort import load_onnxruntime
+
+#: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
+_KERNEL_FLAGS = ("amx", "asimd", "avx", "bf16", "fma", "f16c", "i8mm", "sse", "sve")
+
+
+def machine_key() -> str:
+    """Name of what packed weights depend on: ONNX Runtime's version and the CPU's features."""
+    digest = hashlib.sha256(" ".join(cpu_flags()).encode()).hexdigest()
+    return f"onnxruntime-{load_onnxruntime().__version__}-{platform.machine()}-{digest[:12]}"
+
+
+def cpu_flags() -> list[str]:
+    """Features of the first CPU that matter, sorted; its name where the system lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return sorted({flag for flag in value.split() if flag.startswith(_KERNEL_FLAGS)})
+    return [platform.processor() or platform.machine()]
