@@ -24,17 +24,17 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from internvl_edge.export.cut import cut_graph
 from internvl_edge.export.graph import ALIGNMENT
+from internvl_edge.export.node_model import PACKED_OPERATORS, node_model
 from internvl_edge.export.split import split_outputs
+from internvl_edge.export.unsigned import SHIFT, make_unsigned
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import WIDEST_BYTES
 
-#: Operators that pack a weight: which input it is, and which has the dtype of the first.
-PACKED_OPERATORS = {"MatMulNBits": (1, 2), "QGemm": (3, 2), "Gemm": (1, 1)}
 #: Smaller weights are left as they are.
 LEAST_BYTES = 1 << 16
 #: The external data entry that names a packed form: "key|offset;length;flags".
@@ -58,7 +58,13 @@ class Packing:
     flags: str
 
 
-def prepack_graph(source: Path, targets: Sequence[Path], advance: Callable[[int], None]) -> None:
+def prepack_graph(
+    source: Path,
+    targets: Sequence[Path],
+    advance: Callable[[int], None],
+    *,
+    unsigned: bool = False,
+) -> None:
     """Write a graph whose matrices are stored packed.
 
     Args:
@@ -66,20 +72,26 @@ def prepack_graph(source: Path, targets: Sequence[Path], advance: Callable[[int]
         targets: files to write, one for each part the graph is cut into; the weights of each go
             beside it, as `<stem>.data`.
         advance: called with the bytes of each weight done.
+        unsigned: store the weights of W8A8 products as unsigned bytes.
 
     Raises:
         ExportError: ONNX Runtime packs in a way that cannot be stored like this.
     """
     model = onnx.load(str(source), load_external_data=False)
+    flipped = make_unsigned(model) if unsigned else set()
     split_outputs(model, WIDEST_BYTES)
     for target, part in zip(targets, cut_graph(model, len(targets)), strict=True):
-        _prepack_part(part, source.parent, target, advance)
+        _prepack_part(part, flipped, source.parent, target, advance)
 
 
 def _prepack_part(
-    model: onnx.ModelProto, folder: Path, target: Path, advance: Callable[[int], None]
+    model: onnx.ModelProto,
+    flipped: set[str],
+    folder: Path,
+    target: Path,
+    advance: Callable[[int], None],
 ) -> None:
-    """Write one file; `folder` is where the model's weights lie."""
+    """Write one file; `folder` is where the model's weights lie, the `flipped` ones signed."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {
         node.input[PACKED_OPERATORS[node.op_type][0]]: node
@@ -94,7 +106,9 @@ def _prepack_part(
         for tensor in model.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 continue
-            original = _read(tensor, folder)
+            original = read_external(tensor, folder)
+            if tensor.name in flipped:
+                original = original ^ np.uint8(SHIFT)
             probe = packing = None
             if tensor.name in readers and original.nbytes >= LEAST_BYTES:
                 probe = _Probe(readers[tensor.name], tensors, folder, Path(scratch))
@@ -205,23 +219,12 @@ class _Probe:
                 copy = TensorProto()
                 copy.CopyFrom(tensor)
                 if tensor.data_location == TensorProto.EXTERNAL:
-                    array = values if tensor.name == name else _read(tensor, self._folder)
+                    array = values if tensor.name == name else read_external(tensor, self._folder)
                     _point(copy, "probe.data", out.tell(), array.nbytes)
                     out.write(array.data)
                 initializers.append(copy)
-        held = {tensor.name: tensor for tensor in initializers}
-        kind = held[node.input[PACKED_OPERATORS[node.op_type][1]]].data_type
-        floats = TensorProto.FLOAT16 if kind == TensorProto.FLOAT16 else TensorProto.FLOAT
-        graph = helper.make_graph(
-            [node],
-            "probe",
-            [helper.make_tensor_value_info(node.input[0], kind, ["rows", None])],
-            [helper.make_tensor_value_info(node.output[0], floats, ["rows", None])],
-            initializers,
-        )
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         path = self._scratch / "probe.onnx"
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+        onnx.save(node_model(node, {held.name: held for held in initializers}), str(path))
         return str(path)
 
 
@@ -231,7 +234,7 @@ def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _read(tensor: TensorProto, folder: Path) -> Bytes:
+def read_external(tensor: TensorProto, folder: Path) -> Bytes:
     """The bytes of an external initializer, mapped."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return np.memmap(

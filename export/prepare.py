@@ -8,6 +8,7 @@ from pathlib import Path
 
 from internvl_edge.export.graph import Progress
 from internvl_edge.export.prepack import prepack_graph
+from internvl_edge.export.prepared_check import check_prepared
 from internvl_edge.export.writer import check_space, ignore_total, written_aside
 from internvl_edge.runtime.bundle import file_entry, open_bundle
 from internvl_edge.runtime.contract import (
@@ -25,6 +26,7 @@ from internvl_edge.runtime.prepared import (
     prepared_manifest,
     superseded,
 )
+from internvl_edge.runtime.products import UNSIGNED, bundle_form
 
 #: Packed weights are larger: column sums and scales lie between them (12 % at block 128).
 GROWTH = 1.15
@@ -50,8 +52,9 @@ def prepare_bundle(
 
     Raises:
         BundleError: not a bundle, or a damaged one.
-        ExportError: it exists already, no space, the bundle cannot be written to, or a graph is
-            float16.
+        DeviceError: integer products are wrong on this machine.
+        ExportError: it exists already, no space, the bundle cannot be written to, a graph is
+            float16, or ONNX Runtime does not load what it packed.
     """
     bundle = open_bundle(path)
     for part in ("vision", "language"):
@@ -63,13 +66,21 @@ def prepare_bundle(
     target = prepared_folder(bundle)
     if target.exists() and not overwrite:
         raise ExportError(f"{target} exists; pass --overwrite to write it again")
+    form = bundle_form(bundle.manifest)
+    if not form.packs:
+        raise ExportError(
+            "on this machine integer products are exact only with weights that are not packed:"
+            " there is nothing to prepare"
+        )
     total = sum(bundle.manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
     check_space(target, int(total * GROWTH))
     advance = (progress or ignore_total)(total)
     with written_aside(target) as aside:
         for name in (VISION_GRAPH, LANGUAGE_GRAPH):
             parts = part_names(name, part_count(bundle.manifest, name))
-            prepack_graph(bundle.file(name), [aside / part for part in parts], advance)
+            targets = [aside / part for part in parts]
+            prepack_graph(bundle.file(name), targets, advance, unsigned=form == UNSIGNED)
+        check_prepared(bundle, aside)
         files = {file.name: file_entry(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(prepared_manifest(bundle, files) + "\n", encoding="utf-8")
     for stale in superseded(target):

@@ -52,7 +52,8 @@ def probe(product: Product) -> onnx.ModelProto:
 def _plans(product: Product) -> dict[str, LinearPlan]:
     """Return a plan by the name of each weight; all scales are one."""
     if product == "w8a8":
-        return {"w": LinearPlan("int8", input_scale=1.0)}
+        # Two, as in a real graph: what they might share must not matter.
+        return {name: LinearPlan("int8", input_scale=1.0) for name in ("w0", "w1")}
     forms = [BlockFormat(8 if product == "int8" else 4, block) for block in BLOCKS]
     return {
         f"w{form.block}": LinearPlan("blocks", form=form, packed=_blocks(form)) for form in forms

@@ -14,8 +14,11 @@ from internvl_edge.runtime.errors import (
     ExportError,
     ImageError,
     InternVLEdgeError,
+    InternVLEdgeWarning,
     LimitError,
+    PreparedWarning,
     PromptError,
+    VersionWarning,
 )
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.model import InternVL
@@ -30,10 +33,13 @@ __all__ = [
     "ImageError",
     "InternVL",
     "InternVLEdgeError",
+    "InternVLEdgeWarning",
     "LimitError",
+    "PreparedWarning",
     "PromptError",
     "Reply",
     "Sampling",
     "Timings",
     "TokenStream",
+    "VersionWarning",
 ]

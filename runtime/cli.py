@@ -6,13 +6,15 @@ Every error a user can cause ends in one line on stderr and exit status 2; Ctrl-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn, TextIO, get_args
 
 from internvl_edge.runtime.cli_bench import add_bench
 from internvl_edge.runtime.cli_build import add_build
@@ -25,7 +27,7 @@ from internvl_edge.runtime.contract import (
     LanguagePrecision,
     VisionPrecision,
 )
-from internvl_edge.runtime.errors import InternVLEdgeError, LimitError
+from internvl_edge.runtime.errors import InternVLEdgeError, InternVLEdgeWarning, LimitError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status: int = arguments.run(arguments)
+        with _warnings_in_a_line():
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except InternVLEdgeError as error:
@@ -53,6 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print our own warnings on stderr like errors, without the place in the code."""
+    shown_before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, InternVLEdgeWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown_before(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _drop_output() -> None:

@@ -80,8 +80,10 @@ def why_none(bundle: Bundle) -> str | None:
     """Explain why what was prepared is not used here and how to mend it; None: nothing was."""
     folder = prepared_folder(bundle)
     if folder.is_dir():
-        what = "were made from another export of this bundle, or before it was found which products"
-        return f"prepared weights in {folder} {what} are exact here; {PREPARE_AGAIN}"
+        return (
+            f"prepared weights in {folder} were made from another export, or for products that are"
+            f" not exact on this CPU; {PREPARE_AGAIN}"
+        )
     others = sorted(path.name for path in folder.parent.glob("*") if (path / MANIFEST).exists())
     if not others:
         return None

@@ -122,7 +122,10 @@ class OnnxRuntimeDialect:
         results = []
         for i, packed in enumerate(pack_channels(weight, layer.bias, plan, layer.gain, parts)):
             (rows,) = packed.scales.shape
-            weight_zero = graph.constant(np.zeros(rows, np.int8), f"weight.zero_point.{rows}")
+            # One for each product: ONNX Runtime makes weights unsigned one product at a time.
+            weight_zero = graph.constant(
+                np.zeros(rows, np.int8), f"{packed.values.name}.zero_point"
+            )
             values, scales, bias = map(graph.weight, (packed.values, packed.scales, packed.bias))
             inputs = [x, scale, zero, values, scales, weight_zero, bias]
             results.append(

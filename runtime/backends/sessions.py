@@ -42,6 +42,12 @@ _ORT_TYPE = {
     "bool": "tensor(bool)",
 }
 
+#: Products that share a zero point, as they did at first, cannot be made unsigned when they load.
+_OLD_BUNDLE = (
+    "an older bundle needs another form of its weights on this CPU: run 'internvl-edge prepare' on"
+    " it, or export it anew"
+)
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -252,7 +258,8 @@ def open_session(
             path = str(folder / graph)
             session = ort.InferenceSession(path, options, providers=list(chosen.items()))
     except Exception as error:
-        raise BundleError(f"{folder / graph} does not load: {error}") from error
+        remedy = "" if provider.form == AS_STORED else f"; {_OLD_BUNDLE}"
+        raise BundleError(f"{folder / graph} does not load: {error}{remedy}") from error
     if session.get_providers()[0] != provider.name:
         reason = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
         raise DeviceError(

@@ -6,25 +6,35 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from checkpoints import small_config, write_checkpoint
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
 from internvl_edge.export.prepack import prepack_graph
 from internvl_edge.export.prepare import prepare_bundle
-from internvl_edge.runtime import BundleError, ExportError, InternVL
-from internvl_edge.runtime import machine
-from internvl_edge.runtime.bundle import open_bundle
+from internvl_edge.runtime import (
+    BundleError,
+    ExportError,
+    InternVL,
+    PreparedWarning,
+    machine,
+    products,
+)
+from internvl_edge.runtime.bundle import file_entry, open_bundle
 from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH
+from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.runtime.prepared import find_prepared
+from internvl_edge.runtime.products import UNPACKED, UNSIGNED
 
 IDS = [1, 5, 9, 200, 17, 3]
 PRECISIONS = [
@@ -37,7 +47,7 @@ PRECISIONS = [
 LOADED = """
 import sys
 from internvl_edge.runtime.backends.sessions import CpuGraphs
-from internvl_edge.runtime.bundle import open_bundle
+from internvl_edge.runtime.bundle import file_entry, open_bundle
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -221,6 +231,135 @@ def test_damage_is_one_error(prepared_bundle: Path, damage: str) -> None:
         (folder / "prepared.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="prepare --overwrite"):
         find_prepared(bundle)
+
+
+def damaged(prepared_bundle: Path) -> Path:
+    folder = find_prepared(open_bundle(prepared_bundle))
+    assert folder is not None
+    file = folder / "language.data"
+    file.write_bytes(file.read_bytes()[:-1])
+    return prepared_bundle
+
+
+def of_another_machine(prepared_bundle: Path) -> Path:
+    folder = find_prepared(open_bundle(prepared_bundle))
+    assert folder is not None
+    folder.rename(folder.with_name("onnxruntime-9.9.9-riscv64-0123456789ab"))
+    return prepared_bundle
+
+
+def that_do_not_load(prepared_bundle: Path) -> Path:
+    """As after a change of ONNX Runtime that its version does not show: whole, and refused."""
+    folder = find_prepared(open_bundle(prepared_bundle))
+    assert folder is not None
+    (folder / LANGUAGE_GRAPH).write_bytes(b"not a graph")
+    manifest = json.loads((folder / "prepared.json").read_text())
+    manifest["files"][LANGUAGE_GRAPH] = vars(file_entry(folder / LANGUAGE_GRAPH))
+    (folder / "prepared.json").write_text(json.dumps(manifest))
+    return prepared_bundle
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("spoil", [damaged, of_another_machine, that_do_not_load])
+def test_what_does_not_fit_is_left_out_with_a_warning(
+    int4_bundle: Path, prepared_bundle: Path, spoil: Callable[[Path], Path], low_memory: bool
+) -> None:
+    plain = InternVL.load(int4_bundle, device="cpu", threads=1)
+    bundle = spoil(prepared_bundle)
+
+    def answer() -> NDArray[np.float32]:
+        model = InternVL.load(bundle, device="cpu", threads=1, low_memory=low_memory)
+        return model.logits(IDS)
+
+    with pytest.warns(PreparedWarning, match="run 'internvl-edge prepare"):
+        logits = answer()
+    np.testing.assert_array_equal(logits, plain.logits(IDS))
+
+
+def test_the_command_line_warns_in_one_line(
+    prepared_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = of_another_machine(prepared_bundle)
+    arguments = ["-p", "?", "--device", "cpu", "--max-new-tokens", "1"]
+    assert main(["chat", str(bundle), *arguments]) == 0
+    (line,) = capsys.readouterr().err.splitlines()[:1]
+    assert line.startswith("warning: prepared weights in ")
+
+
+def test_unsigned_weights_give_the_same_bits(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CPUs without VNNI get; the integers are the same, so any CPU shows it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+    picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
+    plain = InternVL.load(bundle, device="cpu", threads=1).encode_images([picture])
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(products, "exact_form", lambda wanted: UNSIGNED)
+    folder = prepare_bundle(bundle)
+    stored = onnx.load(str(folder / VISION_GRAPH), load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in stored.initializer}
+    weights = [tensors[node.input[3]] for node in stored.node if node.op_type == "QGemm"]
+    assert {weight.data_type for weight in weights} == {TensorProto.UINT8}
+    model = InternVL.load(bundle, device="cpu", threads=1)
+    assert find_prepared(open_bundle(bundle)) == folder
+    np.testing.assert_array_equal(model.encode_images([picture]), plain)
+
+
+def test_weights_prepared_in_a_form_that_is_wrong_here_are_left_out(
+    prepared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_prepared(open_bundle(prepared_bundle)) is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "exact_form", lambda wanted: UNSIGNED)
+    assert find_prepared(open_bundle(prepared_bundle)) is None
+    with pytest.warns(PreparedWarning, match="not exact on this CPU"):
+        InternVL.load(prepared_bundle, device="cpu", threads=1)
+
+
+def test_where_nothing_is_packed_there_is_nothing_to_prepare(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "exact_form", lambda wanted: UNPACKED)
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+    with pytest.raises(ExportError, match="nothing to prepare"):
+        prepare_bundle(bundle)
+    assert not (bundle / "prepared").exists()
+
+
+@pytest.mark.parametrize("fault", ["does not load", "computes .* differently"])
+def test_what_was_written_is_tried_before_it_is_done(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+
+    def spoiled(source: Path, targets: Sequence[Path], *rest: Any, **options: Any) -> None:
+        prepack_graph(source, targets, *rest, **options)
+        if fault == "does not load":
+            targets[0].with_suffix(".data").write_bytes(b"")
+        else:
+            spoil_packed(targets[0])
+
+    monkeypatch.setattr("internvl_edge.export.prepare.prepack_graph", spoiled)
+    with pytest.raises(ExportError, match=fault):
+        prepare_bundle(bundle)
+    assert not list((bundle / "prepared").iterdir())
+
+
+def spoil_packed(path: Path) -> None:
+    """Change the packed bytes of every matrix, but none that a load packs to find them."""
+    data = bytearray(path.with_suffix(".data").read_bytes())
+    graph = onnx.load(str(path), load_external_data=False).graph
+    entries = [{e.key: e.value for e in tensor.external_data} for tensor in graph.initializer]
+    packed = [entry for entry in entries if "prepacked_0" in entry]
+    hashed = max(int(entry["offset"]) + int(entry["length"]) for entry in packed)
+    for entry in packed:
+        offset, length, _ = entry["prepacked_0"].split("|")[1].split(";")
+        start = max(int(offset), hashed)
+        for place in range(start, int(offset) + int(length), 7):
+            data[place] ^= 0x55
+    path.with_suffix(".data").write_bytes(data)
 
 
 def test_command_line(
