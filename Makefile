@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 test check: export OMP_NUM_THREADS = 1
 test check: export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: demo test check typing bench gpu-test gpu-bench clean
+.PHONY: demo test check typing cpu-matrix bench gpu-test gpu-bench clean
 
 demo: $(VENV)/export.stamp
 	$(BIN)/internvl-edge demo
@@ -22,6 +22,10 @@ check: $(VENV)/test.stamp typing
 	$(BIN)/mypy
 	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/pytest -n auto -m "not slow and not gpu"
+
+# Other kinds of CPU by emulation: ten minutes at most; what cannot be run here is said.
+cpu-matrix: $(VENV)/export.stamp
+	$(BIN)/python tests/matrix/cpus.py --install
 
 bench: $(VENV)/export.stamp
 	$(BIN)/internvl-edge demo --repeat 5

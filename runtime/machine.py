@@ -6,6 +6,8 @@ import hashlib
 import platform
 from pathlib import Path
 
+import numpy as np
+
 from internvl_edge.runtime.ort import load_onnxruntime
 
 #: Beginnings of the CPU flags that choose among ONNX Runtime's kernels.
@@ -29,3 +31,13 @@ def cpu_flags() -> list[str]:
         if name.strip().lower() in ("flags", "features"):
             return sorted({flag for flag in value.split() if flag.startswith(_KERNEL_FLAGS)})
     return [platform.processor() or platform.machine()]
+
+
+def cpu_features() -> list[str]:
+    """Features that this process can use, by NumPy's names, as the CPU itself reports them.
+
+    Under an emulator /proc/cpuinfo shows the host's, so that `cpu_flags` may name more.
+    """
+    core = getattr(np, "_core", None) or np.core  # NumPy 1 has the latter
+    features: dict[str, bool] = core._multiarray_umath.__cpu_features__
+    return sorted(name for name, there in features.items() if there)

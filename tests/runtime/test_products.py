@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -190,3 +196,36 @@ def test_sessions_get_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     use_exact_products(options)
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
     assert [form.packs for form in FORMS] == [True, True, False]
+
+
+#: The forms in which W8A8 is wrong, on the CPU that runs this.
+TRY = """
+import json
+from internvl_edge.runtime.products import FORMS, exact_form, wrong_products
+wrong = {form.name: wrong_products(form, ("w8a8", "int8", "int4")) for form in FORMS}
+print(json.dumps([wrong, exact_form(("w8a8", "int8", "int4")).name]))
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64-static") is None or platform.machine() != "x86_64",
+    reason="qemu-x86_64-static is not installed, or this is no x86-64",
+)
+def test_a_cpu_without_vnni_takes_unsigned_weights(tmp_path: Path) -> None:
+    """The fault itself, on any machine: VPMADDUBSW saturates there."""
+    tree = tmp_path / "internvl_edge"  # the emulated Python knows no environment
+    tree.mkdir()
+    for room in ("kernels", "runtime"):
+        (tree / room).symlink_to(Path(products.__file__).parents[1] / room)
+    paths = [str(tmp_path), *(path for path in sys.path if path)]
+    done = subprocess.run(
+        ["qemu-x86_64-static", "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", TRY],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    wrong, chosen = json.loads(done.stdout)
+    assert wrong == {"as stored": ["w8a8"], "unsigned weights": [], "unpacked": []}
+    assert chosen == UNSIGNED.name
