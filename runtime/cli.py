@@ -1,4 +1,4 @@
-"""Command line: `internvl-edge demo | inspect | export | prepare | build | chat | bench`.
+"""Command line: `internvl-edge demo | inspect | doctor | export | prepare | build | chat | bench`.
 
 Every error a user can cause ends in one line on stderr and exit status 2; Ctrl-C in 130.
 """
@@ -127,6 +127,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from internvl_edge.runtime.doctor import examine
+    from internvl_edge.runtime.inspection import render
+
+    report = examine()
+    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
+    return 0
+
+
 def _check(arguments: argparse.Namespace, path: Path) -> int:
     """Exit status 1: the bundle was checked and does not pass."""
     with export_installed():
@@ -236,6 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--all-gpus", action="store_true", help="build for every GPU generation")
     inspect.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine runs with, and what optional parts lack: for bug reports"
+    )
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
 
     _add_export(commands)
 

@@ -10,8 +10,11 @@ from typing import Any
 from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
 from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.machine import cpu_features
 from internvl_edge.runtime.memory import available_memory, plan_memory
-from internvl_edge.runtime.prepared import is_prepared
+from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.prepared import is_prepared, why_none
+from internvl_edge.runtime.products import bundle_form, products_of
 from internvl_edge.runtime.specs import ModelSpec
 
 Report = dict[str, Any]
@@ -41,6 +44,20 @@ def inspect_bundle(path: Path) -> Report:
         **_outside_float16(path),
         **describe(manifest.spec, manifest.parameters, manifest.kv),
         "memory": _memory(path, manifest),
+        "here": _here(path, manifest),
+    }
+
+
+def _here(path: Path, manifest: Manifest) -> Report:
+    """How this machine's CPU runs the bundle; `doctor` says more of the machine."""
+    products = products_of(manifest)
+    bundle = Bundle(path, manifest)
+    form = bundle_form(manifest).name if products else "none"
+    return {
+        "integer_products": f"{', '.join(products)}: {form}" if products else form,
+        "onnxruntime": load_onnxruntime().__version__,
+        "cpu_features": " ".join(cpu_features()),
+        "prepared": "fits" if is_prepared(bundle) else why_none(bundle) or "no",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def cpu_flags() -> list[str]:
         if name.strip().lower() in ("flags", "features"):
             return sorted({flag for flag in value.split() if flag.startswith(_KERNEL_FLAGS)})
     return [platform.processor() or platform.machine()]
+
+
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
