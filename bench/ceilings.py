@@ -86,7 +86,7 @@ def matrix_rate(dtype: str, threads: int, *, runs: int = 5) -> float:
     """
     ort = load_onnxruntime()
 
-    model, x = _product(dtype)
+    model, x = product_model(dtype, PRODUCT)
     options = ort.SessionOptions()
     use_exact_products(options)
     options.intra_op_num_threads = threads
@@ -104,11 +104,16 @@ def _best(task: Callable[[], object], runs: int) -> float:
     return best
 
 
-def _product(dtype: str) -> tuple[bytes, NDArray[Any]]:
-    """A graph of one matrix product, and its input."""
+def product_model(dtype: str, shape: Sequence[int]) -> tuple[bytes, NDArray[Any]]:
+    """A graph of one matrix product, and its input.
+
+    Args:
+        dtype: see `matrix_rate`.
+        shape: rows, inputs and outputs.
+    """
     from onnx import helper, numpy_helper
 
-    rows, inner, columns = PRODUCT
+    rows, inner, columns = shape
     random = np.random.default_rng(0)
     if dtype == "int8":
         x: NDArray[Any] = random.integers(0, 255, (rows, inner), np.uint8)

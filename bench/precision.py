@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.ceilings import read_bandwidth
+from internvl_edge.bench.products import SHAPE, FormRate, measure_forms
 from internvl_edge.bench.synthetic import SyntheticWeights, internvl_1_5
 from internvl_edge.export.dialects import Dialect
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
@@ -38,6 +39,7 @@ from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import WeightReader
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.contract import CachePrecision
+from internvl_edge.runtime.machine import cpu_features
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.products import use_exact_products
 from internvl_edge.runtime.rope import rope_rows
@@ -71,10 +73,15 @@ def run_precision(*, threads: int | None, as_json: bool) -> int:
     count = threads or len(os.sched_getaffinity(0))
     gflops = _matrix_rate(count)
     read = read_bandwidth(count) / 1e9
+    forms = measure_forms(count)
     rows = [*_vision_rows(count, gflops), *_language_rows(count, gflops, read)]
     if as_json:
-        print(json.dumps({"threads": count, "rows": [asdict(row) for row in rows]}, indent=2))
+        machine = {"threads": count, "cpu_features": cpu_features()}
+        measured = {"rows": list(map(asdict, rows)), "forms": list(map(asdict, forms))}
+        print(json.dumps(machine | measured, indent=2))
         return 0
+    print(f"CPU features: {' '.join(cpu_features())}")
+    print(f"W8A8 product {' x '.join(map(str, SHAPE))} in turns: {_rates(forms)}")
     print(f"{count} threads; float32 product {gflops:.0f} GFLOP/s, read {read:.1f} GB/s")
     print(f"{'phase':34} {'fp32 ms':>9} {'int ms':>8} {'ratio':>6}  achieved (of ceiling)")
     for row in rows:
@@ -83,6 +90,14 @@ def run_precision(*, threads: int | None, as_json: bool) -> int:
             f"  {row.achieved:.0f} {row.unit} ({row.percent:.0f}%)"
         )
     return 0
+
+
+def _rates(forms: Sequence[FormRate]) -> str:
+    return ", ".join(
+        f"{rate.form} {rate.gflops:.0f} GFLOP/s ({'exact' if rate.exact else 'INEXACT'}"
+        f"{', in use' if rate.used else ''})"
+        for rate in forms
+    )
 
 
 def _vision_rows(threads: int, gflops: float) -> list[Row]:
