@@ -9,22 +9,26 @@ the file, and the hash stored is that of packing those. The bytes of all matrice
 load reads only as much of the file as the largest matrix has. Kernels compute with the packed form
 either way, so results are the same bit for bit.
 
+From 1.32 on ONNX Runtime compares the stored form with what it packs and refuses another. There
+the original is kept, as it saves it itself: weights are mapped all the same, from twice the bytes.
+
 The result fits one version of ONNX Runtime on one kind of CPU: see `runtime.prepared`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from internvl_edge.export.cut import cut_graph
 from internvl_edge.export.graph import ALIGNMENT
@@ -116,9 +120,33 @@ def _prepack_part(
             if probe is None or packing is None:
                 data.append_plain(tensor, original)
             else:
-                data.append_packed(tensor, original.nbytes, packing, probe)
+                data.append_packed(tensor, original, packing, probe)
             advance(original.nbytes)
     onnx.save(model, str(target))
+
+
+@functools.cache
+def compares_packed() -> bool:
+    """Try whether ONNX Runtime compares a stored form with what packing its weight gives.
+
+    A small weight is stored with the form of another and opened. Where ONNX Runtime stores no form
+    of it, it is taken to compare: what it would save itself is always right.
+    """
+    ort = load_onnxruntime()
+    other, weight = (np.full(1 << 14, value, np.float32).view(np.uint8) for value in (2, 1))
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+    tensor = TensorProto(name="w", dims=(128, 128), data_type=TensorProto.FLOAT)
+    tensor.data_location = TensorProto.EXTERNAL
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+        probe = _Probe(node, {"w": tensor}, Path(folder), Path(folder))
+        foreign, own = (probe.packing("w", values) for values in (other, weight))
+        if own is None or foreign is None:
+            return True
+        try:
+            probe.open_with(replace(foreign, key=own.key), after=weight.nbytes)
+        except ort.capi.onnxruntime_pybind11_state.Fail:
+            return True
+    return False
 
 
 class _Data:
@@ -134,24 +162,34 @@ class _Data:
         _point(tensor, self._path.name, self._append(original), original.nbytes)
 
     def append_packed(
-        self, tensor: TensorProto, nbytes: int, packing: Packing, probe: _Probe
+        self, tensor: TensorProto, original: Bytes, packing: Packing, probe: _Probe
     ) -> None:
-        """Append a packed weight and point its initializer of `nbytes` to bytes that lead to it."""
-        offset = self._append(packing.data)
+        """Append a packed weight and point its initializer to bytes whose packing leads to it."""
+        if compares_packed():
+            start = self._append(original)
+            offset = self._append(packing.data)
+        else:
+            offset = self._append(packing.data)
+            start, key = self._leading_to(offset, tensor.name, original.nbytes, packing, probe)
+            packing = replace(packing, key=key)
+        _point(tensor, self._path.name, start, original.nbytes)
+        _store(tensor, packing, offset)
+
+    def _leading_to(
+        self, offset: int, name: str, nbytes: int, packing: Packing, probe: _Probe
+    ) -> tuple[int, str]:
+        """Find bytes of the file whose packing no other form is found by; returns their offset and
+        its key."""
         digest = hashlib.sha256(packing.data.data).digest()
         for start in self._windows(offset, nbytes):
             window = np.fromfile(self._path, np.uint8, nbytes, offset=start)
-            again = probe.packing(tensor.name, window)
+            again = probe.packing(name, window)
             if again is None:
-                raise ExportError(f"{tensor.name}: ONNX Runtime packs it only for some values")
+                raise ExportError(f"{name}: ONNX Runtime packs it only for some values")
             if self._digests.setdefault(again.key, digest) == digest:
-                break
-        else:
-            raise ExportError(f"{tensor.name}: its packed form cannot be told from another's")
-        self._packed += 1
-        _point(tensor, self._path.name, start, nbytes)
-        stored = f"{again.key}|{offset};{packing.data.nbytes};{packing.flags}"
-        tensor.external_data.add(key=PREPACKED, value=stored)
+                self._packed += 1
+                return start, again.key
+        raise ExportError(f"{name}: its packed form cannot be told from another's")
 
     def _append(self, data: Bytes) -> int:
         self._out.write(bytes(-self._out.tell() % ALIGNMENT))
@@ -211,6 +249,19 @@ class _Probe:
         data = np.fromfile(self._scratch / "packed.data", np.uint8, int(length), offset=int(offset))
         return Packing(key, data, flags)
 
+    def open_with(self, packing: Packing, *, after: int) -> None:
+        """Open the node last written with its weight, of `after` bytes, stored as `packing`."""
+        with (self._scratch / "probe.data").open("ab") as out:
+            out.write(packing.data.data)
+        path = str(self._scratch / "probe.onnx")
+        model = onnx.load(path, load_external_data=False)
+        _store(model.graph.initializer[0], packing, after)
+        onnx.save(model, path)
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what it refuses is the answer, not an error
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
     def _write(self, name: str, values: Bytes) -> str:
         """The node as a model of its own, weight `name` replaced; returns its path."""
         node, initializers = self._node, []
@@ -232,6 +283,12 @@ def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
+
+
+def _store(tensor: TensorProto, packing: Packing, offset: int) -> None:
+    """Say where the packed form of an external initializer lies in its file."""
+    stored = f"{packing.key}|{offset};{packing.data.nbytes};{packing.flags}"
+    tensor.external_data.add(key=PREPACKED, value=stored)
 
 
 def read_external(tensor: TensorProto, folder: Path) -> Bytes:
