@@ -39,6 +39,7 @@ from internvl_edge.export.search import InputStats, full_scale, search
 from internvl_edge.runtime import ExportError, InternVL
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.runtime.products import use_exact_products
 
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}
@@ -110,6 +111,7 @@ def test_integer_kernels_run_and_nothing_is_dequantised(tmp_path: Path, checkpoi
     assert vision["QGemm"] == 6 * spec.vision.num_hidden_layers + 2
     assert vision.get("Gemm", 0) + vision.get("MatMul", 0) == 1
     language = ort.SessionOptions()
+    use_exact_products(language)
     language.optimized_model_filepath = str(tmp_path / "language.optimised.onnx")
     ort.InferenceSession(bundle / LANGUAGE_GRAPH, language, providers=["CPUExecutionProvider"])
     import onnx
@@ -305,6 +307,7 @@ def _profiled_operators(
 ) -> dict[str, int]:
     """Operators that ran, by kind, from ONNX Runtime's profile of one run."""
     options = ort.SessionOptions()
+    use_exact_products(options)
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

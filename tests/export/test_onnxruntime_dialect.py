@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from sessions import cpu_session
 
 from internvl_edge.export.dialects import Linear, onnxruntime
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
@@ -97,7 +97,7 @@ def _run(
     for i, value in enumerate(build(dialect)):
         dialect.graph.output(value, Tensor(f"y{i}", "float32", ("rows", width)))
     dialect.graph.save(folder, lambda _: None)
-    session = ort.InferenceSession(folder / "block.onnx", providers=["CPUExecutionProvider"])
+    session = cpu_session(folder / "block.onnx")
     return list(session.run(None, {"x": x}))
 
 
