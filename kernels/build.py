@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from internvl_edge.kernels.cpu import is_emulated
+
 SOURCES = Path(__file__).parent
 CPU_SOURCE = "host.cpp"
 CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu", "select.cu")
@@ -61,7 +63,9 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Path:
         BuildError: no C++ compiler (`CXX`, g++, clang++, c++), it failed, or no writable cache.
     """
     compiler = _cpu_compiler()
-    native = (*NATIVE_FLAGS.get(platform.machine(), ()), *extra_flags)
+    # Under an emulator a compiler sees the host's CPU: what it makes for that is illegal here.
+    flags = () if is_emulated() else NATIVE_FLAGS.get(platform.machine(), ())
+    native = (*flags, *extra_flags)
     try:
         return _cpu_library(compiler, native)
     except BuildError:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
 from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
 from internvl_edge.runtime.errors import BundleError
-from internvl_edge.runtime.machine import cpu_features
 from internvl_edge.runtime.memory import available_memory, plan_memory
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import is_prepared, why_none

@@ -160,7 +160,7 @@ def test_another_machine_does_not_take_it(
 ) -> None:
     bundle = open_bundle(prepared_bundle)
     assert find_prepared(bundle) is not None
-    monkeypatch.setattr(machine, "cpu_flags", lambda: ["avx2", "fma"])
+    monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2", "fma"])
     assert find_prepared(bundle) is None
 
 

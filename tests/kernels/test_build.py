@@ -96,6 +96,17 @@ def test_a_compiler_that_does_not_know_this_cpu(
     assert runs(stub) == 2
 
 
+def test_a_compiler_is_not_asked_for_the_host_of_an_emulator(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.NATIVE_FLAGS, build.platform.machine(), ("-march=native",))
+    products = {build.cpu_library()}
+    monkeypatch.setattr(build, "is_emulated", lambda: True)
+    products.add(build.cpu_library())
+    assert ["native" in product.read_text() for product in products].count(False) == 1
+    assert runs(stub) == 2
+
+
 def test_a_failing_compiler_leaves_nothing(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_REFUSES", "-std=c++17")
     with pytest.raises(build.BuildError, match=r"failed with status 1:\nrefused"):

@@ -16,9 +16,9 @@ from typing import Any, get_args
 
 import numpy as np
 
+from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.cli import main as command_line
-from internvl_edge.runtime.machine import cpu_features
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.products import FORMS, Product, exact_form, wrong_products
 
