@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,12 @@ class Root:
         }
 
 
-def make_root(folder: Path) -> Root:
+def make_root(folder: Path, seconds_left: Callable[[], float]) -> Root:
     """Download an aarch64 Python, its libraries and wheels, unless they are there.
+
+    Args:
+        folder: made anew.
+        seconds_left: how long the next step may take.
 
     Raises:
         Skipped: they cannot be had here.
@@ -58,16 +63,16 @@ def make_root(folder: Path) -> Root:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise Skipped("no apt-get and dpkg to make an aarch64 root with")
     shutil.rmtree(folder, ignore_errors=True)
-    _download_debian(folder)
+    _download_debian(folder, seconds_left)
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     chosen = ["--target", str(folder / "site"), "--python-version", VERSION, *platforms]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:"]
-    _call([*pip, *chosen, *PACKAGES])
+    call([*pip, *chosen, *PACKAGES], seconds_left())
     done.write_text(wanted, encoding="utf-8")
     return root
 
 
-def _download_debian(folder: Path) -> None:
+def _download_debian(folder: Path, seconds_left: Callable[[], float]) -> None:
     """Unpack Debian's packages under `root`, with package lists of their own."""
     for part in ("lists/partial", "cache/archives/partial", "debs", "root"):
         (folder / part).mkdir(parents=True)
@@ -82,14 +87,24 @@ def _download_debian(folder: Path) -> None:
             "Dir::Cache": folder / "cache",
         }.items()
     ]
-    _call(["apt-get", "-q", *options, "update"])
-    _call(["apt-get", "-q", *options, "download", *DEBIAN], folder / "debs")
+    call(["apt-get", "-q", *options, "update"], seconds_left())
+    call(["apt-get", "-q", *options, "download", *DEBIAN], seconds_left(), folder / "debs")
     for package in (folder / "debs").glob("*.deb"):
-        _call(["dpkg", "-x", str(package), str(folder / "root")])
+        call(["dpkg", "-x", str(package), str(folder / "root")], seconds_left())
 
 
-def _call(command: list[str], where: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+def call(command: list[str], seconds: float, where: Path | None = None) -> None:
+    """Run a command.
+
+    Raises:
+        Skipped: it failed, or took longer than `seconds`.
+    """
+    try:
+        done = subprocess.run(
+            command, cwd=where, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Skipped(f"{' '.join(command[:2])} took over {seconds:.0f} s") from None
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise Skipped(f"{' '.join(command[:2])} failed: {said[:200]}")

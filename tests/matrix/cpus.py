@@ -3,8 +3,9 @@
     python tests/matrix/cpus.py [--install] [--folder build/cpu-matrix]
 
 The native machine writes bundles of tiny_ocr; every kind runs the demo, tries the integer products
-against NumPy's integers and encodes the demo's picture. `--install` lets root install the emulator
-from Debian. What cannot be run is said in a line; the exit status is 1 if a kind that ran is wrong.
+against NumPy's integers and encodes the demo's picture, once more with the native machine's
+roundings. `--install` lets root install the emulator from Debian. What cannot be run is said in a
+line; the exit status is 1 if a kind that ran is wrong. docs/cpus.md says what was seen.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 from internvl_edge.export.bundle import export_bundle
-from matrix.arm64 import Root, Skipped, make_root
+from internvl_edge.runtime import InternVL
+from matrix.arm64 import Root, Skipped, call, make_root
+from matrix.pinned import write_pinned
 
 HERE = Path(__file__).parent
 ROOMS = Path(__file__).parents[2]
 EXAMPLE = ROOMS / "examples" / "tiny_ocr"
 #: All kinds together, in seconds: what is not done by then is skipped.
 BOUND_S = 600
-#: Largest difference of embeddings as a share of the largest value: float operations that differ
-#: by a bit before a rounding.
+#: Largest difference as a share of the largest value: of embeddings where float operations are the
+#: same, and on every kind where the roundings are given.
 EMBEDDING_SHARE = 1e-5
 #: Where float operations differ in their last bit, some activations round to the other integer.
 #: Then the quantised embeddings are held against the float ones instead: as close as the native
@@ -72,17 +75,44 @@ KINDS = (
     Kind("x86-64, AVX2 without VNNI", "Haswell", "qemu-x86_64-static"),
     Kind("x86-64, SSE4.2 only", "Nehalem", "qemu-x86_64-static", exact=False),
     Kind("aarch64, dot products", "neoverse-n1", "qemu-aarch64-static", exact=False),
+    Kind("aarch64, matrix products", "max", "qemu-aarch64-static", exact=False),
+    Kind("aarch64, neither", "cortex-a53", "qemu-aarch64-static", exact=False),
 )
 
 
 @dataclass
 class Outcome:
-    """What a kind gave, and what is wrong with it."""
+    """What a kind gave, and what is wrong with it.
+
+    Attributes:
+        report: of `on_cpu`; empty if that failed.
+        arrays: embeddings by bundle, and `pinned.N`: what came of the given roundings.
+        seconds: taken.
+        wrong: for people.
+    """
 
     report: dict[str, Any]
-    embeddings: Mapping[str, NDArray[np.float32]]
+    arrays: Mapping[str, NDArray[np.float32]]
     seconds: float
     wrong: list[str] = field(default_factory=list)
+
+
+class Bound:
+    """The time that is left of a number of seconds from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return seconds.
+
+        Raises:
+            Skipped: none are left.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise Skipped(f"the bound of {BOUND_S} s is used up")
+        return left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,16 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--install", action="store_true", help="install qemu-user-static as root")
     options = parser.parse_args(arguments)
     folder: Path = options.folder.resolve()
+    bound = Bound(BOUND_S)
     if options.install:
-        _install()
-    started = time.monotonic()
+        _install(bound)
     _write_inputs(folder)
-    native = _run(KINDS[0], folder, BOUND_S)
+    native = _run(KINDS[0], folder, bound)
     _judge(KINDS[0], native, native)
     failed = _print(KINDS[0], native)
-    for kind in KINDS[1:]:
+    for kind in KINDS[1:] if native.report else ():
         try:
-            outcome = _run(kind, folder, BOUND_S - (time.monotonic() - started))
+            outcome = _run(kind, folder, bound)
         except Skipped as error:
             print(f"{kind.name:28} SKIPPED: {error}", flush=True)
             continue
@@ -110,12 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def _install() -> None:
-    """Install the emulator where that can be done; a kind without it is skipped with a line."""
-    missing = not all(shutil.which(kind.emulator) for kind in KINDS if kind.emulator)
-    if missing and shutil.which("apt-get") and os.geteuid() == 0:
+def _install(bound: Bound) -> None:
+    """Install the emulator where that can be done, else say why not."""
+    if all(shutil.which(kind.emulator) for kind in KINDS if kind.emulator):
+        return
+    try:
+        if shutil.which("apt-get") is None:
+            raise Skipped("there is no apt-get")
+        if os.geteuid() != 0:
+            raise Skipped("only root can")
         for command in (["update"], ["install", "-y", "qemu-user-static"]):
-            subprocess.run(["apt-get", "-q", *command], capture_output=True, check=False)
+            call(["apt-get", "-q", *command], bound.left() / 2)
+    except Skipped as error:
+        print(f"qemu-user-static is not installed: {error}", flush=True)
 
 
 def _write_inputs(folder: Path) -> None:
@@ -130,6 +167,9 @@ def _write_inputs(folder: Path) -> None:
         "questions": [turn["question"] for turn in script["turns"]],
     }
     (folder / "bundles" / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
+    bundle = folder / "bundles" / QUANTISED[0]
+    tiles = InternVL.load(bundle, device="cpu").tile(EXAMPLE / script["image"])
+    write_pinned(bundle, folder / "bundles" / "pinned", tiles)
     links = folder / "tree" / "internvl_edge"
     links.mkdir(parents=True, exist_ok=True)
     for room in ("bench", "calib_data", "examples", "export", "kernels", "runtime"):
@@ -137,16 +177,18 @@ def _write_inputs(folder: Path) -> None:
         (links / room).symlink_to(ROOMS / room)
 
 
-def _run(kind: Kind, folder: Path, seconds: float) -> Outcome:
-    """Run a kind in a process of its own, with a cache of its own and no compiler."""
-    if seconds <= 0:
-        raise Skipped(f"the bound of {BOUND_S} s is used up")
+def _run(kind: Kind, folder: Path, bound: Bound) -> Outcome:
+    """Run a kind in a process of its own, with a cache of its own and no compiler.
+
+    Raises:
+        Skipped: it cannot be run here, or not in time.
+    """
+    command, variables = _command(kind, folder, bound)
     result = folder / f"result-{kind.model or 'native'}.json"
-    command, variables = _command(kind, folder)
     cache = folder / f"cache-{kind.model or 'native'}"
     shutil.rmtree(cache, ignore_errors=True)
     environment = {"HOME": str(folder), "XDG_CACHE_HOME": str(cache), **variables}
-    environment["PATH"] = ""  # no compiler: /proc/cpuinfo shows the host's features to it
+    environment["PATH"] = ""  # no compiler: one for aarch64 is not there
     _place_demo(cache)
     started = time.monotonic()
     try:
@@ -155,7 +197,7 @@ def _run(kind: Kind, folder: Path, seconds: float) -> Outcome:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=bound.left(),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -185,7 +227,7 @@ demo._bundle(demo.example_room() / "checkpoint", export_bundle)
 """
 
 
-def _command(kind: Kind, folder: Path) -> tuple[list[str], dict[str, str]]:
+def _command(kind: Kind, folder: Path, bound: Bound) -> tuple[list[str], dict[str, str]]:
     """Return the interpreter of a kind, and the variables it needs."""
     python = os.path.realpath(sys.executable)
     paths = [str(folder / "tree"), *(path for path in sys.path if path.endswith("site-packages"))]
@@ -195,7 +237,7 @@ def _command(kind: Kind, folder: Path) -> tuple[list[str], dict[str, str]]:
     if emulator is None:
         raise Skipped(f"{kind.emulator} is not installed (Debian: qemu-user-static)")
     if kind.emulator == "qemu-aarch64-static":
-        root: Root = make_root(folder / "arm64")
+        root: Root = make_root(folder / "arm64", bound.left)
         return [emulator, "-cpu", kind.model, str(root.python)], root.variables(folder / "tree")
     if os.uname().machine != "x86_64":
         raise Skipped("this machine is no x86-64: it has no packages for one")
@@ -212,15 +254,24 @@ def _judge(kind: Kind, outcome: Outcome, native: Outcome) -> None:
     if report["wrong"][report["form"]]:
         wrong.append(f"products {report['wrong'][report['form']]} differ from NumPy's integers")
     for name in QUANTISED:
-        got, wanted = outcome.embeddings[name], native.embeddings[name]
-        share = float(np.abs(got - wanted).max() / np.abs(wanted).max())
-        exact = outcome.embeddings["float"]
-        loss = _sqnr(native.embeddings["float"], wanted) - _sqnr(exact, got)
+        got, wanted = outcome.arrays[name], native.arrays[name]
+        share = _share(got, wanted)
+        exact = outcome.arrays["float"]
+        loss = _sqnr(native.arrays["float"], wanted) - _sqnr(exact, got)
         report[f"{name} differs"] = share
         if (kind.exact and share > EMBEDDING_SHARE) or loss > SQNR_DB:
             wrong.append(f"{name}: embeddings differ by {share:.1e}, {loss:.2f} dB worse")
         if report["answers"][name] != native.report["answers"][name]:
             wrong.append(f"{name}: answers {report['answers'][name]}")
+    pinned = {name: array for name, array in native.arrays.items() if name.startswith("pinned.")}
+    report["pinned"] = max(_share(outcome.arrays[name], pinned[name]) for name in pinned)
+    if report["pinned"] > EMBEDDING_SHARE:
+        wrong.append(f"with the native roundings values differ by {report['pinned']:.1e}")
+
+
+def _share(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Return the largest difference as a share of the largest value."""
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 def _sqnr(exact: NDArray[np.float32], quantised: NDArray[np.float32]) -> float:
@@ -240,7 +291,8 @@ def _print(kind: Kind, outcome: Outcome) -> bool:
         print(f"    features  {' '.join(report['features'])}")
         print(f"    products  onnxruntime {report['onnxruntime']}, {report['form']};", end=" ")
         print(f"inexact as stored: {stored}")
-        print(f"    embeddings differ from the native ones, of the largest: {shares}", flush=True)
+        print(f"    embeddings differ from the native ones, of the largest: {shares};", end=" ")
+        print(f"with the native roundings {report['pinned']:.1e}", flush=True)
     return bool(outcome.wrong)
 
 

@@ -2,7 +2,8 @@
 
     python on_cpu.py FOLDER RESULT
 
-FOLDER holds bundles and questions.json; RESULT is an .npz of embeddings beside a .json of the rest.
+FOLDER holds bundles, questions.json and what `matrix.pinned` wrote; RESULT is an .npz of arrays
+beside a .json of the rest.
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.cli import main as command_line
 from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.products import FORMS, Product, exact_form, wrong_products
+from internvl_edge.runtime.products import (
+    FORMS,
+    Product,
+    exact_form,
+    use_exact_products,
+    wrong_products,
+)
 
 THREADS = 2
+#: The vision graph with its roundings given, in a folder of its own, and what it is given.
+PINNED = "pinned.onnx"
+PINNED_INPUTS = "pinned.npz"
 
 
 def measure(folder: Path, result: Path) -> None:
@@ -45,8 +56,28 @@ def measure(folder: Path, result: Path) -> None:
             model.generate(question, [asked["image"]], max_new_tokens=32).text
             for question in asked["questions"]
         ]
-    np.savez(result.with_suffix(".npz"), **embeddings)
+    pinned = {f"pinned.{i}": array for i, array in enumerate(run_pinned(folder / "pinned"))}
+    np.savez(result.with_suffix(".npz"), **embeddings, **pinned)
     result.write_text(json.dumps(report), encoding="utf-8")
+
+
+def run_pinned(folder: Path) -> list[NDArray[np.float32]]:
+    """Return the embeddings, and what would be rounded, from the roundings that are given."""
+    with np.load(folder / PINNED_INPUTS) as given:
+        feeds = {name: given[str(i)] for i, name in enumerate(given["names"].tolist())}
+    results: list[NDArray[np.float32]] = open_exact(folder / PINNED).run(None, feeds)
+    return results
+
+
+def open_exact(path: Path) -> Any:
+    """Open a graph as the runtime does: with its products in the form that is exact here."""
+    options = load_onnxruntime().SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = THREADS
+    use_exact_products(options)
+    return load_onnxruntime().InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _demo() -> bool:
