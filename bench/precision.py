@@ -37,9 +37,9 @@ from internvl_edge.export.quantize import BlockFormat
 from internvl_edge.export.units import Unit, X, language_unit, vision_unit
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import WeightReader
+from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.contract import CachePrecision
-from internvl_edge.runtime.machine import cpu_features
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.products import use_exact_products
 from internvl_edge.runtime.rope import rope_rows

@@ -70,7 +70,7 @@ def true_width_config() -> dict[str, Any]:
     return config
 
 
-# Of the session: a module's would be made anew when its worker is given another file's tests between.
+# Of the session: a module's would be made anew after another file's tests in the same worker.
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("true_width")
