@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 test check: export OMP_NUM_THREADS = 1
 test check: export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: demo test check typing cpu-matrix bench gpu-test gpu-bench clean
+.PHONY: demo test check typing cpu-matrix version-matrix bench gpu-test gpu-bench clean
 
 demo: $(VENV)/export.stamp
 	$(BIN)/internvl-edge demo
@@ -26,6 +26,10 @@ check: $(VENV)/test.stamp typing
 # Other kinds of CPU by emulation: ten minutes at most; what cannot be run here is said.
 cpu-matrix: $(VENV)/export.stamp
 	$(BIN)/python tests/matrix/cpus.py --install
+
+# The lowest, pinned and newest versions of what we depend on, on every Python that is here.
+version-matrix: $(VENV)/test.stamp
+	$(BIN)/python tests/matrix/versions.py
 
 bench: $(VENV)/export.stamp
 	$(BIN)/internvl-edge demo --repeat 5

@@ -15,7 +15,7 @@ from internvl_edge.runtime.errors import VersionWarning
 TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
 
 #: Lowest and highest version of ONNX Runtime that were tried: see docs/versions.md.
-TRIED = ("1.23.2", "1.32.0")
+TRIED = ("1.22.0", "1.32.0")
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def load_onnxruntime() -> Any:
         warnings.warn(
             f"onnxruntime {onnxruntime.__version__} was not tried with this internvl-edge,"
             f" versions {TRIED[0]} to {TRIED[1]} were; if something is amiss, install"
-            f" 'onnxruntime=={TRIED[1]}' (Python 3.10: {TRIED[0]})",
+            f" 'onnxruntime>={TRIED[0]},<={TRIED[1]}'",
             VersionWarning,
             stacklevel=2,
         )

@@ -131,7 +131,7 @@ def test_quantised_export(
 ) -> None:
     calibration = tmp_path / "calibration"
     calibration.mkdir()
-    for number, item in enumerate(generate(6, seed=1)):
+    for number, item in enumerate(generate(3, seed=1)):
         item.image.resize((448, 448)).save(calibration / f"{number}.png")
     bundle = tmp_path / "bundle"
     peak = _export(checkpoint, bundle, **precision, calibration=str(calibration))

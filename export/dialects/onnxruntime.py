@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from onnx import TensorProto
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from internvl_edge.export.dialects import AttentionShape, CacheNames, Linear
-from internvl_edge.export.graph import MICROSOFT, GraphBuilder
+from internvl_edge.export.graph import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
 from internvl_edge.export.packing import pack_blocks, pack_channels
 from internvl_edge.export.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.quantize import ACTIVATION_ZERO_POINT
@@ -268,13 +272,68 @@ class OnnxRuntimeDialect:
         ]
 
 
+@functools.cache
 def takes_int8_cache() -> bool:
-    """Whether the installed ONNX Runtime has int8 keys and values in GroupQueryAttention."""
-    schemas = load_onnxruntime().capi.onnxruntime_pybind11_state.get_all_operator_schema()
-    return any(
-        schema.name == "GroupQueryAttention" and "k_scale" in (i.name for i in schema.inputs)
-        for schema in schemas
+    """Try whether the installed ONNX Runtime attends to int8 keys and values on the CPU.
+
+    The operator's schema does not tell: versions 1.25 and 1.26 have it and no kernel for it.
+    """
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what it refuses is the answer, not an error
+    feeds = _int8_attention_feeds()
+    try:
+        model = _int8_attention(feeds).SerializeToString()
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class
+        return False
+    return True
+
+
+def _int8_attention_feeds() -> dict[str, NDArray[np.generic]]:
+    """Return one token's inputs to attention with one head of `HEAD_MULTIPLE` lanes."""
+    lanes, positions = HEAD_MULTIPLE, 8
+    cache = np.zeros((1, 1, positions, lanes), np.int8)
+    table = np.zeros((positions, lanes // 2), np.float32)
+    scales = np.ones((1, 1, 1, lanes), np.float32)
+    return {
+        "qkv": np.ones((1, 1, 3 * lanes), np.float32),
+        "past_key": cache,
+        "past_value": cache,
+        "last_position": np.zeros(1, np.int32),
+        "total_length": np.array(1, np.int32),
+        "cos": table,
+        "sin": table,
+        "k_scale": scales,
+        "v_scale": scales,
+    }
+
+
+def _int8_attention(feeds: Mapping[str, NDArray[np.generic]]) -> onnx.ModelProto:
+    qkv, past_key, past_value, last, total, cos, sin, k_scale, v_scale = feeds
+    given = [qkv, "", "", past_key, past_value, last, total, cos, sin, "", "", "", k_scale, v_scale]
+    node = helper.make_node(
+        "GroupQueryAttention",
+        given,
+        ["attended", "key", "value"],
+        domain=MICROSOFT,
+        num_heads=1,
+        kv_num_heads=1,
+        do_rotary=1,
+        kv_cache_bit_width=8,
+        k_quant_type="PER_CHANNEL",
+        v_quant_type="PER_CHANNEL",
     )
+    value = helper.make_tensor_value_info
+    kind = helper.np_dtype_to_tensor_dtype
+    inputs = [value(name, kind(array.dtype), array.shape) for name, array in feeds.items()]
+    outputs = [
+        value("attended", TensorProto.FLOAT, None),
+        *(value(name, TensorProto.INT8, None) for name in ("key", "value")),
+    ]
+    graph = helper.make_graph([node], "attention", inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 
 def _part(name: str, index: int, count: int) -> str:
