@@ -15,6 +15,7 @@ from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 
@@ -94,6 +95,10 @@ class OnnxRuntimeBackend:
     @property
     def description(self) -> str:
         return self._description
+
+    @property
+    def numerics(self) -> str:
+        return f"{PROVIDERS['cpu']} {machine_key()}"
 
     @property
     def prepared(self) -> bool:
