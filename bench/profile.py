@@ -25,6 +25,7 @@ from internvl_edge.bench.statistics import percentile
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.bundle import Bundle, open_bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
+from internvl_edge.runtime.quoting import named
 from internvl_edge.runtime.rope import rope_rows
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def profile_bundle(
     manifest = bundle.manifest
     if manifest.dialect != "onnxruntime":
         raise BundleError(
-            f"{bundle.path} was written for {manifest.dialect!r}; ONNX Runtime's profile says"
-            " nothing of it: export with --for onnxruntime"
+            f"{named(bundle.path)} was written for {manifest.dialect!r}; ONNX Runtime's profile"
+            " says nothing of it: export with --for onnxruntime"
         )
     with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
         vision = _profile_vision(bundle, tiles, runs, threads, Path(folder))

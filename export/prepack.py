@@ -178,7 +178,12 @@ class _Probe:
             ("session.save_external_prepacked_constant_initializers", "1"),
         ):
             options.add_session_config_entry(key, value)
-        ort.InferenceSession(self._write(name, values), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(
+            self._write(name, values),
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=False,
+        )
         saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
         stored = [
             entry.value

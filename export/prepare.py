@@ -25,6 +25,7 @@ from internvl_edge.runtime.prepared import (
     prepared_manifest,
     superseded,
 )
+from internvl_edge.runtime.quoting import named
 
 #: Packed weights are larger: column sums and scales lie between them (12 % at block 128).
 GROWTH = 1.15
@@ -62,7 +63,7 @@ def prepare_bundle(
             )
     target = prepared_folder(bundle)
     if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists; pass --overwrite to write it again")
+        raise ExportError(f"{named(target)} exists; pass --overwrite to write it again")
     total = sum(bundle.manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
     check_space(target, int(total * GROWTH))
     advance = (progress or ignore_total)(total)

@@ -26,6 +26,7 @@ from internvl_edge.runtime.contract import (
     VisionPrecision,
 )
 from internvl_edge.runtime.errors import InternVLEdgeError, LimitError
+from internvl_edge.runtime.quoting import LONGEST, named, reason
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         _drop_output()
-        print(f"error: {error}", file=sys.stderr)
+        place = f"{named(error.filename)}: " if isinstance(error.filename, str) else ""
+        print(f"error: {place}{reason(error)}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -186,8 +188,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """Commands inherit it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message, which may hold an argument of any length."""
+        super().error(message if len(message) <= 3 * LONGEST else f"{message[: 3 * LONGEST]}...")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="internvl-edge", description="Edge inference runtime for InternVL 1.5 and its family"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

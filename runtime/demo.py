@@ -18,6 +18,7 @@ from internvl_edge.runtime.errors import BundleError, CheckpointError, LimitErro
 from internvl_edge.runtime.generation import Reply
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.preprocess import load_image
+from internvl_edge.runtime.quoting import reason
 from internvl_edge.runtime.terminal import summary
 
 Export = Callable[[Path, Path], Path]
@@ -106,7 +107,7 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
     try:
         key = hashlib.sha256(weights.read_bytes() + (checkpoint / "config.json").read_bytes())
     except OSError as error:
-        raise CheckpointError(f"the demo checkpoint is incomplete: {error}") from error
+        raise CheckpointError(f"the demo checkpoint is incomplete: {reason(error)}") from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     bundle = cache / "internvl-edge" / f"tiny-ocr-{key.hexdigest()[:12]}"
     size = weights.stat().st_size / 1e6

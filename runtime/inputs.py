@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from internvl_edge.runtime.engine import check_slots
+from internvl_edge.runtime.engine import check_slots, shortening
 from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.images import TiledImage
 from internvl_edge.runtime.preprocess import ImageLike, Tiler
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, expand_images, get_template
-from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.quoting import quoted
+from internvl_edge.runtime.specs import MAX_TILES, ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
-
-#: Most tiles of one image; more would not fit the context of any model of the family.
-MAX_TILES = 1024
 
 
 class Inputs:
@@ -47,7 +45,7 @@ class Inputs:
         tiling = self._spec.tiling
         limit = tiling.max_tiles if max_tiles is None else max_tiles
         if not 1 <= limit <= MAX_TILES:
-            raise LimitError(f"max_tiles is {limit}, it must be in 1..{MAX_TILES}")
+            raise LimitError(f"max_tiles is {quoted(limit)}, it must be in 1..{MAX_TILES}")
         return TiledImage(
             partial(
                 self._tiler,
@@ -89,12 +87,13 @@ class Inputs:
             raise PromptError("the prompt has no tokens")
         if not 0 <= min(checked) <= max(checked) < vocab:
             raise PromptError(
-                f"token ids must be in 0..{vocab - 1}, got {min(checked)}..{max(checked)}"
+                f"token ids must be in 0..{vocab - 1}, got {quoted(min(checked))} to"
+                f" {quoted(max(checked))}"
             )
         if len(checked) > self._max_context:
             raise LimitError(
-                f"the prompt has {len(checked)} tokens, the context holds {self._max_context}; use"
-                " fewer images, a lower max_tiles, or a larger max_context"
+                f"the prompt has {len(checked)} tokens, the context holds {self._max_context};"
+                f" {shortening(self._spec.language, self._max_context)}"
             )
         check_slots(checked.count(self.context_id), sum(map(self.rows, tiled)))
         return checked

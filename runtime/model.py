@@ -25,8 +25,15 @@ from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
 from internvl_edge.runtime.images import LazyImage, TiledImage
 from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
+from internvl_edge.runtime.preprocess import (
+    ImageLike,
+    Tiler,
+    check_tiles,
+    tile_on_host,
+    tiles_on_host,
+)
 from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.quoting import quoted
 from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
 from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
 from internvl_edge.runtime.specs import ModelSpec
@@ -109,7 +116,9 @@ class InternVL:
         bundle = open_bundle(Path(path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
-            raise LimitError(f"max_context {max_context} is outside 1..{limit} of this model")
+            raise LimitError(
+                f"max_context {quoted(max_context)} is outside 1..{limit} of this model"
+            )
         opened = open_device(
             bundle,
             device,
@@ -121,8 +130,8 @@ class InternVL:
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
-        tokenizer = Tokenizer.load(bundle.path)
-        return cls(
+        tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+        model = cls(
             bundle,
             opened.backend,
             tokenizer,
@@ -132,6 +141,8 @@ class InternVL:
             image_folder=None if image_folder is None else Path(image_folder),
             memory=opened.memory,
         )
+        bundle.verified.check()  # of what was read meanwhile too
+        return model
 
     def generate(
         self,
@@ -259,7 +270,12 @@ class InternVL:
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
-        """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
+        """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them.
+
+        Raises:
+            ImageError: they are something else.
+        """
+        check_tiles(tiles, self.spec.vision.tile_size)
         name = hashlib.sha256(np.ascontiguousarray(tiles).data).digest()
         tiled = [TiledImage(lambda: (tiles, name))] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)
@@ -293,7 +309,7 @@ class InternVL:
     ) -> TokenStream:
         """Check a tokenised prompt and bind the phases to it; `cache` None allocates one."""
         if max_new_tokens < 1:
-            raise LimitError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+            raise LimitError(f"max_new_tokens is {quoted(max_new_tokens)}, it must be at least 1")
         ids = self.inputs.checked(ids, tiled)
         timings.prompt_tokens = len(ids)
         # The last token generated is never run, so it needs no place in the cache.

@@ -23,6 +23,10 @@ from internvl_edge.runtime.contract import (
     VISION_GRAPH,
 )
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.json_reader import JsonError
+from internvl_edge.runtime.quoting import named, reason
+from internvl_edge.runtime.seal import read_sealed, sealed
+from internvl_edge.runtime.verified import VerifiedFiles
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
@@ -74,7 +78,7 @@ def prepared_folder(bundle: Bundle) -> Path:
 def prepared_manifest(bundle: Bundle, files: Mapping[str, FileEntry]) -> str:
     """JSON that ties packed graphs to the bundle they were made from."""
     entries = {name: vars(entry) for name, entry in sorted(files.items())}
-    return json.dumps(_origin(bundle) | {"files": entries}, indent=2)
+    return json.dumps(sealed(_origin(bundle) | {"files": entries}), indent=2)
 
 
 def is_prepared(bundle: Bundle) -> bool:
@@ -87,7 +91,13 @@ def is_prepared(bundle: Bundle) -> bool:
 
 
 def find_prepared(bundle: Bundle) -> Path | None:
-    """The packed graphs that fit this machine and this bundle, or None.
+    """The packed graphs that fit this machine and this bundle, or None; see `verified_prepared`."""
+    found = verified_prepared(bundle)
+    return None if found is None else found.path
+
+
+def verified_prepared(bundle: Bundle) -> VerifiedFiles | None:
+    """Check the packed graphs that fit this machine and this bundle; None where there are none.
 
     Raises:
         BundleError: they are there, but damaged.
@@ -95,21 +105,23 @@ def find_prepared(bundle: Bundle) -> Path | None:
     folder, data = prepared_folder(bundle), _manifest(bundle)
     if data is None:
         return None
-    for name, entry in _entries(bundle, data).items():
-        check_file(folder / name, entry, bundle.verify, _REMEDY)
-    return folder
+    identities = {
+        name: check_file(folder / name, entry, bundle.verify, _REMEDY)
+        for name, entry in _entries(bundle, data).items()
+    }
+    return VerifiedFiles(folder, identities)
 
 
 def _manifest(bundle: Bundle) -> dict[str, Any] | None:
     """What lies there; None if nothing does, or what was made from another bundle."""
     path = prepared_folder(bundle) / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_sealed(path, older=(*_origin(bundle), "files"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}; {_REMEDY}") from error
-    if not isinstance(data, dict) or any(data.get(k) != v for k, v in _origin(bundle).items()):
+    except (OSError, JsonError) as error:
+        raise BundleError(f"cannot read {named(path)}: {reason(error)}; {_REMEDY}") from error
+    if any(data.get(k) != v for k, v in _origin(bundle).items()):
         return None
     return data
 
@@ -125,14 +137,14 @@ def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
             for name, entry in data["files"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BundleError(f"{path} is damaged; {_REMEDY}") from None
+        raise BundleError(f"{named(path)} is damaged; {_REMEDY}") from None
     graphs = [
         name
         for graph in (VISION_GRAPH, LANGUAGE_GRAPH)
         for name in part_names(graph, part_count(bundle.manifest, graph))
     ]
     if set(entries) != {*graphs, *(str(Path(name).with_suffix(".data")) for name in graphs)}:
-        raise BundleError(f"{path} is damaged; {_REMEDY}")
+        raise BundleError(f"{named(path)} is damaged; {_REMEDY}")
     return entries
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.files import open_regular
 
 Rows = NDArray[np.floating]
 
@@ -127,7 +128,8 @@ class ImageFolder:
     def load(self, key: bytes) -> Rows | None:
         """Rows saved before; None where there are none or the file is damaged."""
         try:
-            data = self._file(key).read_bytes()
+            with open_regular(self._file(key)) as file:
+                data = file.read()
         except OSError:
             return None
         body, digest = data[:-32], data[-32:]

@@ -17,7 +17,9 @@ from internvl_edge.runtime.backends.chain import Chain
 from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import BundleError, DeviceError
-from internvl_edge.runtime.prepared import find_prepared, part_count, part_names
+from internvl_edge.runtime.prepared import part_count, part_names, verified_prepared
+from internvl_edge.runtime.quoting import named, quoted, reason
+from internvl_edge.runtime.verified import HeldFiles
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -63,7 +65,7 @@ def check_provider(device: str) -> None:
 
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
-            f"device {device!r} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
+            f"device {quoted(device)} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
             f" has {ort.get_available_providers()}; install internvl-edge[gpu] or use"
             " device='cpu'"
         )
@@ -79,9 +81,10 @@ def open_graphs(
         DeviceError: the provider did not start.
     """
     sessions = []
-    for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
-        sessions.append(open_session(bundle.path, graph, provider, threads))
-        check_graph(bundle, graph, sessions[-1])
+    with bundle.verified.unchanged():
+        for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
+            sessions.append(open_session(bundle.path, graph, provider, threads))
+            check_graph(bundle, graph, sessions[-1])
     return sessions[0], sessions[1]
 
 
@@ -99,7 +102,8 @@ class CpuGraphs:
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads = bundle, threads
-        self._prepared = find_prepared(bundle)
+        self._prepared = verified_prepared(bundle)
+        self._held: HeldFiles | None = None
         self._chains: dict[str, Chain] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
@@ -118,15 +122,16 @@ class CpuGraphs:
             if graph not in self._chains:
                 self._chains.clear()  # first: their memory is needed
                 self._open(graph)
+            if self._held is not None:
+                self._held.check()
             return self._chains[graph]
 
     def _open(self, *graphs: str) -> None:
         """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
-        prepared, manifest = self._prepared, self._bundle.manifest
+        prepared, manifest = self._prepared is not None, self._bundle.manifest
+        files = self._prepared or self._bundle.verified
         provider = Provider(optimise="none" if prepared else "all")
-        open_part = partial(
-            open_session, prepared or self._bundle.path, provider=provider, threads=self._threads
-        )
+        open_part = partial(open_session, files.path, provider=provider, threads=self._threads)
         names = {
             graph: part_names(graph, part_count(manifest, graph)) if prepared else [graph]
             for graph in graphs
@@ -136,10 +141,17 @@ class CpuGraphs:
         *others, last = [name for graph in graphs for name in names[graph]]
         loading = large_blocks_reused if prepared else large_blocks_returned
         sessions = {}
-        with loading() as enter, ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool:
+        with (
+            files.unchanged(),
+            loading() as enter,
+            ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool,
+        ):
             opening = {name: pool.submit(open_part, name) for name in others}
             sessions[last] = open_part(last)
             sessions |= {name: future.result() for name, future in opening.items()}
+        self._held = files.hold(
+            str(Path(name).with_suffix(".data")) for graph in graphs for name in names[graph]
+        )
         for graph in graphs:
             chain = Chain([sessions[name] for name in names[graph]])
             check_graph(self._bundle, graph, chain)
@@ -199,15 +211,18 @@ def open_session(
     try:
         with contextlib.redirect_stdout(said) if catching else contextlib.nullcontext():
             path = str(folder / graph)
-            session = ort.InferenceSession(path, options, providers=list(chosen.items()))
+            # Without a provider to fall back to, it would print and try the same again.
+            session = ort.InferenceSession(
+                path, options, providers=list(chosen.items()), enable_fallback=catching
+            )
     except Exception as error:
-        raise BundleError(f"{folder / graph} does not load: {error}") from error
+        raise BundleError(f"{named(folder / graph)} does not load: {reason(error)}") from error
     if session.get_providers()[0] != provider.name:
-        reason = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
+        cause = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
         raise DeviceError(
             f"{provider.name} is installed but did not start (got {session.get_providers()});"
             " check the driver and CUDA libraries, or use device='cpu'"
-            + (f" (ONNX Runtime: {reason[:500]})" if reason else "")
+            + (f" (ONNX Runtime: {cause[:500]})" if cause else "")
         )
     return session
 
@@ -222,12 +237,15 @@ def check_contract(
         try:
             got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
         except UnicodeDecodeError as error:
-            raise BundleError(f"a graph has a damaged name: {error}; export it anew") from error
+            raise BundleError(
+                f"a graph has a damaged name: {reason(error)}; export it anew"
+            ) from error
         wanted = {(t.name, _ORT_TYPE[t.dtype], _fixed(t.shape)) for t in tensors}
         if got != wanted:
             raise BundleError(
-                f"graph and manifest do not match: graph {sorted(got - wanted, key=str)[:2]},"
-                f" manifest {sorted(wanted - got, key=str)[:2]}; export the checkpoint with this"
+                "graph and manifest do not match: graph"
+                f" {quoted(sorted(got - wanted, key=str)[:2])}, manifest"
+                f" {quoted(sorted(wanted - got, key=str)[:2])}; export the checkpoint with this"
                 " version of internvl-edge"
             )
 
