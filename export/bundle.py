@@ -33,6 +33,7 @@ from internvl_edge.runtime.contract import (
 )
 from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, get_template
+from internvl_edge.runtime.quoting import named
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer, tokenizer_files
 
@@ -170,6 +171,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise ExportError(f"{target} exists; choose another output or pass --overwrite")
+        raise ExportError(f"{named(target)} exists; choose another output or pass --overwrite")
     if not (target / MANIFEST).exists():
-        raise ExportError(f"{target} is not a bundle, so it will not be replaced; remove it first")
+        raise ExportError(
+            f"{named(target)} is not a bundle, so it will not be replaced; remove it first"
+        )

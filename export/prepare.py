@@ -9,6 +9,7 @@ from pathlib import Path
 from internvl_edge.export.graph import Progress
 from internvl_edge.export.prepack import prepack_graph
 from internvl_edge.export.writer import check_space, ignore_total, written_aside
+from internvl_edge.runtime.backends.sessions import check_path
 from internvl_edge.runtime.bundle import file_entry, open_bundle
 from internvl_edge.runtime.contract import (
     LANGUAGE_FILES,
@@ -62,6 +63,7 @@ def prepare_bundle(
                 f" nothing to map; export with --{part} int8"
             )
     target = prepared_folder(bundle)
+    check_path(target)
     if target.exists() and not overwrite:
         raise ExportError(f"{named(target)} exists; pass --overwrite to write it again")
     total = sum(bundle.manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))

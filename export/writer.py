@@ -33,6 +33,7 @@ from internvl_edge.runtime.contract import (
     compute_dtype,
 )
 from internvl_edge.runtime.errors import ExportError
+from internvl_edge.runtime.quoting import named, reason
 
 #: Room asked for beyond the weights: graphs, tokenizer, manifest, file system overhead.
 SLACK_BYTES = 16 << 20
@@ -160,10 +161,10 @@ def check_space(target: Path, needed: int) -> None:
             parent = parent.parent
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
+        raise ExportError(f"cannot write to {named(parent)}: {reason(error)}") from error
     if free < needed + SLACK_BYTES:
         raise ExportError(
-            f"{parent} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB;"
+            f"{named(parent)} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB;"
             " free some space or choose another disk"
         )
 
@@ -179,9 +180,9 @@ def written_aside(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ExportError(
-                f"no space left while writing {target}: {error.strerror}; nothing was kept"
+                f"no space left while writing {named(target)}: {reason(error)}; nothing was kept"
             ) from error
-        raise ExportError(f"cannot write {target}: {error}") from error
+        raise ExportError(f"cannot write {named(target)}: {reason(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
