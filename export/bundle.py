@@ -157,6 +157,7 @@ def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
         tokenizer = Tokenizer.load(directory)
         tokenizer.token_id(IMAGE_CONTEXT)
         tokenizer.token_id(get_template(spec.prompt.template).stop)
+        files = list(tokenizer_files(directory))
     except BundleError as error:
         raise CheckpointError(f"tokenizer: {error}") from error
     if tokenizer.size > spec.language.vocab_size:
@@ -164,7 +165,7 @@ def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
             f"the tokenizer has {tokenizer.size} ids, the embedding table only"
             f" {spec.language.vocab_size} rows; its files belong to another checkpoint"
         )
-    return list(tokenizer_files(directory))
+    return files
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
