@@ -9,15 +9,18 @@ print(model.generate("What is the total?", images=["receipt.jpg"]).text)
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.errors import (
     BundleError,
+    BusyError,
     CheckpointError,
     DeviceError,
     ExportError,
     ImageError,
     InternVLEdgeError,
     InternVLEdgeWarning,
+    LeftoverWarning,
     LimitError,
     PreparedWarning,
     PromptError,
+    RangeWarning,
     VersionWarning,
 )
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
@@ -26,6 +29,7 @@ from internvl_edge.runtime.sampling import Sampling
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "Chat",
     "CheckpointError",
     "DeviceError",
@@ -34,9 +38,11 @@ __all__ = [
     "InternVL",
     "InternVLEdgeError",
     "InternVLEdgeWarning",
+    "LeftoverWarning",
     "LimitError",
     "PreparedWarning",
     "PromptError",
+    "RangeWarning",
     "Reply",
     "Sampling",
     "Timings",
