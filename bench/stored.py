@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import ExportError, LimitError
 
 FORMAT = "internvl-edge latency"
@@ -38,7 +39,8 @@ def write_whole(content: bytes, path: Path) -> None:
         aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
-        raise LimitError(f"cannot write {path}: {error.strerror}") from error
+        reason = full_disk(error, path) if is_full(error) else error.strerror
+        raise LimitError(f"cannot write {path}: {reason}") from error
     finally:
         aside.unlink(missing_ok=True)
 

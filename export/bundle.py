@@ -108,15 +108,14 @@ def export_bundle(
     tokenizer = _check_tokenizer(source.directory, source.spec)
     recipe = Recipe(vision, language, kv or default_cache(language, dialect), options, dialect)
     _check_cache(recipe)
-    needed = planned_layout(source, recipe).file_bytes
-    data = None
+    data, what, needed = None, "the bundle", planned_layout(source, recipe).file_bytes
     if recipe.needs_calibration:
         check_device(calibration_device)
-        data = load_calibration(source, calibration)
+        data, what = load_calibration(source, calibration), "this export with its calibration"
         needed = room_for_export(
             source.spec, recipe, data.samples, needed, budget=budget is not None
         )
-    check_space(target, needed - reusable_bytes(target), "this export")
+    check_space(target, needed - reusable_bytes(target), what)
     with work_folder(target) as work:
         check_target(target, overwrite)  # another export may have been here meanwhile
         decided = Decided(recipe)

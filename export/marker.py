@@ -20,9 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import BusyError, ExportError
 
 MARKER = "internvl-edge-work.json"
@@ -61,7 +63,7 @@ class Claim:
         previous: who held it before; None where it is new.
     """
 
-    def __init__(self, path: Path, marker: BinaryIO, previous: Holder | None) -> None:
+    def __init__(self, path: Path, marker: FileIO, previous: Holder | None) -> None:
         self.path = path
         self.previous = previous
         self._marker = marker
@@ -127,17 +129,24 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         parent: where; None is the system's place for temporary files.
 
     Raises:
+        ExportError: the disk is full, now or at any time within.
         OSError: it cannot be written.
     """
     place = Path(tempfile.gettempdir() if parent is None else parent)
     pattern = re.compile(SCRATCH + r"[0-9a-f]{8}" + f"({_PASSING})?")
     for found in _siblings(place, pattern):
         _removed(found)
-    held = claim(place / f"{SCRATCH}{secrets.token_hex(4)}", mode=0o700)
+    path = place / f"{SCRATCH}{secrets.token_hex(4)}"
     try:
-        yield held.path
-    finally:
-        held.remove()
+        held = claim(path, mode=0o700)
+        try:
+            yield held.path
+        finally:
+            held.remove()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise ExportError(f"{full_disk(error, path)}; free some space") from error
 
 
 def _make(path: Path, mode: int) -> Claim | None:
@@ -146,7 +155,7 @@ def _make(path: Path, mode: int) -> Claim | None:
     passing.mkdir(mode)
     marker = None
     try:
-        marker = (passing / MARKER).open("x+b")
+        marker = (passing / MARKER).open("x+b", buffering=0)
         _lock(marker, path)
         _sign(marker)
         passing.rename(path)
@@ -191,7 +200,7 @@ def _take(path: Path) -> Claim | None:
     return Claim(path, marker, previous)
 
 
-def _lock(marker: BinaryIO, path: Path) -> None:
+def _lock(marker: FileIO, path: Path) -> None:
     try:
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -206,7 +215,7 @@ def _lock(marker: BinaryIO, path: Path) -> None:
         ) from error
 
 
-def _is_at(marker: BinaryIO, path: Path) -> bool:
+def _is_at(marker: FileIO, path: Path) -> bool:
     """Return whether the open file still has its name."""
     try:
         return os.path.samestat(os.fstat(marker.fileno()), path.lstat())
@@ -214,11 +223,12 @@ def _is_at(marker: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _sign(marker: BinaryIO) -> None:
+def _sign(marker: FileIO) -> None:
     record = json.dumps({"format": FORMAT, **asdict(Holder.here())})
+    left = record.encode().ljust(RECORD_BYTES - 1)[: RECORD_BYTES - 1] + b"\n"
     marker.seek(0)
-    marker.write(record.encode().ljust(RECORD_BYTES - 1)[: RECORD_BYTES - 1] + b"\n")
-    marker.flush()
+    while left:
+        left = left[marker.write(left) :]
 
 
 def _record(content: bytes) -> Holder | None:

@@ -58,6 +58,7 @@ class WorkFolder:
         self.path = held.path
         self.target = target
         self._held = held
+        self._workspace: Workspace | None = None
 
     @property
     def calibration(self) -> Path:
@@ -106,7 +107,7 @@ class WorkFolder:
 
     def open_calibration(self, key: str) -> Workspace:
         """Go on with the decisions of a run that was cut short, if they are of the same key."""
-        workspace = Workspace(self.calibration, key)
+        workspace = self._workspace = Workspace(self.calibration, key)
         if workspace.discarded:
             _say(f"removed the calibration in {self.path}: {workspace.discarded}")
         elif workspace.resumed:
@@ -131,6 +132,8 @@ class WorkFolder:
                 self._settle(path)
             else:
                 shutil.rmtree(path, ignore_errors=True)
+        if self._workspace is not None and not self._workspace.finished:
+            self.forget_calibration()
         names = sorted(path.name for path in self.path.iterdir() if path.name != MARKER)
         if not names:
             self._held.remove()

@@ -46,8 +46,13 @@ class Workspace:
             self.remove()
             path.mkdir()
             (path / _KEY).write_text(key, encoding="utf-8")
-        self.resumed = len(self._units())
+        self.resumed = self.finished
         self._latest: Path | None = None
+
+    @property
+    def finished(self) -> int:
+        """How many units are finished."""
+        return len(self._units()) if self._path.exists() else 0
 
     def load(self, unit: str) -> tuple[Decisions, Floats] | None:
         """What a finished unit left, memory-mapped, or None."""

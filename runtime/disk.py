@@ -37,6 +37,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in FULL
 
 
+def no_space(path: Path) -> OSError:
+    """Make the error of a full disk, for what a library was told to write."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def full_disk(error: OSError, folder: Path) -> str:
     """Describe a full disk: the path that was written, the reason, and what is free there.
 
