@@ -16,7 +16,6 @@ from internvl_edge.export.weights import Weight
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.errors import ExportError
-from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.specs import LanguageSpec
 
 #: Head sizes the rotary path of GroupQueryAttention accepts; every released model has 64 to 128.
@@ -266,15 +265,6 @@ class OnnxRuntimeDialect:
             )
             for part, values in named.items()
         ]
-
-
-def takes_int8_cache() -> bool:
-    """Whether the installed ONNX Runtime has int8 keys and values in GroupQueryAttention."""
-    schemas = load_onnxruntime().capi.onnxruntime_pybind11_state.get_all_operator_schema()
-    return any(
-        schema.name == "GroupQueryAttention" and "k_scale" in (i.name for i in schema.inputs)
-        for schema in schemas
-    )
 
 
 def _part(name: str, index: int, count: int) -> str:
