@@ -23,8 +23,8 @@ from internvl_edge.runtime.errors import ExportError
 
 Arrays = tuple[NDArray[np.generic], ...]
 
-#: Values a thread quantises at a time: small enough that a dozen temporaries stay in cache.
-CHUNK_VALUES = 1 << 20
+#: Values a thread quantises at a time: small enough that they and their copies stay in cache.
+CHUNK_VALUES = 1 << 18
 THREADS = 4
 #: Values of an embedding row that share a scale.
 TABLE_RUN = 128
