@@ -163,6 +163,7 @@ def _write_inputs(folder: Path) -> None:
     script = json.loads((EXAMPLE / "receipt.json").read_text(encoding="utf-8"))
     asked = {
         "bundles": list(PRECISIONS),
+        "answering": QUANTISED,  # the demo asks the float one
         "image": str(EXAMPLE / script["image"]),
         "questions": [turn["question"] for turn in script["turns"]],
     }

@@ -50,12 +50,13 @@ def measure(folder: Path, result: Path) -> None:
     }
     embeddings = {}
     for name in asked["bundles"]:
-        model = InternVL.load(folder / name, device="cpu", threads=THREADS, reuse_bytes=0)
+        model = InternVL.load(folder / name, device="cpu", threads=THREADS)
         embeddings[name] = np.concatenate(model.encode_images([asked["image"]]))
-        report["answers"][name] = [
-            model.generate(question, [asked["image"]], max_new_tokens=32).text
-            for question in asked["questions"]
-        ]
+        if name in asked["answering"]:
+            report["answers"][name] = [
+                model.generate(question, [asked["image"]], max_new_tokens=32).text
+                for question in asked["questions"]
+            ]
     pinned = {f"pinned.{i}": array for i, array in enumerate(run_pinned(folder / "pinned"))}
     np.savez(result.with_suffix(".npz"), **embeddings, **pinned)
     result.write_text(json.dumps(report), encoding="utf-8")
