@@ -156,18 +156,15 @@ def _is_exact(form: Form, product: Product) -> bool:
     for key, value in form.entries.items():
         options.add_session_config_entry(key, value)
     path = str(_PROBES / f"{product}.onnx")
+    inputs = [probe_input(rows) for rows in ROWS]
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        results = [session.run(None, {"x": x.astype(np.float32)}) for x in inputs]
     except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class: not this form
         return False
     weight = full_range(COLUMNS, WIDTH, *LIMITS[product])
-    for rows in ROWS:
-        x = probe_input(rows)
-        exact = x @ weight.T
-        for got in session.run(None, {"x": x.astype(np.float32)}):
-            if not np.array_equal(got, exact):
-                return False
-    return True
+    pairs = zip(inputs, results, strict=True)
+    return all(np.array_equal(got, x @ weight.T) for x, outputs in pairs for got in outputs)
 
 
 def full_range(rows: int, columns: int, low: int, high: int) -> NDArray[np.int64]:

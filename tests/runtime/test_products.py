@@ -112,6 +112,21 @@ def test_a_wrong_form_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exact_form.__wrapped__(("int4",)) == AS_STORED
 
 
+class FailingSession:
+    """1.22 multiplies 8-bit weights where they are packed, and raises elsewhere when it runs."""
+
+    def __init__(self, path: str, options: ort.SessionOptions, providers: list[str]) -> None:
+        self.path = path
+
+    def run(self, names: None, feeds: object) -> list[NDArray[np.float32]]:
+        raise RuntimeError("Only 4b quantization is supported for unpacked compute")
+
+
+def test_a_form_that_fails_when_it_runs_is_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.InferenceSession", FailingSession)
+    assert wrong_products(AS_STORED, PRODUCTS) == list(PRODUCTS)
+
+
 def test_no_right_form_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_is_exact", lambda form, product: product == "int8")
     with pytest.raises(DeviceError, match=f"{ort.__version__} multiplies.*w8a8, int4.*fp32"):
