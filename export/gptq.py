@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.export.quantize import (
-    CLIP_RATIOS,
     BlockFormat,
     Blocks,
     Floats,
+    choose_scales,
     pack,
-    quantize_blocks,
-    unpack,
 )
 
 #: Columns whose inputs' correlations are kept; across chunks errors are not spread. Bounds the
@@ -27,6 +26,8 @@ from internvl_edge.export.quantize import (
 CHUNK = 2048
 #: Share of the mean diagonal added to it, as the paper does: the matrix may be singular.
 DAMPING = 0.01
+#: Columns whose errors reach later ones together.
+RUN = 32
 
 
 def moments(x: Floats) -> list[Floats]:
@@ -64,61 +65,56 @@ def gptq_blocks(
         factors: from `error_factors`.
         importance: mean square of each input, for the clipping of each block.
     """
-    remaining = weight.astype(np.float32).copy()
-    columns = weight.shape[1]
+    # Columns are what is worked on: each lies in one piece.
+    remaining = np.array(weight.T, np.float32, order="C")
     parts, start = [], 0
     for factor in factors:
         stop = start + len(factor)
         for left in range(start, stop, form.block):
             right = min(left + form.block, stop)
             weights = None if importance is None else importance[left:right]
-            parts.append(_round_block(remaining, left, right, stop, factor, start, form, weights))
+            upper = factor[left - start : right - start, left - start :]
+            parts.append(_round_block(remaining[left:stop], upper, form, weights))
         start = stop
-    if start != columns:
-        raise ValueError(f"factors cover {start} columns, the weight has {columns}")
+    if start != len(remaining):
+        raise ValueError(f"factors cover {start} columns, the weight has {len(remaining)}")
     zeros = None
     if not form.symmetric:
         zeros = pack(np.stack([part[2] for part in parts], axis=1), form.bits)
-    values = np.stack([part[0] for part in parts], axis=1)
+    values = np.stack([part[0].T for part in parts], axis=1)
     return Blocks(pack(values, form.bits), np.stack([part[1] for part in parts], axis=1), zeros)
 
 
 def _round_block(
-    remaining: Floats,
-    left: int,
-    right: int,
-    stop: int,
-    factor: Floats,
-    origin: int,
-    form: BlockFormat,
-    importance: Floats | None,
-) -> tuple[np.ndarray, Floats, np.ndarray]:
-    """Round columns left..right-1 and pass their errors on to those before `stop`.
+    remaining: Floats, upper: Floats, form: BlockFormat, importance: Floats | None
+) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8]]:
+    """Round the first columns of `remaining` and pass their errors on to the others.
+
+    Args:
+        remaining: `(columns, rows)`, changed in place.
+        upper: the Cholesky factor's rows of the columns to round, `(rounded, columns)`.
 
     Returns:
-        values uint8 `(rows, block)`, scales `(rows,)`, zero points uint8 `(rows,)`.
+        values uint8 `(block, rows)`, scales `(rows,)`, zero points uint8 `(rows,)`.
     """
-    chosen = quantize_blocks(
-        remaining[:, left:right], form, importance=importance, ratios=CLIP_RATIOS
-    )
-    scales = chosen.scales[:, 0]
-    zeros = np.full(len(scales), form.middle, np.uint8)
-    if chosen.zero_points is not None:
-        zeros = unpack(chosen.zero_points, form.bits)[:, 0]
-    middle = zeros.astype(np.float32)
-    values = np.repeat(zeros[:, np.newaxis], form.block, axis=1)  # padding stands for zero
-    errors = np.empty((len(scales), right - left), np.float32)
-    for column in range(left, right):
-        row = factor[column - origin]
-        exact = remaining[:, column]
-        stored = np.clip(np.rint(exact / scales) + middle, 0, form.levels)
-        error = (exact - (stored - middle) * scales) / row[column - origin]
-        values[:, column - left] = stored.astype(np.uint8)
-        errors[:, column - left] = error
-        # Inside the block at once, beyond it in one matrix product below.
-        spread = row[column + 1 - origin : right - origin]
-        remaining[:, column + 1 : right] -= np.outer(error, spread)
-    if right < stop:
-        beyond = factor[left - origin : right - origin, right - origin : stop - origin]
-        remaining[:, right:stop] -= errors @ beyond
-    return values, scales, zeros
+    count = len(upper)
+    block = np.zeros((remaining.shape[1], 1, form.block), np.float32)  # padded with zeros
+    block[:, 0, :count] = remaining[:count].T
+    chosen = choose_scales(block, form, importance=importance)
+    scales, zeros = (part[:, 0] for part in chosen)
+    values = np.empty((form.block, len(scales)), np.uint8)
+    values[count:] = zeros  # padding stands for zero
+    errors = np.empty((count, len(scales)), np.float32)
+    for left in range(0, count, RUN):
+        right = min(left + RUN, count)
+        for column in range(left, right):
+            row = upper[column]
+            exact = remaining[column]
+            stored = np.clip(np.rint(exact / scales) + zeros, 0, form.levels)
+            values[column] = stored
+            errors[column] = (exact - (stored - zeros) * scales) / row[column]
+            # Inside the run at once, beyond it in one matrix product below.
+            later = slice(column + 1, right)
+            remaining[later] -= np.outer(row[later], errors[column])
+        remaining[right:] -= upper[left:right, right:].T @ errors[left:right]
+    return values, scales, zeros.astype(np.uint8)

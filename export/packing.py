@@ -23,8 +23,8 @@ from internvl_edge.runtime.errors import ExportError
 
 Arrays = tuple[NDArray[np.generic], ...]
 
-#: Values a thread quantises at a time: small enough that a dozen temporaries stay in cache.
-CHUNK_VALUES = 1 << 20
+#: Values a thread quantises at a time: small enough that they and their copies stay in cache.
+CHUNK_VALUES = 1 << 18
 THREADS = 4
 #: Values of an embedding row that share a scale.
 TABLE_RUN = 128
@@ -72,14 +72,20 @@ class Packed:
         yield self._held.pop(0)
 
     def _compute(self) -> list[NDArray[np.generic]]:
-        columns = self._weight.shape[1]
+        rows, columns = self._weight.shape
         step = max(1, CHUNK_VALUES // columns)
-        done: list[Arrays] = []
+        whole: list[NDArray[np.generic]] = []
+        done = 0
         with ThreadPoolExecutor(THREADS) as pool:
             for block in self._weight.cast_blocks():
                 runs = [block[i : i + step] for i in range(0, len(block), step)]
-                done += pool.map(self._quantize, runs)
-        return self._finish([np.concatenate(part) for part in zip(*done, strict=True)])
+                for arrays in pool.map(self._quantize, runs):
+                    # Kept, thousands of small arrays would leave holes as large as the matrix.
+                    whole = whole or [np.empty((rows, *a.shape[1:]), a.dtype) for a in arrays]
+                    for place, array in zip(whole, arrays, strict=True):
+                        place[done : done + len(array)] = array
+                    done += len(arrays[0])
+        return self._finish(whole)
 
 
 def pack_blocks(weight: Weight, plan: LinearPlan) -> list[Weight]:

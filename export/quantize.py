@@ -87,26 +87,43 @@ def quantize_blocks(
         ratios: shares of the full range to try; `(1.0,)` is plain round to nearest.
     """
     blocked = _to_blocks(weight, form)
-    weights = None
-    if importance is not None:
-        weights = _to_blocks(importance[np.newaxis], form)[0]
-    scales, zeros = _range(blocked, form, ratios[0])
-    values = _round(blocked, scales, zeros, form)
-    if len(ratios) > 1:
-        error = _error(blocked, values, scales, zeros, weights)
-        for ratio in ratios[1:]:
-            other_scales, other_zeros = _range(blocked, form, ratio)
-            other = _round(blocked, other_scales, other_zeros, form)
-            other_error = _error(blocked, other, other_scales, other_zeros, weights)
-            better = other_error < error
-            error = np.where(better, other_error, error)
-            scales = np.where(better, other_scales, scales)
-            zeros = np.where(better, other_zeros, zeros)
-            values = np.where(better[..., np.newaxis], other, values)
+    scales, zeros = choose_scales(blocked, form, importance=importance, ratios=ratios)
+    values = np.empty_like(blocked)
+    _round(blocked, scales, zeros, form, values)
     packed_zeros = None
     if not form.symmetric:
         packed_zeros = pack(zeros.astype(np.uint8), form.bits)
     return Blocks(pack(values.astype(np.uint8), form.bits), scales, packed_zeros)
+
+
+def choose_scales(
+    blocked: Floats,
+    form: BlockFormat,
+    *,
+    importance: Floats | None = None,
+    ratios: Sequence[float] = CLIP_RATIOS,
+) -> tuple[Floats, Floats]:
+    """Choose scale and zero point of every block, each `(rows, blocks)`.
+
+    Args:
+        blocked: `(rows, blocks, block)`, the last block padded with zeros.
+        importance, ratios: see `quantize_blocks`.
+    """
+    low, high = _ends(blocked, form)
+    scales, zeros = _scales(low, high, form, ratios[0])
+    if len(ratios) == 1:
+        return scales, zeros
+    weights = None if importance is None else _to_blocks(importance[np.newaxis], form)[0]
+    work = np.empty_like(blocked)
+    error = _error(blocked, scales, zeros, form, weights, work)
+    for ratio in ratios[1:]:
+        other_scales, other_zeros = _scales(low, high, form, ratio)
+        other_error = _error(blocked, other_scales, other_zeros, form, weights, work)
+        better = other_error < error
+        error = np.where(better, other_error, error)
+        scales = np.where(better, other_scales, scales)
+        zeros = np.where(better, other_zeros, zeros)
+    return scales, zeros
 
 
 def dequantize_blocks(blocks: Blocks, form: BlockFormat, columns: int) -> Floats:
@@ -165,29 +182,54 @@ def _to_blocks(matrix: Floats, form: BlockFormat) -> Floats:
     return padded.reshape(rows, -1, form.block)
 
 
-def _range(blocked: Floats, form: BlockFormat, ratio: float) -> tuple[Floats, Floats]:
+def _ends(blocked: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
+    """Range of every block, each end `(rows, blocks)`."""
+    if form.symmetric:
+        high = np.abs(blocked).max(axis=-1)
+        return -high, high
+    return np.minimum(blocked.min(axis=-1), 0), np.maximum(blocked.max(axis=-1), 0)
+
+
+def _scales(low: Floats, high: Floats, form: BlockFormat, ratio: float) -> tuple[Floats, Floats]:
     """Scale and zero point per block when `ratio` of the range is kept, each `(rows, blocks)`."""
     if form.symmetric:
-        scales = _nonzero(np.abs(blocked).max(axis=-1) * np.float32(ratio / (form.middle - 1)))
+        scales = _nonzero(high * np.float32(ratio / (form.middle - 1)))
         return scales, np.full_like(scales, form.middle)
-    low = np.minimum(blocked.min(axis=-1), 0) * np.float32(ratio)
-    high = np.maximum(blocked.max(axis=-1), 0) * np.float32(ratio)
+    low, high = low * np.float32(ratio), high * np.float32(ratio)
     scales = _nonzero((high - low) / np.float32(form.levels))
     return scales, np.clip(np.rint(-low / scales), 0, form.levels)
 
 
-def _round(blocked: Floats, scales: Floats, zeros: Floats, form: BlockFormat) -> Floats:
-    values = np.rint(blocked / scales[..., np.newaxis]) + zeros[..., np.newaxis]
-    return np.asarray(np.clip(values, 0, form.levels))
+def _round(
+    blocked: Floats, scales: Floats, zeros: Floats, form: BlockFormat, values: Floats
+) -> None:
+    """Write each number's stored value into `values`."""
+    np.divide(blocked, scales[..., np.newaxis], out=values)
+    np.rint(values, out=values)
+    values += zeros[..., np.newaxis]
+    np.clip(values, 0, form.levels, out=values)
 
 
 def _error(
-    blocked: Floats, values: Floats, scales: Floats, zeros: Floats, weights: Floats | None
+    blocked: Floats,
+    scales: Floats,
+    zeros: Floats,
+    form: BlockFormat,
+    weights: Floats | None,
+    work: Floats,
 ) -> Floats:
-    """Squared error of each block, `(rows, blocks)`."""
-    back = (values - zeros[..., np.newaxis]) * scales[..., np.newaxis]
-    squared = (back - blocked) ** 2
-    return np.asarray((squared if weights is None else squared * weights).sum(axis=-1))
+    """Squared error of each block, `(rows, blocks)`; `work` is overwritten.
+
+    Fresh arrays would take three times as long: the system hands out their pages one by one.
+    """
+    _round(blocked, scales, zeros, form, work)
+    work -= zeros[..., np.newaxis]
+    work *= scales[..., np.newaxis]
+    work -= blocked
+    np.square(work, out=work)
+    if weights is not None:
+        work *= weights
+    return np.asarray(work.sum(axis=-1))
 
 
 def pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

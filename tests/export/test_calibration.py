@@ -239,6 +239,21 @@ def test_gptq_without_correlation_is_round_to_nearest() -> None:
     np.testing.assert_array_equal(ours.packed, plain.packed)
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_gptq_leaves_the_weight_as_it_was(rows: int) -> None:
+    """One row is laid out like one column: a view of it would be written to."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((rows, 100)).astype(np.float32)
+    before = weight.copy()
+    factors = error_factors(
+        moments(random.standard_normal((300, 100)).astype(np.float32)), weight[0] ** 2 + 1
+    )
+    blocks = gptq_blocks(weight, BlockFormat(4, 64), factors)
+    np.testing.assert_array_equal(weight, before)
+    assert blocks.packed.shape == (rows, 2, 32)
+    assert (blocks.packed[:, 1, 18:] == 0x88).all()  # padding stands for zero
+
+
 def test_generator_is_deterministic_and_varied() -> None:
     first, again = generate(12), generate(12)
     assert [item.prompt for item in first] == [item.prompt for item in again]

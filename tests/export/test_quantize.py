@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,20 @@ def test_matmulnbits_reads_the_layout(form: BlockFormat, columns: int) -> None:
     blocks = quantize_blocks(weight, form)
     expected = x @ dequantize_blocks(blocks, form, columns).T
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)  # sums of 96 terms up to 60
+
+
+def test_a_packed_matrix_is_held_once() -> None:
+    """Beside it are what the threads work on and a block of the float matrix, not its pieces."""
+    rows, columns = 1 << 14, 1 << 12
+    block = _matrix(256, columns, 0)
+    weight = Weight("w", "float32", (rows, columns), lambda: itertools.repeat(block, rows // 256))
+    (values, *_) = pack_blocks(weight, LinearPlan("blocks", form=BlockFormat(8, 32), ratios=(1.0,)))
+    tracemalloc.start()
+    (packed,) = values.blocks()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert packed.nbytes == rows * columns
+    assert peak < 1.7 * packed.nbytes
 
 
 def test_qgemm_reads_the_layout() -> None:
