@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import GOLDEN
 
+from internvl_edge.kernels import build, ops
 from internvl_edge.runtime.cli import main
 
 CHECKPOINT = GOLDEN / "model"
@@ -52,6 +55,14 @@ def run(
         timeout=60,
         check=False,
     )
+
+
+def put_kernels(cache: Path) -> None:
+    """Copy the CPU kernels into an `XDG_CACHE_HOME` of a test's own, if there is a compiler."""
+    if ops.cpu_kernels() is not None:
+        built = build.cpu_library().parent
+        place = built.relative_to(build.user_cache().parent)
+        shutil.copytree(built, cache / place)
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from command_line import CHAT, CHECKPOINT, IMAGE, SLOW, command
+from command_line import CHAT, CHECKPOINT, IMAGE, SLOW, command, put_kernels
 
 
 def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object], str]]:
@@ -56,6 +56,7 @@ def test_interrupted(
     shutil.copytree(CHECKPOINT, room / "checkpoint")
     script = {"image": IMAGE, "turns": [{"question": "What is it?", "answer": "A sign."}]}
     (room / "receipt.json").write_text(json.dumps(script))
+    put_kernels(cache)
     arguments, hook = _slow_commands(golden_bundle, room)[name]
     process = subprocess.Popen(
         command(*arguments, hook=hook),
