@@ -223,6 +223,7 @@ def _measure(
             dialect=case.dialect,
             options=QuantOptions(block=case.block, head_bits=case.head_bits, naive=naive),
             calibration=calibration,
+            sensitivity=False,
             overwrite=True,
         )
         if not naive:

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from checkpoints import KV8
 
+from internvl_edge.bench import accuracy
 from internvl_edge.bench.intervals import Estimate
 from internvl_edge.runtime.cli import main
 
 
-def test_rows_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "CALIBRATION_PICTURES", 4)
     name = "int8 + int4 + kv8" if KV8 else "int8 + int4"
     output = tmp_path / "table.json"
     words = ["bench", "accuracy", "--images", "3", "--threads", "1", "--json", str(output)]

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from calibrating import few_items
 from checkpoints import small_config, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,13 +103,15 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         hidden=256, vision_hidden=128, heads=8, kv_heads=2, layers=LAYERS, vision_layers=LAYERS
     )
     vision, language = request.param.split("-")
-    return export_bundle(
-        write_checkpoint(folder / "checkpoint", config),
-        folder / "bundle",
-        vision=vision,
-        language=language,
-        options=QuantOptions(naive=True, block=32),
-    )
+    with few_items():
+        return export_bundle(
+            write_checkpoint(folder / "checkpoint", config),
+            folder / "bundle",
+            vision=vision,
+            language=language,
+            options=QuantOptions(naive=True, block=32),
+            sensitivity=False,
+        )
 
 
 @pytest.mark.parametrize("count", [2, 3, LAYERS])

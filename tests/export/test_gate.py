@@ -11,11 +11,11 @@ from typing import Any
 import onnx
 import pytest
 from builder import needs_builder, needs_newest
+from calibrating import few_items
 from checkpoints import small_config, write_checkpoint
 from onnx import TensorProto, helper
 
 from internvl_edge.bench.engines import DEPTHS, build_layers, extrapolate, true_width
-from internvl_edge.export import calibration_run
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
 from internvl_edge.export.dialects.tensorrt_modern import ModernDialect, Step
@@ -67,8 +67,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Expo
     def bundle(dialect: DialectName, precision: str) -> Path:
         path = folder / f"{dialect}-{precision}"
         if not path.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(calibration_run, "DEFAULT_ITEMS", 2)
+            with few_items():
                 export_bundle(
                     checkpoint,
                     path,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from calibrating import few_items
 from checkpoints import small_config, write_checkpoint
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -61,12 +62,14 @@ print(anonymous() - before)
 def write_bundle(folder: Path, **precision: str) -> Path:
     config = small_config(hidden=256, vision_hidden=128, heads=8, kv_heads=2)
     checkpoint = write_checkpoint(folder / "checkpoint", config)
-    return export_bundle(
-        checkpoint,
-        folder / "bundle",
-        options=QuantOptions(naive=True, block=32),
-        **precision,  # type: ignore[arg-type]
-    )
+    with few_items():
+        return export_bundle(
+            checkpoint,
+            folder / "bundle",
+            options=QuantOptions(naive=True, block=32),
+            sensitivity=False,
+            **precision,  # type: ignore[arg-type]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +110,17 @@ def test_one_copy_on_disk(prepared_bundle: Path) -> None:
 
 
 def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
-    config = small_config(
-        hidden=1024, vision_hidden=1024, heads=8, kv_heads=8, layers=4, vision_layers=4
-    )
+    config = small_config(hidden=1024, vision_hidden=1024, heads=8, kv_heads=8)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", config)
-    bundle = export_bundle(
-        checkpoint,
-        tmp_path / "bundle",
-        vision="int8",
-        language="int8",
-        options=QuantOptions(naive=True),
-    )
+    with few_items():
+        bundle = export_bundle(
+            checkpoint,
+            tmp_path / "bundle",
+            vision="int8",
+            language="int8",
+            options=QuantOptions(naive=True),
+            sensitivity=False,
+        )
     weights = sum((bundle / name).stat().st_size for name in ("language.data", "vision.data"))
     plain = anonymous_bytes(bundle)
     prepare_bundle(bundle)
