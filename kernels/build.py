@@ -127,9 +127,13 @@ def supported_architectures(nvcc: Sequence[str]) -> tuple[int, ...]:
 
 def gencode(architectures: Sequence[int]) -> list[str]:
     """nvcc's flags for machine code of each architecture and PTX of the last."""
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     last = architectures[-1]
-    return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+    return [*machine_code(architectures), f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def machine_code(architectures: Sequence[int]) -> list[str]:
+    """nvcc's flags for machine code of each architecture."""
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
 
 
 def source_hash() -> str:

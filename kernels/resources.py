@@ -20,6 +20,7 @@ from internvl_edge.kernels.build import (
     CUDA_SOURCES,
     SOURCES,
     BuildError,
+    machine_code,
     nvcc_command,
     source_hash,
     supported_architectures,
@@ -72,21 +73,20 @@ def measure(architectures: Sequence[int] | None = None) -> list[Usage]:
     wanted = tuple(architectures or supported_architectures(nvcc))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(_compile, nvcc, source, arch, Path(folder))
-            for source in CUDA_SOURCES
-            for arch in wanted
+            pool.submit(_compile, nvcc, source, wanted, Path(folder)) for source in CUDA_SOURCES
         ]
         usages = [usage for job in jobs for usage in job.result()]
     return sorted(usages, key=lambda usage: (usage.kernel, usage.architecture))
 
 
-def _compile(nvcc: list[str], source: str, architecture: int, folder: Path) -> list[Usage]:
+def _compile(
+    nvcc: list[str], source: str, architectures: Sequence[int], folder: Path
+) -> list[Usage]:
     """One source with its launchers: host code is compiled too, so its warnings count."""
-    output = folder / f"{source}.{architecture}.o"
-    arch = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [*nvcc, *CUDA_FLAGS, arch, "-Xptxas", "-v", "-c", str(SOURCES / source)]
+    output = folder / f"{source}.o"
+    flags = [*CUDA_FLAGS, *machine_code(architectures), "-Xptxas", "-v"]
     done = subprocess.run(
-        [*command, "-o", str(output)],
+        [*nvcc, *flags, "-c", str(SOURCES / source), "-o", str(output)],
         capture_output=True,
         text=True,
         timeout=COMPILE_TIMEOUT_S,
@@ -94,7 +94,7 @@ def _compile(nvcc: list[str], source: str, architecture: int, folder: Path) -> l
     )
     log = done.stdout + done.stderr
     if done.returncode:
-        raise BuildError(f"{source} for sm_{architecture} failed:\n{log.strip()}")
+        raise BuildError(f"{source} failed:\n{log.strip()}")
     return parse_ptxas(log)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from checkpoints import KV8, small_config, write_checkpoint
 
+from internvl_edge.calib_data.generator import generate
 from internvl_edge.runtime import BundleError
 from internvl_edge.runtime.bundle import open_bundle
 
@@ -21,7 +22,12 @@ EXPORT = [str(Path(sys.executable).with_name("internvl-edge")), "export"]
 @pytest.mark.slow
 def test_twenty_kills(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(hidden=64, layers=3))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, item in enumerate(generate(4)):
+        item.image.save(pictures / f"{number}.png")
     command = [*EXPORT, str(checkpoint), "--vision", "int8", "--language", "int4", "--block", "32"]
+    command += ["--calibration", str(pictures)]
     command += ["--kv", "int8"] if KV8 else []
     began = time.perf_counter()
     subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
