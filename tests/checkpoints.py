@@ -21,6 +21,8 @@ GOLDEN = Path(__file__).with_name("golden")
 #: The newest onnxruntime for Python 3.10 has no int8 cache: nothing to ask for there.
 KV8: dict[str, str] = {"kv": "int8"} if takes_int8_cache() else {}
 BF16 = np.dtype(ml_dtypes.bfloat16)
+#: Values drawn at a time: a whole matrix of float32 would be pages that are used once.
+RUN = 1 << 18
 
 
 def small_config(
@@ -84,7 +86,7 @@ def small_config(
 
 def random_state(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """Weights that keep activations near one: matrices by fan-in, norms around one."""
-    return dict(_tensors(config, seed))
+    return dict(_tensors(config, seed, np.dtype(np.float32)))
 
 
 def write_checkpoint(
@@ -103,7 +105,7 @@ def write_checkpoint(
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         chosen = set(names[shard * per_shard : (shard + 1) * per_shard])
-        state = {name: value.astype(dtype) for name, value in _tensors(config, seed, chosen)}
+        state = dict(_tensors(config, seed, dtype, chosen))
         total += sum(value.nbytes for value in state.values())
         weight_map |= dict.fromkeys(state, file)
         save_file(state, directory / (file if shards > 1 else "model.safetensors"))
@@ -122,17 +124,24 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 
 
 def _tensors(
-    config: dict[str, Any], seed: int, chosen: set[str] | None = None
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    config: dict[str, Any], seed: int, dtype: np.dtype[Any], chosen: set[str] | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
     for index, (name, shape) in enumerate(expected_shapes(parse_config(config)).items()):
         if chosen is not None and name not in chosen:
             continue
         random = np.random.default_rng([seed, index])
-        values = random.standard_normal(shape, np.float32)
-        if len(shape) > 1:
-            values *= np.prod(shape[1:]) ** -0.5 if "embedding" not in name else 1
-        elif "norm" in name or name.endswith(("mlp1.0.weight", "ls1", "ls2")):
-            values = 1 + 0.2 * values if name.endswith("weight") else 0.5 + 0.1 * values
-        else:
-            values *= 0.1
-        yield name, values
+        tensor = np.empty(shape, dtype)
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.size, RUN):
+            values = random.standard_normal(min(RUN, flat.size - start), np.float32)
+            flat[start : start + RUN] = _scaled(values, name, shape)
+        yield name, tensor
+
+
+def _scaled(values: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if len(shape) > 1:
+        values *= np.prod(shape[1:]) ** -0.5 if "embedding" not in name else 1
+        return values
+    if "norm" in name or name.endswith(("mlp1.0.weight", "ls1", "ls2")):
+        return 1 + 0.2 * values if name.endswith("weight") else 0.5 + 0.1 * values
+    return 0.1 * values

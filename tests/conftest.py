@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,36 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A busy machine draws and runs slowly, which says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+#: What a test marked slow takes unless it says how long.
+SLOW_SECONDS = 10
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of the files below; left alone, workers take those of most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first: begun last, they would leave one worker alone.
+
+    Workers take whole files (`--dist loadfile`): what the tests of one share is made once. Groups
+    would do the same, but pytest-xdist 3.8 does not see them under pytest 9.2.
+    """
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("slow"):
+            seconds[item.path] += mark.kwargs.get("seconds", SLOW_SECONDS)
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.fixture(scope="module")
+def the_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The only one: files that use it take turns, whichever worker they are in."""
+    with (tmp_path_factory.getbasetemp().parent / "gpu.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

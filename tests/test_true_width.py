@@ -70,8 +70,7 @@ def true_width_config() -> dict[str, Any]:
     return config
 
 
-# Of the session: a module's would be made anew after another file's tests in the same worker.
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("true_width")
     if shutil.disk_usage(folder).free < DISK_NEEDED:
@@ -80,20 +79,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def picture() -> NDArray[np.uint8]:
     return np.asarray(generate(1)[0].image.resize((448, 448)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def float_run(checkpoint: Path, picture: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
     """Peak resident bytes of the float export, and what the bundle computes."""
     bundle = checkpoint.parent / "bundle"
     return _export(checkpoint, bundle), _run(bundle, checkpoint, picture)
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("true_width")
+@pytest.mark.slow(seconds=150)
 def test_float_export(
     checkpoint: Path, picture: NDArray[np.uint8], float_run: tuple[int, dict[str, Any]]
 ) -> None:
@@ -109,8 +107,7 @@ def test_float_export(
     np.testing.assert_allclose(got["logits"], logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("true_width")
+@pytest.mark.slow(seconds=150)
 @pytest.mark.parametrize(
     ("precision", "rows_cosine", "logits_cosine"),
     [

@@ -27,8 +27,6 @@ from internvl_edge.runtime import DeviceError, LimitError, device_sampling
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.specs import ModelSpec
 
-pytestmark = pytest.mark.xdist_group("gpu suite")
-
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:

@@ -60,8 +60,6 @@ PLACE = Place("Orin", ORIN, 60 * GIB, shared=True)
 LIMITS = Limits(context=256, tokens=64)
 LIBRARY = FakeTensorRt(HostDriver()).library
 
-pytestmark = pytest.mark.xdist_group("engines")  # they share the bundle
-
 
 def plenty() -> int:
     return 1 << 40

@@ -85,14 +85,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Expo
 @pytest.mark.parametrize(
     ("dialect", "precision"),
     [
-        pytest.param(
-            dialect,
-            precision,
-            marks=[
-                pytest.mark.xdist_group(f"gate {precision}"),
-                *([needs_newest] if dialect == "tensorrt" else []),
-            ],
-        )
+        pytest.param(dialect, precision, marks=[needs_newest] if dialect == "tensorrt" else [])
         for precision in PRECISIONS
         for dialect in DIALECTS
     ],
@@ -259,7 +252,7 @@ def test_profiles_cover_one_row_to_the_largest() -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @needs_newest
 def test_true_width(tmp_path: Path) -> None:
     """One and two layers of InternVL 1.5, INT8 vision and INT4 decoder (about a minute)."""

@@ -19,7 +19,7 @@ KILLS = 20
 EXPORT = [str(Path(sys.executable).with_name("internvl-edge")), "export"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_twenty_kills(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(hidden=64, layers=3))
     pictures = tmp_path / "pictures"

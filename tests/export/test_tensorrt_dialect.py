@@ -39,8 +39,6 @@ TENSORRT: tuple[DialectName, ...] = ("tensorrt", "tensorrt-portable")
 #: Pictures the dialects are compared on.
 PICTURES = 4
 
-pytestmark = pytest.mark.xdist_group("tensorrt dialect")  # they share the bundles
-
 
 def _newest_operators() -> bool:
     """onnxruntime before 1.24, the newest for Python 3.10, has no TensorScatter."""

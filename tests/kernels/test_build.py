@@ -256,7 +256,7 @@ def _nvcc() -> list[str]:
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=40)
 def test_nvcc_compiles_every_architecture_without_warning_or_spill() -> None:
     architectures = build.supported_architectures(_nvcc())
     usages = resources.measure()

@@ -19,7 +19,7 @@ from internvl_edge.kernels.cuda import CudaKernels, read_candidates, select_scra
 from internvl_edge.kernels.device import CudaError, DeviceArray
 from internvl_edge.kernels.jobs import ShuffleJob, ShufflePlan
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 
 
 @pytest.fixture(scope="module")

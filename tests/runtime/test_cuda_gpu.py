@@ -28,7 +28,7 @@ from internvl_edge.runtime.device_sampling import LargestLogits, selection_kerne
 from internvl_edge.runtime.device_tiling import DeviceTiler
 from internvl_edge.runtime.preprocess import tile_on_host
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (300, 410, 3), dtype=np.uint8)

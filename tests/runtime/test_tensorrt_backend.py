@@ -46,8 +46,6 @@ ALLOCATIONS = ("cuMemAlloc", "cuMemHostAlloc", "cuMemFree", "cuMemFreeHost")
 WAITS = ("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize")
 DIALECTS = [pytest.param("tensorrt", marks=needs_newest), "tensorrt-portable"]
 
-pytestmark = pytest.mark.xdist_group("tensorrt backend")  # they share the bundles
-
 Export = Callable[[str], Path]
 
 

@@ -24,7 +24,7 @@ from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.trt import Library
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (300, 410, 3), dtype=np.uint8)
 
