@@ -131,7 +131,10 @@ def test_quantised_export(
     for number, item in enumerate(generate(3, seed=1)):
         item.image.resize((448, 448)).save(calibration / f"{number}.png")
     bundle = tmp_path / "bundle"
-    peak = _export(checkpoint, bundle, **precision, calibration=str(calibration))
+    # Whole-model sensitivity is another task, with a head in float32 mapped: so many pictures are
+    # few enough to bring it on by themselves.
+    options = {"calibration": str(calibration), "sensitivity": False}
+    peak = _export(checkpoint, bundle, **precision, **options)
     assert peak < QUANTISED_RSS_LIMIT
     got = _run(bundle, checkpoint, picture)
     _, expected = float_run
@@ -139,7 +142,7 @@ def test_quantised_export(
     assert _cosine(got["logits"], expected["logits"]) > logits_cosine
 
 
-def _export(checkpoint: Path, bundle: Path, **arguments: str) -> int:
+def _export(checkpoint: Path, bundle: Path, **arguments: str | bool) -> int:
     """Peak resident bytes beyond those before the export began."""
     return int(_python(EXPORT, checkpoint, bundle, json.dumps(arguments)))
 
