@@ -14,7 +14,6 @@ from internvl_edge.export.calibration_run import (
 )
 from internvl_edge.export.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
-from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
 from internvl_edge.export.graph import Progress
 from internvl_edge.export.observe import Device, check_device
 from internvl_edge.export.plot import cost_plot
@@ -32,6 +31,8 @@ from internvl_edge.runtime.contract import (
     default_cache,
 )
 from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError
+from internvl_edge.runtime.int8_cache import REMEDY, takes_int8_cache
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, get_template
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer, tokenizer_files
@@ -143,10 +144,11 @@ def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
             "kv int8 does not go with --for tensorrt: TensorRT's cache update (TensorScatter) takes"
             f" no integers; keep {computed}, or export --for tensorrt-portable"
         )
-    if dialect == "onnxruntime" and not takes_int8_cache():
+    # Whoever runs the graphs: calibration measures what such a cache costs.
+    if not takes_int8_cache():
         raise ExportError(
-            "kv int8 needs an onnxruntime whose GroupQueryAttention takes a quantised cache, as"
-            " 1.31 does; update onnxruntime (Python 3.11 or later)"
+            "kv int8 needs an onnxruntime whose attention takes a quantised cache on the CPU, which"
+            f" {load_onnxruntime().__version__} does not; {REMEDY}"
         )
 
 

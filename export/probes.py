@@ -1,4 +1,5 @@
-"""The products by which a machine is tried, as `export` writes them; see `runtime.products`.
+"""The graphs by which a machine is tried, as `export` writes them; see `runtime.products` and
+`runtime.int8_cache`.
 
     python -m internvl_edge.export.probes FOLDER
 
@@ -16,19 +17,22 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
+from internvl_edge.export.dialects import CacheNames
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graph import GraphBuilder
-from internvl_edge.export.plan import LinearPlan, QuantPlan
+from internvl_edge.export.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.quantize import BlockFormat, Blocks
 from internvl_edge.export.weights import Weight
+from internvl_edge.runtime import contract, int8_cache
 from internvl_edge.runtime.contract import Tensor
 from internvl_edge.runtime.products import BLOCKS, COLUMNS, LIMITS, WIDTH, Product, full_range
 
 
 def write_probes(folder: Path) -> None:
-    """Write `<product>.onnx` for every product, its weights inside."""
+    """Write `<product>.onnx` for every product, and cache.onnx, their weights inside."""
     for product in get_args(Product):
         onnx.save(probe(product), folder / f"{product}.onnx")
+    onnx.save(cache_probe(), folder / "cache.onnx")
 
 
 def probe(product: Product) -> onnx.ModelProto:
@@ -42,6 +46,31 @@ def probe(product: Product) -> onnx.ModelProto:
     for name in plans:
         y = dialect.linear(x, Weight.held(name, values), None, name)
         graph.output(y, Tensor(f"y.{name}", "float32", ("rows", COLUMNS)))
+    return _whole(graph)
+
+
+def cache_probe() -> onnx.ModelProto:
+    """Build the graph of one attention over an int8 cache whose scales are one."""
+    spec = int8_cache.SPEC
+    ones = np.ones((spec.num_key_value_heads, spec.head_dim), np.float32)
+    graph = GraphBuilder("probe")
+    dialect = OnnxRuntimeDialect(graph, QuantPlan(cache={0: CacheScales(ones, ones)}))
+    width = spec.query_size + 2 * spec.key_value_size
+    qkv = graph.input(Tensor(int8_cache.QKV, "float32", ("rows", width)))
+    for tensor in contract.language_inputs(spec, "fp32", "int8"):
+        if tensor.name not in (contract.EMBEDDINGS, contract.LOGIT_ROWS):
+            graph.input(tensor)
+    names = CacheNames(0, contract.past_key(0), contract.past_value(0))
+    attended, key, value = dialect.cached_attention(qkv, names, spec, "attend")
+    graph.output(attended, Tensor(int8_cache.ATTENDED, "float32", ("rows", spec.query_size)))
+    shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
+    graph.output(key, Tensor(int8_cache.KEY, "int8", shape))
+    graph.output(value, Tensor(int8_cache.VALUE, "int8", shape))
+    return _whole(graph)
+
+
+def _whole(graph: GraphBuilder) -> onnx.ModelProto:
+    """Return a graph with its weights inside."""
     with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
         graph.save(Path(folder), lambda _: None)
         model = onnx.load(str(Path(folder) / "probe.onnx"), load_external_data=False)

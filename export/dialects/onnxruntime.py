@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from internvl_edge.export.dialects import AttentionShape, CacheNames, Linear
-from internvl_edge.export.graph import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
+from internvl_edge.export.graph import MICROSOFT, GraphBuilder
 from internvl_edge.export.packing import pack_blocks, pack_channels
 from internvl_edge.export.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.quantize import ACTIVATION_ZERO_POINT
@@ -20,7 +16,6 @@ from internvl_edge.export.weights import Weight
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.errors import ExportError
-from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.specs import LanguageSpec
 
 #: Head sizes the rotary path of GroupQueryAttention accepts; every released model has 64 to 128.
@@ -270,70 +265,6 @@ class OnnxRuntimeDialect:
             )
             for part, values in named.items()
         ]
-
-
-@functools.cache
-def takes_int8_cache() -> bool:
-    """Try whether the installed ONNX Runtime attends to int8 keys and values on the CPU.
-
-    The operator's schema does not tell: versions 1.25 and 1.26 have it and no kernel for it.
-    """
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what it refuses is the answer, not an error
-    feeds = _int8_attention_feeds()
-    try:
-        model = _int8_attention(feeds).SerializeToString()
-        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
-    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class
-        return False
-    return True
-
-
-def _int8_attention_feeds() -> dict[str, NDArray[np.generic]]:
-    """Return one token's inputs to attention with one head of `HEAD_MULTIPLE` lanes."""
-    lanes, positions = HEAD_MULTIPLE, 8
-    cache = np.zeros((1, 1, positions, lanes), np.int8)
-    table = np.zeros((positions, lanes // 2), np.float32)
-    scales = np.ones((1, 1, 1, lanes), np.float32)
-    return {
-        "qkv": np.ones((1, 1, 3 * lanes), np.float32),
-        "past_key": cache,
-        "past_value": cache,
-        "last_position": np.zeros(1, np.int32),
-        "total_length": np.array(1, np.int32),
-        "cos": table,
-        "sin": table,
-        "k_scale": scales,
-        "v_scale": scales,
-    }
-
-
-def _int8_attention(feeds: Mapping[str, NDArray[np.generic]]) -> onnx.ModelProto:
-    qkv, past_key, past_value, last, total, cos, sin, k_scale, v_scale = feeds
-    given = [qkv, "", "", past_key, past_value, last, total, cos, sin, "", "", "", k_scale, v_scale]
-    node = helper.make_node(
-        "GroupQueryAttention",
-        given,
-        ["attended", "key", "value"],
-        domain=MICROSOFT,
-        num_heads=1,
-        kv_num_heads=1,
-        do_rotary=1,
-        kv_cache_bit_width=8,
-        k_quant_type="PER_CHANNEL",
-        v_quant_type="PER_CHANNEL",
-    )
-    value = helper.make_tensor_value_info
-    kind = helper.np_dtype_to_tensor_dtype
-    inputs = [value(name, kind(array.dtype), array.shape) for name, array in feeds.items()]
-    outputs = [
-        value("attended", TensorProto.FLOAT, None),
-        *(value(name, TensorProto.INT8, None) for name in ("key", "value")),
-    ]
-    graph = helper.make_graph([node], "attention", inputs, outputs)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 
 def _part(name: str, index: int, count: int) -> str:

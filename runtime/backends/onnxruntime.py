@@ -14,6 +14,7 @@ from internvl_edge.runtime.backends.chain import Chain, ChainBinding
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.int8_cache import check_int8_cache
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
@@ -70,7 +71,8 @@ class OnnxRuntimeBackend:
 
     Raises:
         BundleError: a graph does not load, or its inputs are not the contract's.
-        DeviceError: integer products are wrong on this machine.
+        DeviceError: integer products are wrong on this machine, or the KV cache is int8 and this
+            ONNX Runtime has none.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class OnnxRuntimeBackend:
 
         self._spec = bundle.spec
         manifest = bundle.manifest
+        if manifest.kv == "int8":
+            check_int8_cache()
         self._rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]

@@ -187,12 +187,13 @@ def test_a_float_cache_attention_does_not_take(
         export_bundle(checkpoint, tmp_path / "bundle", language=language, kv=kv, dialect=dialect)
 
 
+@pytest.mark.parametrize("dialect", ["onnxruntime", "tensorrt-portable"])
 def test_an_onnxruntime_without_int8_cache_is_named(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dialect: Any
 ) -> None:
     monkeypatch.setattr(bundle_module, "takes_int8_cache", lambda: False)
-    with pytest.raises(ExportError, match="update onnxruntime"):
-        export_bundle(checkpoint, tmp_path / "bundle", kv="int8")
+    with pytest.raises(ExportError, match=r"install onnxruntime 1\.27"):
+        export_bundle(checkpoint, tmp_path / "bundle", kv="int8", dialect=dialect)
 
 
 @pytest.mark.parametrize("magnitude", [20, 100])

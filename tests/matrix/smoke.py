@@ -237,7 +237,7 @@ STEPS: Mapping[str, Callable[[Path], str]] = {
 
 def _has_cache(name: str) -> bool:
     """Whether the installed ONNX Runtime has the KV cache of a precision."""
-    from internvl_edge.export.dialects.onnxruntime import takes_int8_cache
+    from internvl_edge.runtime.int8_cache import takes_int8_cache
 
     options = PRECISIONS[name].options
     needed = options.get("kv") == "int8" and "dialect" not in options
