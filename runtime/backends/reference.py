@@ -18,7 +18,7 @@ from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.errors import BundleError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
@@ -57,7 +57,7 @@ class ReferenceBackend:
         note: why it is this device; part of the description.
 
     Raises:
-        BundleError: a graph does not load (an onnxruntime before 1.24 lacks the newest
+        BundleError: a graph does not load (an onnxruntime before 1.25 lacks the newest
             operators), or its inputs are not the contract's.
     """
 
@@ -70,7 +70,15 @@ class ReferenceBackend:
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._in_place = manifest.dialect == "tensorrt"
         self._ort_value = ort.OrtValue
-        self._vision, self._language = open_graphs(bundle, Provider(optimise="basic"), threads)
+        try:
+            self._vision, self._language = open_graphs(bundle, Provider(optimise="basic"), threads)
+        except BundleError as error:
+            if not self._in_place:
+                raise
+            raise BundleError(
+                f"{error}; as reference, graphs for TensorRT 10.15 need onnxruntime 1.25 or later"
+                f" (Python 3.11 or later), this is {ort.__version__}"
+            ) from error
         self._description = (
             f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
             f" graphs of the {manifest.dialect} dialect"
