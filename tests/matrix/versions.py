@@ -30,7 +30,7 @@ from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
-from matrix.smoke import STEPS
+from matrix.smoke import NEEDS, STEPS
 
 HERE = Path(__file__).parent
 ROOMS = Path(__file__).parents[2]
@@ -116,9 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def requirements(project: Mapping[str, Any]) -> list[Requirement]:
     """Return what the runtime and the exporter depend on, by pyproject.toml's `project` table."""
-    return list(
-        map(Requirement, project["dependencies"] + project["optional-dependencies"]["export"])
-    )
+    merged: dict[str, Requirement] = {}
+    for line in project["dependencies"] + project["optional-dependencies"]["export"]:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name in merged:
+            merged[name].specifier &= requirement.specifier
+        else:
+            merged[name] = requirement
+    return list(merged.values())
 
 
 def supported_pythons(project: Mapping[str, Any]) -> list[str]:
@@ -229,15 +235,7 @@ def _make(environment: Environment, command: Path, wanted: Sequence[Requirement]
 def _create(environment: Environment, command: Path) -> None:
     """Make an empty environment; what was there goes."""
     shutil.rmtree(environment.folder, ignore_errors=True)
-    try:
-        subprocess.run(
-            [command, "-m", "venv", environment.folder],
-            capture_output=True,
-            timeout=INSTALL_S,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        raise Impossible(f"{command} makes no environment: {error.output.decode()}") from error
+    _output(command, "-m", "venv", environment.folder)
 
 
 def _choose(environment: Environment, wanted: Sequence[Requirement]) -> Pins:
@@ -284,21 +282,26 @@ def _resolve(
 
 
 def _pip(environment: Environment, *arguments: str) -> str:
-    """Run pip in an environment; return what it prints.
+    """Run pip in an environment; return what it prints."""
+    return _output(environment.interpreter, "-m", "pip", *arguments)
+
+
+def _output(*command: str | Path) -> str:
+    """Return what a command prints.
 
     Raises:
-        Impossible: it fails.
+        Impossible: it fails, or takes too long.
     """
-    done = subprocess.run(
-        [environment.interpreter, "-m", "pip", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=INSTALL_S,
-        check=False,
-    )
+    called = " ".join(map(str, command[1:4]))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=INSTALL_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Impossible(f"{called} is not done within {INSTALL_S} s") from None
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise Impossible(f"pip {arguments[0]}: {' '.join(errors) or done.stderr.strip()}")
+        raise Impossible(f"{called}: {' '.join(errors) or done.stderr.strip() or done.stdout}")
     return done.stdout
 
 
@@ -328,7 +331,10 @@ def _try(environment: Environment, outcome: Outcome, until: float) -> None:
         **{step: [*smoke, step] for step in STEPS},
     }
     for step, command in commands.items():
-        _step(step, command, variables, outcome, min(STEP_S, until - time.monotonic()))
+        if (needed := NEEDS.get(step)) in outcome.wrong:
+            outcome.wrong[step] = f"not run after {needed}"
+        else:
+            _step(step, command, variables, outcome, min(STEP_S, until - time.monotonic()))
 
 
 def _step(
