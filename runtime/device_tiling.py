@@ -20,10 +20,10 @@ from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.errors import DeviceError, ImageError
 from internvl_edge.runtime.preprocess import (
     ImageLike,
+    Tiling,
     check_array,
     content_hash,
     load_pixels,
-    select_grid,
     tile_on_host,
 )
 
@@ -56,15 +56,7 @@ class DeviceTiler:
             return cls(cuda, None)
         return cls(cuda, CudaKernels(cuda.driver))
 
-    def __call__(
-        self,
-        image: ImageLike,
-        *,
-        tile_size: int,
-        min_tiles: int,
-        max_tiles: int,
-        thumbnail: bool,
-    ) -> tuple[Any, bytes]:
+    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, bytes]:
         """Cut an image into tiles.
 
         An image in device memory is read back to be hashed, so that it has the name it would have
@@ -81,23 +73,21 @@ class DeviceTiler:
             ImageError: see `load_image`; of an array in device memory also: another device, a mask,
                 pixels with gaps between them.
         """
-        limits = {"tile_size": tile_size, "min_tiles": min_tiles, "max_tiles": max_tiles}
         on_device = hasattr(image, "__cuda_array_interface__")
-        if self._kernels is None or tile_size % SIDE_MULTIPLE:
-            return tile_on_host(
-                self._read(image) if on_device else image, thumbnail=thumbnail, **limits
-            )
+        side = tiling.tile_size
+        if self._kernels is None or side % SIDE_MULTIPLE:
+            return tile_on_host(self._read(image) if on_device else image, tiling)
         pixels = self._read(image) if on_device else np.ascontiguousarray(load_pixels(image))
-        columns, rows = select_grid(pixels.shape[1], pixels.shape[0], **limits)
-        count = columns * rows + int(thumbnail and columns * rows > 1)
+        columns, rows = tiling.grid(pixels.shape[1], pixels.shape[0])
+        count = columns * rows + int(tiling.thumbnail and columns * rows > 1)
         with self._cuda.active():
-            tiles = self._cuda.empty((count, tile_size, tile_size, 3), np.uint8)
+            tiles = self._cuda.empty((count, side, side, 3), np.uint8)
             self._kernels.tile(
                 image if on_device else pixels,
                 columns=columns,
                 rows=rows,
-                tile_size=tile_size,
-                thumbnail=thumbnail,
+                tile_size=side,
+                thumbnail=tiling.thumbnail,
                 out=tiles,
                 stream=self._cuda.stream,
             )

@@ -34,8 +34,8 @@ class PromptImage(Protocol):
     """An image of a prompt: how many rows it takes, and the rows when they are asked for."""
 
     @property
-    def signature(self) -> int:
-        """Negative number derived from the image's content; see `CacheState`."""
+    def signatures(self) -> NDArray[np.int64]:
+        """Negative numbers `(rows,)` that name the image and the row; see `CacheState`."""
 
     @property
     def rows(self) -> NDArray[np.floating]:
@@ -49,7 +49,7 @@ class EncodedImage:
     """One image in the language model's width; see `PromptImage`."""
 
     rows: NDArray[np.floating]
-    signature: int
+    signatures: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,7 +61,7 @@ class TokenSequence:
 
     Attributes:
         ids: int64 `(tokens,)`, image slots holding the context token's id.
-        signatures: int64 `(tokens,)`: the ids, with image slots replaced by image signatures.
+        signatures: int64 `(tokens,)`: the ids, with image slots replaced by their rows'.
         slots: int64 `(image rows,)`, positions of the image slots in order.
         images: whose rows belong into the slots, in order.
     """
@@ -82,10 +82,10 @@ class TokenSequence:
         """
         array = np.asarray(ids, np.int64)
         slots = np.flatnonzero(array == context_id)
-        counts = [len(image) for image in images]
-        check_slots(len(slots), sum(counts))
+        check_slots(len(slots), sum(map(len, images)))
         signatures = array.copy()
-        signatures[slots] = np.repeat([image.signature for image in images], counts)
+        named = [np.empty(0, np.int64), *(image.signatures for image in images)]
+        signatures[slots] = np.concatenate(named)
         return cls(array, signatures, slots, images)
 
     def __len__(self) -> int:

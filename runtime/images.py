@@ -1,36 +1,74 @@
-"""Images on their way into a prompt: cut into tiles, named by content, encoded when needed."""
+"""Images on their way into a prompt: cut into tiles, identified, encoded when needed."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.errors import ImageError
+from internvl_edge.runtime.preprocess import Tiling
 
-#: Makes the tiles of an image, and the 32 bytes that name its content.
-Tiling = Callable[[], tuple[Any, bytes]]
+#: Makes the tiles of an image, and the 32 bytes that name its pixels.
+Cut = Callable[[], tuple[Any, bytes]]
+
+_SIGN = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """All that the rows of an image depend on: whatever is kept of an image is kept under it.
+
+    Attributes:
+        pixels: 32 bytes that name them.
+        tiling: how they were cut; None: they are tiles already.
+        tiles: how many there are.
+        model: names what encodes them.
+    """
+
+    pixels: bytes
+    tiling: Tiling | None
+    tiles: int
+    model: str
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes in which every field is."""
+        return hashlib.sha256(repr(self).encode()).digest()
+
+    def signatures(self, rows: int) -> NDArray[np.int64]:
+        """One number `(rows,)` for each row, which names the image and the row's place in it.
+
+        63 bits of a hash each, and others for each row: were two images ever to agree in one, they
+        would not in the next. Token ids are not negative, so a negative number can never be one.
+        """
+        bits = hashlib.shake_256(self.digest).digest(8 * rows)
+        return np.frombuffer(bits, "<i8") | _SIGN
 
 
 class TiledImage:
-    """An image cut into tiles, with the identity its rows have in the KV cache.
+    """An image cut into tiles.
+
+    Args:
+        cut: makes the tiles.
+        tiling: how it cuts.
+        model: names what will encode them.
 
     Attributes:
         tiles: how many there are.
-        key: names image and tiling.
-        signature: of its rows; see `CacheState`.
+        identity: of the image, in every cache.
     """
 
-    def __init__(self, cut: Tiling) -> None:
+    def __init__(self, cut: Cut, tiling: Tiling | None, model: str) -> None:
         self._cut = cut
-        self._held, self._content = cut()
+        self._held, pixels = cut()
         self.tiles = len(self._held)
-        self.key = self._content + self.tiles.to_bytes(2, "little")
-        # Token ids are not negative, so a negative number can never be one.
-        self.signature = -1 - int.from_bytes(self._content[:7], "little")
+        self.identity = ImageIdentity(pixels, tiling, self.tiles, model)
 
     def pixels(self) -> Any:
         """uint8 `(tiles, S, S, 3)` where the tiler made them, cut anew after `release`.
@@ -39,8 +77,8 @@ class TiledImage:
             ImageError: what was released cannot be read again, or is another image now.
         """
         if self._held is None:
-            held, content = self._cut()
-            if content != self._content:
+            held, pixels = self._cut()
+            if pixels != self.identity.pixels:
                 raise ImageError("an image shown earlier has changed since; show it again")
             self._held = held
         return self._held
@@ -54,9 +92,13 @@ class TiledImage:
 class LazyImage:
     """An image of a prompt whose rows are made when the engine asks; see `PromptImage`."""
 
-    signature: int
+    identity: ImageIdentity
     count: int
     load: Callable[[], NDArray[np.floating]]
+
+    @property
+    def signatures(self) -> NDArray[np.int64]:
+        return self.identity.signatures(self.count)
 
     @property
     def rows(self) -> NDArray[np.floating]:

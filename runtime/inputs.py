@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from internvl_edge.runtime.engine import check_slots
-from internvl_edge.runtime.errors import LimitError, PromptError
+from internvl_edge.runtime.errors import ImageError, LimitError, PromptError
 from internvl_edge.runtime.images import TiledImage
-from internvl_edge.runtime.preprocess import ImageLike, Tiler
+from internvl_edge.runtime.preprocess import ImageLike, Tiler, Tiling
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, expand_images, get_template
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -25,6 +29,7 @@ class Inputs:
         tokenizer: its tokenizer.
         tiler: cuts images where the backend takes them.
         max_context: most tokens of a prompt.
+        encoder: names what encodes images; see `ImageIdentity`.
 
     Attributes:
         context_id: token id of image slots.
@@ -32,31 +37,47 @@ class Inputs:
     """
 
     def __init__(
-        self, spec: ModelSpec, tokenizer: Tokenizer, tiler: Tiler, max_context: int
+        self, spec: ModelSpec, tokenizer: Tokenizer, tiler: Tiler, max_context: int, encoder: str
     ) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
         self._tiler = tiler
         self._max_context = max_context
+        self._encoder = encoder
         self._template = get_template(spec.prompt.template)
         self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
         self.stop_id = tokenizer.token_id(self._template.stop)
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
-        tiling = self._spec.tiling
-        limit = tiling.max_tiles if max_tiles is None else max_tiles
+        tiling = self._tiling(max_tiles)
+        return TiledImage(partial(self._tiler, image, tiling), tiling, self._encoder)
+
+    def tiles(self, tiles: NDArray[np.uint8]) -> TiledImage:
+        """Take pictures that are cut already, as if they were one; see `InternVL.tile`.
+
+        Raises:
+            ImageError: other than uint8 `(tiles, S, S, 3)`.
+        """
+        side = self._spec.vision.tile_size
+        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (side, side, 3):
+            raise ImageError(
+                f"tiles are uint8 (tiles, {side}, {side}, 3), not {tiles.dtype} {tiles.shape}"
+            )
+        held = np.ascontiguousarray(tiles)
+        pixels = hashlib.sha256(held.data).digest()
+        return TiledImage(lambda: (held, pixels), None, self._encoder)
+
+    def _tiling(self, max_tiles: int | None) -> Tiling:
+        told = self._spec.tiling
+        limit = told.max_tiles if max_tiles is None else max_tiles
         if not 1 <= limit <= MAX_TILES:
             raise LimitError(f"max_tiles is {limit}, it must be in 1..{MAX_TILES}")
-        return TiledImage(
-            partial(
-                self._tiler,
-                image,
-                tile_size=self._spec.vision.tile_size,
-                min_tiles=min(tiling.min_tiles, limit) if tiling.dynamic else 1,
-                max_tiles=limit if tiling.dynamic else 1,
-                thumbnail=tiling.thumbnail,
-            )
+        return Tiling(
+            tile_size=self._spec.vision.tile_size,
+            min_tiles=min(told.min_tiles, limit) if told.dynamic else 1,
+            max_tiles=limit if told.dynamic else 1,
+            thumbnail=told.thumbnail,
         )
 
     def conversation(

@@ -34,9 +34,9 @@ def lazy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 class CacheState:
     """Bookkeeping of one cache of `capacity` positions.
 
-    Each filled position has a signature: the token id, or for an image row a negative number
-    derived from the image's content. Two sequences share cached rows exactly as far as their
-    signatures agree.
+    Each filled position has a signature: the token id, or for an image row a negative number that
+    names the image and the row (`ImageIdentity`). Two sequences share cached rows exactly as far
+    as their signatures agree, also where that is within an image.
 
     Attributes:
         length: filled positions.

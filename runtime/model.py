@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,13 @@ from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.engine import Engine, TokenSequence
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
+from internvl_edge.runtime.image_folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
 from internvl_edge.runtime.images import LazyImage, TiledImage
 from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
 from internvl_edge.runtime.prompt import place_images
-from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
+from internvl_edge.runtime.reuse import ImageStore, PrefixStore, Shelf
 from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -53,18 +53,18 @@ class InternVL:
         tiler: Tiler = tile_on_host,
         *,
         reuse_bytes: int = REUSE_BYTES,
-        image_folder: Path | None = None,
+        image_folder: ImageFolder | None = None,
         memory: MemoryGuard | None = None,
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
         self._memory = memory
         self.max_context = max_context
-        self.inputs = Inputs(self.spec, tokenizer, tiler, max_context)
+        self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
         self.context_id, self.stop_id = self.inputs.context_id, self.inputs.stop_id
         shelf = Shelf(reuse_bytes)
         self._prefixes = PrefixStore(shelf)
-        self._images = ImageStore(shelf, _image_folder(image_folder, bundle))
+        self._images = ImageStore(shelf, image_folder)
         embedding = EmbeddingTable.load(bundle)
         self.engine = Engine(backend, self.spec, embedding, self._prefixes)
 
@@ -80,6 +80,8 @@ class InternVL:
         stream: Any = None,
         reuse_bytes: int = REUSE_BYTES,
         image_folder: str | os.PathLike[str] | None = None,
+        image_folder_bytes: int = FOLDER_BYTES,
+        image_folder_days: float = FOLDER_DAYS,
         low_memory: bool = False,
         auto_build: bool = False,
     ) -> InternVL:
@@ -96,16 +98,24 @@ class InternVL:
                 torch, CuPy, PyCUDA or cuda.core. It must live as long as the model.
             reuse_bytes: memory for what later prompts may share with earlier ones: rows of images,
                 KV caches of finished answers; 0 keeps nothing.
-            image_folder: where rows of images are kept beyond the process.
+            image_folder: where rows of images are kept beyond the process. What is wrong with it
+                is logged once and costs no answer.
+            image_folder_bytes: most bytes there; what was used longest ago is removed first.
+            image_folder_days: rows not used for so long are removed.
             low_memory: on the CPU, hold one of the two graphs at a time.
             auto_build: build TensorRT engines where the bundle has none that fit this machine.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
             DeviceError: the device is not available.
-            LimitError: `max_context` is beyond what the model can do, or the bundle does not fit
-                into memory.
+            LimitError: `max_context` is beyond what the model can do, the bundle does not fit into
+                memory, or `image_folder` is a file.
         """
+        folder = (
+            None
+            if image_folder is None
+            else ImageFolder(Path(image_folder), limit=image_folder_bytes, days=image_folder_days)
+        )
         bundle = open_bundle(Path(path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
@@ -129,7 +139,7 @@ class InternVL:
             max_context,
             opened.tile,
             reuse_bytes=reuse_bytes,
-            image_folder=None if image_folder is None else Path(image_folder),
+            image_folder=folder,
             memory=opened.memory,
         )
 
@@ -260,8 +270,7 @@ class InternVL:
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
         """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
-        name = hashlib.sha256(np.ascontiguousarray(tiles).data).digest()
-        tiled = [TiledImage(lambda: (tiles, name))] if len(tiles) else []
+        tiled = [self.inputs.tiles(tiles)] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)
         return self.engine.logits(self._sequence(ids, tiled, Timings(), _no_check))
 
@@ -344,7 +353,7 @@ class InternVL:
             timings.tiles += image.tiles
             return rows
 
-        return self._images.rows(image.key, encode)
+        return self._images.rows(image.identity, encode)
 
     def _sequence(
         self,
@@ -355,7 +364,7 @@ class InternVL:
     ) -> TokenSequence:
         images = [
             LazyImage(
-                image.signature,
+                image.identity,
                 self.inputs.rows(image),
                 partial(self.rows_of, image, timings, check),
             )
@@ -364,12 +373,10 @@ class InternVL:
         return TokenSequence.build(ids, self.context_id, images)
 
 
-def _image_folder(path: Path | None, bundle: Bundle) -> ImageFolder | None:
-    """Rows on disk depend on the vision graph: its hash and its weights' are in their names."""
-    if path is None:
-        return None
+def _encoder(bundle: Bundle, backend: Backend) -> str:
+    """Name what encodes images: the vision graph, its weights, and what runs them."""
     hashes = [bundle.manifest.files[name].sha256 for name in contract.VISION_FILES]
-    return ImageFolder(path, hashlib.sha256("".join(hashes).encode()).hexdigest()[:16])
+    return " ".join([*hashes, backend.numerics])
 
 
 def _no_check() -> None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -40,32 +41,48 @@ class DeviceImage(Protocol):
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How an image is cut: with its pixels, all that its tiles depend on.
+
+    Attributes:
+        tile_size: side of a tile in pixels.
+        min_tiles, max_tiles: bounds of the grid's size, thumbnail not counted.
+        thumbnail: whether the whole image comes last where there is more than one tile.
+    """
+
+    tile_size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Choose `(columns, rows)`; see `select_grid`."""
+        return select_grid(
+            width,
+            height,
+            min_tiles=self.min_tiles,
+            max_tiles=self.max_tiles,
+            tile_size=self.tile_size,
+        )
+
+
 class Tiler(Protocol):
     """Makes tiles of an image, where the backend takes them."""
 
-    def __call__(
-        self,
-        image: ImageLike,
-        *,
-        tile_size: int,
-        min_tiles: int,
-        max_tiles: int,
-        thumbnail: bool,
-    ) -> tuple[Any, bytes]:
-        """Tiles uint8 `(tiles, tile_size, tile_size, 3)`, and 32 bytes that name the content."""
+    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, bytes]:
+        """Tiles uint8 `(tiles, tile_size, tile_size, 3)`, and 32 bytes that name the pixels."""
 
 
-def tile_on_host(
-    image: ImageLike, *, tile_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
-) -> tuple[NDArray[np.uint8], bytes]:
-    """The tiler of the CPU; see `load_pixels` and `tile_image`."""
+def tile_on_host(image: ImageLike, tiling: Tiling) -> tuple[NDArray[np.uint8], bytes]:
+    """Cut an image on the CPU; see `load_pixels` and `tile_image`."""
     pixels = load_pixels(image)
     tiles = tile_image(
         pixels,
-        tile_size=tile_size,
-        min_tiles=min_tiles,
-        max_tiles=max_tiles,
-        thumbnail=thumbnail,
+        tile_size=tiling.tile_size,
+        min_tiles=tiling.min_tiles,
+        max_tiles=tiling.max_tiles,
+        thumbnail=tiling.thumbnail,
     )
     return tiles, content_hash(pixels)
 

@@ -5,21 +5,18 @@ Both lie on one shelf that is bounded in bytes; what was used longest ago goes f
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.image_folder import ImageFolder
+from internvl_edge.runtime.images import ImageIdentity
 
 Rows = NDArray[np.floating]
 
@@ -86,7 +83,7 @@ class Shelf:
 
 
 class ImageStore:
-    """Rows of encoded images by the hash of their content.
+    """Rows of encoded images by the identity of the image.
 
     Args:
         shelf: memory.
@@ -97,59 +94,18 @@ class ImageStore:
         self._shelf = shelf
         self._folder = folder
 
-    def rows(self, key: bytes, encode: Callable[[], Rows]) -> Rows:
+    def rows(self, image: ImageIdentity, encode: Callable[[], Rows]) -> Rows:
         """Rows `(tiles * tokens_per_tile, hidden)` of an image, encoded only where not known."""
-        if (held := self._shelf.get(key)) is not None:
+        if (held := self._shelf.get(image.digest)) is not None:
             return np.asarray(held)
-        rows = self._folder.load(key) if self._folder else None
+        rows = self._folder.load(image) if self._folder else None
         if rows is None:
             rows = encode()
             if self._folder:
-                self._folder.save(key, rows)
+                self._folder.save(image, rows)
         rows.flags.writeable = False
-        self._shelf.put(key, rows, rows.nbytes)
+        self._shelf.put(image.digest, rows, rows.nbytes)
         return rows
-
-
-class ImageFolder:
-    """Rows on disk, one file an image: a NumPy array followed by its sha256.
-
-    Args:
-        path: created when missing.
-        model: what the rows depend on besides the image: part of the files' names.
-    """
-
-    def __init__(self, path: Path, model: str) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._model = model
-
-    def load(self, key: bytes) -> Rows | None:
-        """Rows saved before; None where there are none or the file is damaged."""
-        try:
-            data = self._file(key).read_bytes()
-        except OSError:
-            return None
-        body, digest = data[:-32], data[-32:]
-        if hashlib.sha256(body).digest() != digest:
-            return None
-        return np.asarray(np.load(io.BytesIO(body), allow_pickle=False))
-
-    def save(self, key: bytes, rows: Rows) -> None:
-        """Write beside the target and rename, so that a reader never meets half a file."""
-        stream = io.BytesIO()
-        np.save(stream, rows)
-        body = stream.getvalue()
-        handle, aside = tempfile.mkstemp(dir=self._path, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(body + hashlib.sha256(body).digest())
-            os.replace(aside, self._file(key))
-        except OSError:  # a full disk only costs the next process some work
-            Path(aside).unlink(missing_ok=True)
-
-    def _file(self, key: bytes) -> Path:
-        return self._path / f"{self._model}-{key.hex()}.rows"
 
 
 class PrefixStore:

@@ -44,6 +44,10 @@ class LlamaCppBackend:
     def description(self) -> str:
         return f"llama.cpp behind {self._vision.description}"
 
+    @property
+    def numerics(self) -> str:
+        return self._vision.numerics
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)
 

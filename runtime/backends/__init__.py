@@ -31,6 +31,10 @@ class Backend(Protocol):
     def description(self) -> str:
         """One line for people: library, version, provider, threads."""
 
+    @property
+    def numerics(self) -> str:
+        """Name of what rows depend on beside the bundle: library, version, device, its plans."""
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.
 

@@ -16,6 +16,7 @@ from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.int8_cache import check_int8_cache
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 
@@ -98,6 +99,10 @@ class OnnxRuntimeBackend:
     @property
     def description(self) -> str:
         return self._description
+
+    @property
+    def numerics(self) -> str:
+        return f"{PROVIDERS['cpu']} {machine_key()}"
 
     @property
     def prepared(self) -> bool:

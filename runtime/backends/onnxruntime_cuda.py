@@ -229,6 +229,10 @@ class OnnxRuntimeCudaBackend:
             self.description = f"onnxruntime {ort.__version__}, {provider.name}, {cuda.name}"
         self._vision_binding = self._vision.io_binding()
 
+    @property
+    def numerics(self) -> str:
+        return self.description
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
         vision, language = self._bundle.spec.vision, self._bundle.spec.language

@@ -20,6 +20,7 @@ from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.rope import RopeTable
 
@@ -89,6 +90,10 @@ class ReferenceBackend:
     @property
     def description(self) -> str:
         return self._description
+
+    @property
+    def numerics(self) -> str:
+        return f"reference {machine_key()}"
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""

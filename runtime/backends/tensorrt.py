@@ -27,7 +27,7 @@ from internvl_edge.runtime.backends.tensorrt_memory import Buffers, Storage, key
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.cuda import Cuda, Graph
 from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
-from internvl_edge.runtime.engines import Engines
+from internvl_edge.runtime.engines import PLANS, Engines
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.rope import RopeTable
@@ -135,6 +135,9 @@ class TensorRtBackend:
             vocab = spec.language.vocab_size
             self._largest = None if kernels is None else LargestLogits(cuda, kernels, vocab)
             self.description = f"{library.name} {library.version}, {cuda.name}"
+        plans = engines.manifest.files
+        # A plan built again may compute with other tactics, and round differently.
+        self.numerics = f"{self.description} {plans[PLANS[contract.VISION_GRAPH]].sha256}"
         self._free: list[Storage] = []
 
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:

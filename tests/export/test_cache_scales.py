@@ -53,7 +53,8 @@ def cached_keys(model: InternVL, seed: int) -> list[Keys]:
     image, turns = sample(seed)
     tiled = model.tile_with_identity(image, None)
     ids = model.encode_conversation([(f"<image>\n{turns[0][0]}", turns[0][1])], [tiled], None)
-    encoded = [EncodedImage(model.encode_images([image]), tiled.signature)]
+    rows = model.encode_images([image])
+    encoded = [EncodedImage(rows, tiled.identity.signatures(len(rows)))]
     sequence = TokenSequence.build(ids, model.context_id, encoded)
     cache: Any = model.engine.backend.new_cache(len(ids))
     model.engine.prefill(cache, sequence, lambda: None)

@@ -26,13 +26,13 @@ from internvl_edge.runtime import DeviceError, ImageError, InternVL
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.device_tiling import DeviceTiler
-from internvl_edge.runtime.preprocess import tile_on_host
+from internvl_edge.runtime.preprocess import Tiling, tile_on_host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (300, 410, 3), dtype=np.uint8)
-LIMITS: dict[str, Any] = {"tile_size": 448, "min_tiles": 1, "max_tiles": 12, "thumbnail": True}
+TILING = Tiling(tile_size=448, min_tiles=1, max_tiles=12, thumbnail=True)
 
 
 def first_line(error: Exception) -> str:
@@ -71,7 +71,7 @@ def load(bundle: Path, **options: Any) -> InternVL:
 
 
 def tiles_and_name(cuda: Cuda, image: Any) -> tuple[NDArray[Any], bytes]:
-    tiles, name = DeviceTiler.of(cuda)(image, **LIMITS)
+    tiles, name = DeviceTiler.of(cuda)(image, TILING)
     assert isinstance(tiles, DeviceArray)
     return tiles.to_host(), name
 
@@ -122,7 +122,7 @@ def test_captured_candidates(cuda: Cuda, nvcc: None) -> None:
 
 
 def test_tiles_and_names_are_the_hosts(cuda: Cuda, nvcc: None) -> None:
-    wanted, name = tile_on_host(PIXELS, **LIMITS)
+    wanted, name = tile_on_host(PIXELS, TILING)
     with cuda.active():
         own = DeviceArray.of(cuda.driver, PIXELS)
     for image in (PIXELS, own):
@@ -133,14 +133,14 @@ def test_tiles_and_names_are_the_hosts(cuda: Cuda, nvcc: None) -> None:
 
 def test_torch_arrays_and_streams(cuda: Cuda, nvcc: None, torch: ModuleType) -> None:
     """A picture made on torch's stream, read on it and on another, and overwritten at once."""
-    wanted, name = tile_on_host(PIXELS, **LIMITS)
+    wanted, name = tile_on_host(PIXELS, TILING)
     side = torch.cuda.Stream()
     for adopted in (None, torch.cuda.current_stream(), side):
         with torch.cuda.stream(adopted if adopted is not None else torch.cuda.current_stream()):
             image = torch.zeros(PIXELS.shape, dtype=torch.uint8, device="cuda")
             torch.cuda._sleep(50_000_000)  # the picture is late
             image.copy_(torch.from_numpy(PIXELS), non_blocking=True)
-            tiles, got = DeviceTiler.of(Cuda.open(adopted))(image, **LIMITS)
+            tiles, got = DeviceTiler.of(Cuda.open(adopted))(image, TILING)
             image.zero_()
         np.testing.assert_array_equal(tiles.to_host(), wanted)
         assert got == name
@@ -149,7 +149,7 @@ def test_torch_arrays_and_streams(cuda: Cuda, nvcc: None, torch: ModuleType) -> 
 def test_a_view_of_a_torch_array(cuda: Cuda, nvcc: None, torch: ModuleType) -> None:
     whole = torch.from_numpy(PIXELS).cuda()
     tiles, _ = tiles_and_name(cuda, whole[10:200, 7:300])
-    wanted, _ = tile_on_host(np.ascontiguousarray(PIXELS[10:200, 7:300]), **LIMITS)
+    wanted, _ = tile_on_host(np.ascontiguousarray(PIXELS[10:200, 7:300]), TILING)
     np.testing.assert_array_equal(tiles, wanted)
     with pytest.raises(ImageError, match="copy the image first"):
         tiles_and_name(cuda, whole[:, ::2])
@@ -161,13 +161,13 @@ def test_pycuda_arrays_and_streams(cuda: Cuda, nvcc: None) -> None:
     pytest.importorskip("pycuda.autoprimaryctx", reason="no PyCUDA here")
     from pycuda import driver, gpuarray
 
-    wanted, name = tile_on_host(PIXELS, **LIMITS)
+    wanted, name = tile_on_host(PIXELS, TILING)
     stream = driver.Stream()
     for adopted in (None, stream):
         image = gpuarray.to_gpu_async(PIXELS, stream=stream)
         if adopted is None:
             stream.synchronize()  # PyCUDA's arrays do not name their stream
-        tiles, got = DeviceTiler.of(Cuda.open(adopted))(image, **LIMITS)
+        tiles, got = DeviceTiler.of(Cuda.open(adopted))(image, TILING)
         np.testing.assert_array_equal(tiles.to_host(), wanted)
         assert got == name
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from internvl_edge.runtime import InternVL, Sampling, engine
 from internvl_edge.runtime.generation import StopStrings
-from internvl_edge.runtime.images import TiledImage
 
 QUESTION = "How many lanterns are there?"
 
@@ -102,10 +101,10 @@ def test_a_chat_answers_as_a_fresh_run_would(
 def test_another_image_of_the_same_size_is_not_taken_for_the_first(
     golden_model: InternVL, picture: NDArray[np.uint8]
 ) -> None:
-    tiles = golden_model.tile(picture)
-    signatures = {TiledImage(lambda n=n: (tiles, bytes([n]) * 32)).signature for n in (1, 2)}
-    assert len(signatures) == 2
-    assert all(signature < 0 for signature in signatures)
+    tiled = [golden_model.tile_with_identity(image, None) for image in (picture, 255 - picture)]
+    one, other = (image.identity.signatures(4) for image in tiled)
+    assert not set(one) & set(other)
+    assert all(signature < 0 for signature in (*one, *other))
 
 
 @pytest.mark.parametrize("chunk", [16, 37, 512])

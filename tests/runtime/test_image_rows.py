@@ -23,7 +23,9 @@ def test_rows_reach_their_slots(layout: list[tuple[int, int]], start: int, size:
         ids += [1] * text + [SLOT] * rows
         first = sum(map(len, images))
         numbers = np.arange(first, first + rows, dtype=np.float32)
-        images.append(EncodedImage(np.repeat(numbers[:, None], 3, axis=1), signature=-1))
+        images.append(
+            EncodedImage(np.repeat(numbers[:, None], 3, axis=1), signatures=np.full(rows, -1))
+        )
     sequence = TokenSequence.build(ids, SLOT, images)
     expected = np.full((len(ids), 3), -1, np.float32)
     expected[np.equal(ids, SLOT)] = np.concatenate([np.empty((0, 3)), *(i.rows for i in images)])

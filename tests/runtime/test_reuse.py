@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from internvl_edge.runtime import ImageError, InternVL
 from internvl_edge.runtime.images import TiledImage
 from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.reuse import ImageFolder, ImageStore, PrefixStore, Shelf
+from internvl_edge.runtime.reuse import PrefixStore, Shelf
 
 QUESTION = "<image>\nWhat is written here, line by line?"
 
@@ -155,49 +155,10 @@ def test_chats_in_eight_threads_answer_as_alone(model: InternVL, golden_model: I
     assert results == [[answer] * 3 for answer in alone]
 
 
-def test_rows_outlive_the_process_in_a_folder(golden_bundle: Path, tmp_path: Path) -> None:
-    def load() -> InternVL:
-        return InternVL.load(golden_bundle, device="cpu", threads=1, image_folder=tmp_path)
-
-    first = load().generate(QUESTION, [picture(0)], max_new_tokens=6)
-    second = load().generate(QUESTION, [picture(0)], max_new_tokens=6)
-    assert (first.timings.tiles > 0, second.timings.tiles) == (True, 0)
-    assert second.token_ids == first.token_ids
-
-
-@pytest.mark.parametrize("damage", [b"", b"short", "flip", "cut"])
-def test_damaged_rows_are_encoded_anew(tmp_path: Path, damage: Any) -> None:
-    folder = ImageFolder(tmp_path, "m")
-    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    folder.save(b"key", rows)
-    (file,) = tmp_path.iterdir()
-    data = bytearray(file.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    file.write_bytes(data[:-1] if damage == "cut" else data if damage == "flip" else damage)
-    assert folder.load(b"key") is None
-    store = ImageStore(Shelf(1 << 20), folder)
-    np.testing.assert_array_equal(store.rows(b"key", lambda: rows.copy()), rows)
-    np.testing.assert_array_equal(folder.load(b"key"), rows)
-
-
-def test_a_full_disk_costs_nothing_but_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = ImageFolder(tmp_path, "m")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
-    folder.save(b"key", np.zeros(3, np.float32))
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_released_image_is_cut_again_if_it_is_still_the_same() -> None:
     names = iter([b"a" * 32, b"a" * 32, b"b" * 32])
     cut: Callable[[], tuple[Any, bytes]] = lambda: (np.zeros((2, 4, 4, 3), np.uint8), next(names))  # noqa: E731
-    image = TiledImage(cut)
+    image = TiledImage(cut, None, "model")
     image.release()
     assert image.pixels().shape == (2, 4, 4, 3)
     image.release()
