@@ -123,8 +123,12 @@ class Cuda:
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         """New device memory, cleared on the stream."""
         array = self.empty(shape, dtype)
-        self.driver("cuMemsetD8Async", array.address, 0, array.nbytes, self.stream)
+        self.clear(array)
         return array
+
+    def clear(self, array: DeviceArray) -> None:
+        """Queue zeros into device memory."""
+        self.driver("cuMemsetD8Async", array.address, 0, array.nbytes, self.stream)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Page-locked host memory: copies from and to it run beside the host. Freed with it."""

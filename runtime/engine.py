@@ -207,6 +207,12 @@ class Engine:
             logits = self._forward(cache, sequence, images, start, stop, base, last)[0]
         return logits, reused
 
+    def forget(self, cache: Cache) -> None:
+        """Empty a cache that holds values which are no numbers."""
+        with cache.state.lock:
+            cache.state.truncate(0)
+            cache.clear()
+
     def decode(self, cache: Cache, token: int) -> NDArray[np.float32]:
         """Append one token; return the logits `(vocab,)` that choose the next."""
         ids, rows, base = self._next(cache, token)
@@ -219,6 +225,7 @@ class Engine:
             return Candidates(self.decode(cache, token))
         ids, rows, base = self._next(cache, token)
         with cache.state.lock:
+            cache.state.reserve(1)
             found = self.backend.forward_candidates(cache, rows, base, count)
             cache.state.extend(ids, base)
         return found
@@ -283,6 +290,7 @@ class Engine:
     ) -> NDArray[np.float32]:
         """Run rows behind the cached ones and record them. Others may copy in between, not now."""
         with cache.state.lock:
+            cache.state.reserve(len(rows))
             logits = self.backend.forward(cache, rows, base, logit_rows)
             cache.state.extend(signatures, base)
         return logits

@@ -37,6 +37,10 @@ class DeviceError(InternVLEdgeError):
     """The device or execution provider asked for is not available."""
 
 
+class PrecisionError(InternVLEdgeError):
+    """A part computed values that its precision does not hold: infinite, or not numbers."""
+
+
 class InternVLEdgeWarning(UserWarning):
     """Something is not as it should be, and the answer is right all the same."""
 

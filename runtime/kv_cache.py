@@ -40,6 +40,7 @@ class CacheState:
 
     Attributes:
         length: filled positions.
+        touched: positions that were ever written: their memory is taken.
         lock: held by whoever writes rows or copies them.
     """
 
@@ -48,6 +49,7 @@ class CacheState:
         self._signatures = np.empty(capacity, np.int64)
         self._base: float | None = None
         self.length = 0
+        self.touched = 0
         self.lock = threading.RLock()
 
     def common_prefix(self, signatures: NDArray[np.int64], base: float) -> int:
@@ -64,6 +66,10 @@ class CacheState:
             return False
         return self.common_prefix(other._signatures[: other.length], other._base) == other.length
 
+    def reserve(self, count: int) -> None:
+        """Note that the next `count` positions are about to be written."""
+        self.touched = max(self.touched, self.length + count)
+
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; their memory is overwritten later."""
         self.length = min(self.length, length)
@@ -71,6 +77,7 @@ class CacheState:
     def extend(self, signatures: NDArray[np.int64], base: float) -> None:
         """Record rows just written behind the filled ones."""
         stop = self.length + len(signatures)
+        self.touched = max(self.touched, stop)
         self._signatures[self.length : stop] = signatures
         if self.length == 0:
             self._base = base

@@ -19,7 +19,8 @@ from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.devices import Device, open_device
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.engine import Engine, TokenSequence
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.errors import LimitError, PrecisionError
+from internvl_edge.runtime.finite import FiniteCheck
 from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
 from internvl_edge.runtime.image_folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
 from internvl_edge.runtime.images import LazyImage, TiledImage
@@ -59,6 +60,7 @@ class InternVL:
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
         self._memory = memory
+        self._finite = FiniteCheck(bundle.manifest)
         self.max_context = max_context
         self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
         self.context_id, self.stop_id = self.inputs.context_id, self.inputs.stop_id
@@ -191,6 +193,7 @@ class InternVL:
 
         Raises:
             ImageError, PromptError, LimitError: at once, before anything is computed.
+            PrecisionError: while it is iterated, where a part computes values that are not finite.
         """
         started = time.perf_counter()
         timings = Timings()
@@ -314,7 +317,14 @@ class InternVL:
         if cache is None:
             needed = min(self.max_context, len(ids) + max_new_tokens - 1)
             cache = self.engine.backend.new_cache(needed)
-        target, sample = cache, Sampler(sampling)
+        target, sampler = cache, Sampler(sampling, self._finite.logit)
+
+        def sample(candidates: Candidates) -> int:
+            try:
+                return sampler(candidates)
+            except PrecisionError:
+                self.engine.forget(target)
+                raise
 
         def prefill(timings: Timings, check: Callable[[], None]) -> int:
             sequence = self._sequence(ids, tiled, timings, check)
@@ -349,6 +359,7 @@ class InternVL:
         def encode() -> NDArray[np.floating]:
             before = time.perf_counter()
             rows = self.engine.encode_tiles(image.pixels(), check)
+            self._finite.rows(rows)
             timings.vision_s += time.perf_counter() - before
             timings.tiles += image.tiles
             return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,19 +78,27 @@ class Candidates:
 
 
 class Sampler:
-    """Draws tokens under one `Sampling`; remembers what was generated for the penalty."""
+    """Draws tokens under one `Sampling`; remembers what was generated for the penalty.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        sampling: how.
+        check: is shown the largest logit of each token; see `FiniteCheck.logit`.
+    """
+
+    def __init__(
+        self, sampling: Sampling, check: Callable[[float], None] = lambda largest: None
+    ) -> None:
         self._sampling = sampling
+        self._check = check
         self._random = np.random.default_rng(sampling.seed)
         self._generated: list[int] = []
 
     def __call__(self, candidates: Candidates) -> int:
         """Choose a token id: from all of the vocabulary or, as the same seed would choose there,
         from at least as many of the largest logits as `Sampling.candidates` says."""
-        if self._sampling.greedy:
-            place = int(candidates.logits.argmax())
-        else:
+        place = int(candidates.logits.argmax())
+        self._check(float(candidates.logits[place]))
+        if not self._sampling.greedy:
             place = self._place(filter_logits(candidates.logits, self._generated, self._sampling))
         token = place if candidates.ids is None else int(candidates.ids[place])
         if self._sampling.repetition_penalty != 1:

@@ -31,6 +31,9 @@ class Sequence:
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         raise ValueError("llama.cpp's cache is not shared between conversations")
 
+    def clear(self) -> None:
+        """Nothing beyond the length is read."""
+
 
 class LlamaCppBackend:
     """Images through `vision`, rows of embeddings through llama.cpp; see `Backend`."""

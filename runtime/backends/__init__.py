@@ -23,6 +23,10 @@ class Cache(Protocol):
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         """Take positions `start..stop` of another cache of the same backend; `state` stays."""
 
+    def clear(self) -> None:
+        """Zero what was written, where passes read beyond the length: a masked key has the weight
+        zero, and zero times NaN stays NaN."""
+
 
 class Backend(Protocol):
     """Runs the two graphs of a bundle."""

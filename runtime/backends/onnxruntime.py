@@ -49,6 +49,9 @@ class OrtCache:
         for names, own in self.storage.items():
             copy_positions(own.numpy(), source.storage[names].numpy(), start, stop)
 
+    def clear(self) -> None:
+        """Nothing beyond the length is read."""
+
 
 def filled_bytes(arrays: list[NDArray[Any]], state: CacheState) -> int:
     """Bytes of the filled positions of arrays `(1, kv_heads, capacity, head_dim)`."""

@@ -170,6 +170,11 @@ class CudaCache:
     def nbytes(self) -> int:
         return self._memory.nbytes  # taken whole when it was allocated
 
+    def clear(self) -> None:
+        """Queue zeros; see `Cache`."""
+        with self._cuda.active():
+            self._cuda.clear(self._memory)
+
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         """Queue one copy for each head of each layer: their positions lie apart."""
         assert isinstance(source, CudaCache)

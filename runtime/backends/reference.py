@@ -42,6 +42,11 @@ class ReferenceCache:
         arrays = [past.numpy() for past in self.pasts.values()]
         return sum(array.nbytes // self.state.capacity * self.state.length for array in arrays)
 
+    def clear(self) -> None:
+        """Zero what was written; see `Cache`."""
+        for past in self.pasts.values():
+            past.numpy()[:, :, : self.state.touched] = 0
+
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         """Take positions `start..stop` of another cache; `state` stays."""
         assert isinstance(source, ReferenceCache)

@@ -77,6 +77,11 @@ class TensorRtCache:
     def nbytes(self) -> int:
         return self.storage.memory.nbytes  # taken whole when it was allocated
 
+    def clear(self) -> None:
+        """Queue zeros; see `Cache`."""
+        with self._cuda.active():
+            self._cuda.clear(self.storage.memory)
+
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         """Queue one copy: a run of positions in each head of each layer."""
         assert isinstance(source, TensorRtCache)
