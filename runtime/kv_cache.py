@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+#: A mapped block as NumPy and ONNX Runtime hold it, and a cache without its blocks: Python objects
+#: and ONNX Runtime's, as measured (tests/runtime/test_held_memory.py holds the sum to RSS).
+BUFFER_BYTES, CACHE_BYTES = 1500, 3000
+
 
 def lazy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Zeros whose pages are committed one by one as they are written.
@@ -31,6 +35,24 @@ def lazy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     return np.frombuffer(block, dtype, count).reshape(shape)
 
 
+def committed_bytes(array: NDArray[Any], positions: int) -> int:
+    """Memory that the first positions of each head take in `lazy_zeros`, in whole pages.
+
+    Args:
+        array: `(1, kv_heads, capacity, head_dim)`.
+        positions: how many were ever written.
+    """
+    _, heads, capacity, width = array.shape
+    row = width * array.itemsize
+    starts = np.arange(heads) * capacity * row
+    first = starts // mmap.PAGESIZE
+    last = (starts + positions * row - 1) // mmap.PAGESIZE
+    if not positions:
+        return 0
+    shared = np.count_nonzero(first[1:] <= last[:-1])  # pages in which two heads meet
+    return int((last - first + 1).sum() - shared) * mmap.PAGESIZE
+
+
 class CacheState:
     """Bookkeeping of one cache of `capacity` positions.
 
@@ -46,7 +68,7 @@ class CacheState:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._signatures = np.empty(capacity, np.int64)
+        self._signatures = np.empty(0, np.int64)
         self._base: float | None = None
         self.length = 0
         self.touched = 0
@@ -60,11 +82,14 @@ class CacheState:
         differs = np.flatnonzero(self._signatures[:shared] != signatures[:shared])
         return int(differs[0]) if len(differs) else shared
 
-    def covers(self, other: CacheState) -> bool:
-        """Whether everything another cache holds is held here."""
-        if other.length > self.length or other._base is None:
-            return False
-        return self.common_prefix(other._signatures[: other.length], other._base) == other.length
+    def content(self) -> tuple[NDArray[np.int64], float | None]:
+        """Signatures `(length,)` and the rotary base that all of them are under; None: several."""
+        return self._signatures[: self.length], self._base
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the bookkeeping."""
+        return self._signatures.nbytes
 
     def reserve(self, count: int) -> None:
         """Note that the next `count` positions are about to be written."""
@@ -78,9 +103,17 @@ class CacheState:
         """Record rows just written behind the filled ones."""
         stop = self.length + len(signatures)
         self.touched = max(self.touched, stop)
+        if stop > len(self._signatures):
+            self._signatures = self._larger(stop)
         self._signatures[self.length : stop] = signatures
         if self.length == 0:
             self._base = base
         elif base != self._base:
             self._base = None  # mixed bases: good for going on, not for sharing
         self.length = stop
+
+    def _larger(self, needed: int) -> NDArray[np.int64]:
+        """A copy with room for `needed` and an eighth more, so that tokens come one by one."""
+        grown = np.empty(min(needed + needed // 8 + 32, max(self.capacity, needed)), np.int64)
+        grown[: self.length] = self._signatures[: self.length]
+        return grown

@@ -28,8 +28,9 @@ from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
 from internvl_edge.runtime.prompt import place_images
-from internvl_edge.runtime.reuse import ImageStore, PrefixStore, Shelf
+from internvl_edge.runtime.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
+from internvl_edge.runtime.shelf import Shelf
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
 

@@ -5,11 +5,8 @@ Both lie on one shelf that is bounded in bytes; what was used longest ago goes f
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+import struct
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,69 +14,12 @@ from numpy.typing import NDArray
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.image_folder import ImageFolder
 from internvl_edge.runtime.images import ImageIdentity
+from internvl_edge.runtime.shelf import Shelf
 
 Rows = NDArray[np.floating]
 
 #: Shared positions below which nothing is copied: the template alone is not worth it.
 LEAST_SHARED = 16
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something on the shelf, and how many bytes it holds."""
-
-    value: Any
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """Names a KV cache on the shelf."""
-
-    identity: int
-
-
-class Shelf:
-    """Keeps values up to a number of bytes, least recently used first to go. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._items: OrderedDict[Hashable, Item] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def nbytes(self) -> int:
-        with self._lock:
-            return sum(item.nbytes for item in self._items.values())
-
-    def get(self, key: Hashable) -> Any | None:
-        """The value, which now is the most recently used, or None."""
-        with self._lock:
-            if (item := self._items.get(key)) is None:
-                return None
-            self._items.move_to_end(key)
-            return item.value
-
-    def put(self, key: Hashable, value: Any, nbytes: int) -> None:
-        """Keep a value as the most recently used, unless it alone is over the limit."""
-        with self._lock:
-            self._items.pop(key, None)
-            if nbytes > self.limit:
-                return
-            self._items[key] = Item(value, nbytes)
-            held = sum(item.nbytes for item in self._items.values())
-            while held > self.limit:
-                _, oldest = self._items.popitem(last=False)
-                held -= oldest.nbytes
-
-    def drop(self, key: Hashable) -> None:
-        with self._lock:
-            self._items.pop(key, None)
-
-    def values(self) -> list[tuple[Hashable, Any]]:
-        """What is held, the most recently used first."""
-        with self._lock:
-            return [(key, item.value) for key, item in reversed(self._items.items())]
 
 
 class ImageStore:
@@ -96,7 +36,8 @@ class ImageStore:
 
     def rows(self, image: ImageIdentity, encode: Callable[[], Rows]) -> Rows:
         """Rows `(tiles * tokens_per_tile, hidden)` of an image, encoded only where not known."""
-        if (held := self._shelf.get(image.digest)) is not None:
+        key = f"rows {image.digest.hex()}"
+        if (held := self._shelf.get(key)) is not None:
             return np.asarray(held)
         rows = self._folder.load(image) if self._folder else None
         if rows is None:
@@ -104,7 +45,7 @@ class ImageStore:
             if self._folder:
                 self._folder.save(image, rows)
         rows.flags.writeable = False
-        self._shelf.put(image.digest, rows, rows.nbytes)
+        self._shelf.put(key, rows, rows.nbytes)
         return rows
 
 
@@ -119,10 +60,17 @@ class PrefixStore:
 
     def keep(self, cache: Cache) -> None:
         """Offer what a cache holds to later prompts, instead of caches that hold less of it."""
-        for key, value in self._shelf.values():
-            if isinstance(key, CacheKey) and cache.state.covers(value.state):
-                self._shelf.drop(key)
-        self._shelf.put(CacheKey(id(cache)), cache, cache.nbytes)
+        with cache.state.lock:
+            signatures, base = cache.state.content()
+            cache.trim()
+            nbytes = cache.held_bytes
+        if base is None or not len(signatures):
+            self._shelf.drop(_key(cache))
+            return
+        prompt = _prompt(signatures, base)
+        for key in self._shelf.beginnings(prompt):
+            self._shelf.drop(key)
+        self._shelf.put(_key(cache), cache, nbytes, prompt)
 
     def fill(self, cache: Cache, signatures: NDArray[np.int64], base: float) -> int:
         """Copy into `cache` the longest prefix any kept cache has, if it beats its own.
@@ -136,8 +84,8 @@ class PrefixStore:
         own = cache.state.common_prefix(signatures, base)
         shared = own + LEAST_SHARED
         donor: Cache | None = None
-        for key, value in self._shelf.values():
-            if isinstance(key, CacheKey) and value is not cache:
+        for _, value in self._shelf.nearest(_prompt(signatures, base)):
+            if value is not cache:
                 length = value.state.common_prefix(signatures, base)
                 if length > shared:
                     shared, donor = length, value
@@ -149,7 +97,17 @@ class PrefixStore:
             if shared <= own:
                 return own
             cache.state.truncate(own)
+            cache.state.reserve(shared - own)
             cache.copy_rows(donor, own, shared)
             cache.state.extend(signatures[own:shared], base)
-        self._shelf.get(CacheKey(id(donor)))
+        self._shelf.get(_key(donor))
         return shared
+
+
+def _key(cache: Cache) -> str:
+    return f"cache {id(cache)}"
+
+
+def _prompt(signatures: NDArray[np.int64], base: float) -> bytes:
+    """What cached rows depend on, so that equal beginnings are equal rows."""
+    return struct.pack("<d", base) + signatures.tobytes()

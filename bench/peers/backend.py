@@ -28,6 +28,13 @@ class Sequence:
     def nbytes(self) -> int:
         return 0
 
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def trim(self) -> None:
+        """There is nothing to give back."""
+
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         raise ValueError("llama.cpp's cache is not shared between conversations")
 

@@ -20,6 +20,14 @@ class Cache(Protocol):
     def nbytes(self) -> int:
         """Memory its filled positions take."""
 
+    @property
+    def held_bytes(self) -> int:
+        """All the memory it takes between passes: what was ever written to, and what goes with
+        it."""
+
+    def trim(self) -> None:
+        """Give back what only passes need."""
+
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         """Take positions `start..stop` of another cache of the same backend; `state` stays."""
 

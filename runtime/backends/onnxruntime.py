@@ -15,10 +15,16 @@ from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.int8_cache import check_int8_cache
-from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.kv_cache import (
+    BUFFER_BYTES,
+    CACHE_BYTES,
+    CacheState,
+    committed_bytes,
+    lazy_zeros,
+)
 from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.rope import RopeTable
+from internvl_edge.runtime.rope import CacheRope, RopeTable
 
 
 @dataclass
@@ -26,7 +32,7 @@ class OrtCache:
     """Keys and values, bound once as input and as output of the same address."""
 
     state: CacheState
-    rope: RopeTable
+    rope: CacheRope
     storage: dict[tuple[str, str], Any]  # names of past and present -> onnxruntime.OrtValue
     bound: tuple[Chain, ChainBinding] | None = None  # a graph, and its binding of the storage
 
@@ -43,6 +49,17 @@ class OrtCache:
     @property
     def nbytes(self) -> int:
         return filled_bytes([value.numpy() for value in self.storage.values()], self.state)
+
+    @property
+    def held_bytes(self) -> int:
+        one = next(iter(self.storage.values())).numpy()  # all are alike
+        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
+        return len(self.storage) * buffer + self.state.nbytes + CACHE_BYTES
+
+    def trim(self) -> None:
+        """Give back the binding, with the inputs and logits of the last pass, and own tables."""
+        self.bound = None
+        self.rope.release()
 
     def copy_rows(self, source: Cache, start: int, stop: int) -> None:
         assert isinstance(source, OrtCache)
@@ -88,10 +105,12 @@ class OnnxRuntimeBackend:
         manifest = bundle.manifest
         if manifest.kv == "int8":
             check_int8_cache()
-        self._rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
+        rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._ort_value = ort.OrtValue
+        language = bundle.spec.language
+        self._rope = RopeTable(language, language.max_context, rope_dtype)
         self._graphs = CpuGraphs(bundle, threads, one_at_a_time=low_memory)
         self._description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
@@ -140,7 +159,7 @@ class OnnxRuntimeBackend:
             pair: self._ort_value.ortvalue_from_numpy(lazy_zeros(shape, self._cache_dtype))
             for pair in contract.cache_pairs(language)
         }
-        rope = RopeTable(language, capacity, self._rope_dtype)
+        rope = CacheRope(self._rope, language, capacity)
         return OrtCache(CacheState(capacity), rope, storage)
 
     def forward(
@@ -154,11 +173,11 @@ class OnnxRuntimeBackend:
         assert isinstance(cache, OrtCache)
         start = cache.state.length
         total = start + len(embeddings)
-        cache.rope.prepare(start, total, base)
+        cos, sin = cache.rope.tables(start, total, base)
         binding = cache.binding(self._graphs.language)
         binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
-        binding.bind_cpu_input(contract.ROPE_COS, cache.rope.cos)
-        binding.bind_cpu_input(contract.ROPE_SIN, cache.rope.sin)
+        binding.bind_cpu_input(contract.ROPE_COS, cos)
+        binding.bind_cpu_input(contract.ROPE_SIN, sin)
         binding.bind_cpu_input(contract.LAST_POSITION, np.array([total - 1], np.int32))
         binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
         binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)

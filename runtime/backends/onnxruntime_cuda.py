@@ -85,12 +85,14 @@ class StagedInput:
         """Queue the copy of `values`; memory grows to the longest pass, and then stays."""
         rows, cuda = len(values), self._place.cuda
         if self._device is None or rows > len(self._device):
+            self._bound = ()  # to memory that goes
             self._host = cuda.pinned(values.shape, self._dtype)
             self._device = cuda.empty(values.shape, self._dtype)
         self._host[:rows] = values
         part = self._device[:rows]
         cuda.upload(self._host[:rows], part)
         if self._bound != values.shape:
+            self._bound = ()
             self._place.bind_input(self._binding, self._name, part)
             self._bound = values.shape
 
@@ -106,11 +108,18 @@ class LogitsOutput:
         self._row = place.cuda.pinned((1, vocab), np.float32)  # decoding reads one row a pass
         self._bound = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes, on the device and on the host."""
+        return self._device.nbytes + self._row.nbytes
+
     def bind(self, rows: int) -> None:
         """Make room for `rows` and bind it."""
         if rows > len(self._device):
+            self._bound = 0  # to memory that goes
             self._device = self._place.cuda.empty((rows, self._vocab), np.float32)
         if rows != self._bound:
+            self._bound = 0
             self._place.bind_output(self._binding, contract.LOGITS, self._device[:rows])
             self._bound = rows
 
@@ -170,6 +179,15 @@ class CudaCache:
     def nbytes(self) -> int:
         return self._memory.nbytes  # taken whole when it was allocated
 
+    @property
+    def held_bytes(self) -> int:
+        """All the memory it takes between passes, on the device and on the host."""
+        tables = 2 * (self._tables[0].nbytes + self._rope.cos.nbytes)
+        return self._memory.nbytes + tables + self.logits.nbytes + self.state.nbytes
+
+    def trim(self) -> None:
+        """Nothing: all of it was taken when the cache was made."""
+
     def clear(self) -> None:
         """Queue zeros; see `Cache`."""
         with self._cuda.active():
@@ -192,16 +210,17 @@ class CudaCache:
         """Queue the inputs of one pass; of the rotary tables only the rows that changed."""
         start = self.state.length
         total = start + len(embeddings)
-        changed = self._rope.prepare(start, total, base)
-        if changed.stop > changed.start:
-            for table, host in zip(self._tables, (self._rope.cos, self._rope.sin), strict=True):
-                self._cuda.upload(host[changed], table[changed])
+        self._rope.prepare(start, total, base, self._upload_rope)
         self._embeddings.write(embeddings)
         self._last.write(np.array([total - 1]))
         self._rows.write(logit_rows)
         self.logits.bind(len(logit_rows))
         # Read on the host, by the attention operator when it is queued.
         self.binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
+
+    def _upload_rope(self, rows: slice) -> None:
+        for table, host in zip(self._tables, (self._rope.cos, self._rope.sin), strict=True):
+            self._cuda.upload(host[rows], table[rows])
 
 
 class OnnxRuntimeCudaBackend:

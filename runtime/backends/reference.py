@@ -19,10 +19,16 @@ from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 from internvl_edge.runtime.bundle import Bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
-from internvl_edge.runtime.kv_cache import CacheState, lazy_zeros
+from internvl_edge.runtime.kv_cache import (
+    BUFFER_BYTES,
+    CACHE_BYTES,
+    CacheState,
+    committed_bytes,
+    lazy_zeros,
+)
 from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.rope import RopeTable
+from internvl_edge.runtime.rope import CacheRope, RopeTable
 
 #: The cache is read in multiples of this, as an engine's captured graphs do.
 KEY_BUCKET = 256
@@ -33,7 +39,7 @@ class ReferenceCache:
     """Keys and values by input name, written in place."""
 
     state: CacheState
-    rope: RopeTable
+    rope: CacheRope
     pasts: dict[str, Any]  # onnxruntime.OrtValue (1, kv_heads, capacity, head_dim)
 
     @property
@@ -41,6 +47,17 @@ class ReferenceCache:
         """Memory its filled positions take."""
         arrays = [past.numpy() for past in self.pasts.values()]
         return sum(array.nbytes // self.state.capacity * self.state.length for array in arrays)
+
+    @property
+    def held_bytes(self) -> int:
+        """All the memory it takes between passes."""
+        one = next(iter(self.pasts.values())).numpy()  # all are alike
+        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
+        return len(self.pasts) * buffer + self.state.nbytes + CACHE_BYTES
+
+    def trim(self) -> None:
+        """Give back the cache's own rotary tables."""
+        self.rope.release()
 
     def clear(self) -> None:
         """Zero what was written; see `Cache`."""
@@ -72,10 +89,11 @@ class ReferenceBackend:
 
         manifest = bundle.manifest
         self._spec = bundle.spec.language
-        self._rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
+        rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
         self._in_place = manifest.dialect == "tensorrt"
         self._ort_value = ort.OrtValue
+        self._rope = RopeTable(self._spec, self._spec.max_context, rope_dtype)
         try:
             self._vision, self._language = open_graphs(bundle, Provider(optimise="basic"), threads)
         except BundleError as error:
@@ -118,7 +136,7 @@ class ReferenceBackend:
                 f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
             ) from error
         pasts = {name: self._ort_value.ortvalue_from_numpy(a) for name, a in arrays.items()}
-        rope = RopeTable(self._spec, capacity, self._rope_dtype)
+        rope = CacheRope(self._rope, self._spec, capacity)
         return ReferenceCache(CacheState(capacity), rope, pasts)
 
     def forward(
@@ -132,12 +150,12 @@ class ReferenceBackend:
         assert isinstance(cache, ReferenceCache)
         start = cache.state.length
         total = start + len(embeddings)
-        cache.rope.prepare(start, total, base)
+        cos, sin = cache.rope.tables(start, total, base)
         keys = min(-(-total // KEY_BUCKET) * KEY_BUCKET, cache.state.capacity)
         binding = self._language.io_binding()
         binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
-        binding.bind_cpu_input(contract.ROPE_COS, cache.rope.cos)
-        binding.bind_cpu_input(contract.ROPE_SIN, cache.rope.sin)
+        binding.bind_cpu_input(contract.ROPE_COS, cos)
+        binding.bind_cpu_input(contract.ROPE_SIN, sin)
         binding.bind_cpu_input(contract.POSITIONS, np.arange(start, total))
         binding.bind_cpu_input(contract.KEY_POSITIONS, np.arange(keys))
         binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)

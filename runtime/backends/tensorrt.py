@@ -77,6 +77,15 @@ class TensorRtCache:
     def nbytes(self) -> int:
         return self.storage.memory.nbytes  # taken whole when it was allocated
 
+    @property
+    def held_bytes(self) -> int:
+        """All the memory it takes between passes, on the device and on the host."""
+        tables = sum(table.nbytes for table in self.storage.tables) + 2 * self._rope.cos.nbytes
+        return self.storage.memory.nbytes + tables + self.state.nbytes
+
+    def trim(self) -> None:
+        """Nothing: all of it was taken when the cache was made."""
+
     def clear(self) -> None:
         """Queue zeros; see `Cache`."""
         with self._cuda.active():
@@ -93,11 +102,11 @@ class TensorRtCache:
 
     def prepare(self, start: int, total: int, base: float) -> None:
         """Queue the rotary rows that changed."""
-        rows = self._rope.prepare(start, total, base)
-        if rows.stop > rows.start:
-            hosts = (self._rope.cos, self._rope.sin)
-            for table, host in zip(self.storage.tables, hosts, strict=True):
-                self._cuda.upload(host[rows], table[rows])
+        self._rope.prepare(start, total, base, self._upload)
+
+    def _upload(self, rows: slice) -> None:
+        for table, host in zip(self.storage.tables, (self._rope.cos, self._rope.sin), strict=True):
+            self._cuda.upload(host[rows], table[rows])
 
 
 class TensorRtBackend:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from internvl_edge.runtime import ImageError, InternVL
 from internvl_edge.runtime.images import TiledImage
 from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.reuse import PrefixStore, Shelf
+from internvl_edge.runtime.reuse import PrefixStore
+from internvl_edge.runtime.shelf import Shelf
 
 QUESTION = "<image>\nWhat is written here, line by line?"
 
@@ -42,6 +43,16 @@ class StandInCache:
     def nbytes(self) -> int:
         return 8 * self.state.length
 
+    @property
+    def held_bytes(self) -> int:
+        return self.nbytes
+
+    def trim(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
     def copy_rows(self, source: Any, start: int, stop: int) -> None:
         self.rows[start:stop] = source.rows[start:stop]
 
@@ -50,29 +61,6 @@ class StandInCache:
         self.rows[start : start + len(signatures)] = signatures
         self.state.extend(signatures, base)
         return self
-
-
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40)), max_size=60), st.integers(0, 100))
-def test_a_shelf_is_bounded_and_forgets_the_oldest(puts: list[tuple[int, int]], limit: int) -> None:
-    shelf, expected = Shelf(limit), dict[int, int]()
-    for key, size in puts:
-        shelf.put(key, key, size)
-        expected.pop(key, None)
-        if size <= limit:
-            expected[key] = size  # dictionaries keep the order of insertion
-            while sum(expected.values()) > limit:
-                del expected[next(iter(expected))]
-        assert [name for name, _ in shelf.values()] == list(reversed(expected))
-        assert shelf.nbytes == sum(expected.values()) <= limit
-
-
-def test_what_was_looked_at_last_stays() -> None:
-    shelf = Shelf(2)
-    shelf.put("a", 1, 1)
-    shelf.put("b", 2, 1)
-    assert shelf.get("a") == 1
-    shelf.put("c", 3, 1)
-    assert (shelf.get("a"), shelf.get("b"), shelf.get("c")) == (1, None, 3)
 
 
 @given(
@@ -171,3 +159,46 @@ def _common(a: list[int], b: list[int]) -> int:
     while length < min(len(a), len(b)) and a[length] == b[length]:
         length += 1
     return length
+
+
+def test_caches_under_several_rotary_bases_are_not_kept() -> None:
+    """Nothing could begin as they do, whatever it is under."""
+    shelf = Shelf(1 << 20)
+    store, cache = PrefixStore(shelf), StandInCache().extended(np.arange(30))
+    store.keep(cache)
+    store.keep(cache.extended(np.arange(3), base=2.0))
+    assert shelf.values() == []
+
+
+def test_finding_a_prompt_compares_few_of_those_kept() -> None:
+    """However many there are; each differs from the others somewhere."""
+    counts = []
+    for kept in (10, 1000, 20_000):
+        shelf = Shelf(1 << 40)
+        store = PrefixStore(shelf)
+        for number in range(kept):
+            prompt = np.arange(40)
+            prompt[20:23] = 1000 + np.array([number // 400, number // 20 % 20, number % 20])
+            store.keep(CountedCache(64).extended(prompt))
+        CountedCache.asked = 0
+        assert store.fill(CountedCache(64), prompt, 1.0) == 40
+        counts.append(CountedCache.asked)
+    assert max(counts) <= 8
+
+
+class CountedState(CacheState):
+    """Counts the comparisons with a prompt."""
+
+    def common_prefix(self, signatures: NDArray[np.int64], base: float) -> int:
+        CountedCache.asked += 1
+        return super().common_prefix(signatures, base)
+
+
+class CountedCache(StandInCache):
+    """A cache that counts how often any of its kind is compared."""
+
+    asked = 0
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.state = CountedState(capacity)
