@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from internvl_edge.runtime.errors import PromptError
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.preprocess import ImageLike
-from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.prompt import IMAGE_PLACEHOLDER, place_images
 from internvl_edge.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -75,15 +76,17 @@ class Chat:
         model = self._model
         new = [model.tile_with_identity(image, self._max_tiles) for image in images]
         timings.preprocess_s = time.perf_counter() - started
-        question = place_images(prompt, len(new), earlier_images=len(self._images))
-        shown = [*self._images, *new]
+        earlier, turn = self._earlier(), len(self.history)
+        question = place_images(prompt, len(new), earlier_images=len(earlier))
+        shown = [*earlier, *new]
         ids = model.encode_conversation(
             [*self.history, (question, None)], shown, self._system_message
         )
 
         def finish(reply: Reply) -> None:
-            self.history.append((question, reply.text))
+            # The history alone says how many images count: before it is told, these are none's.
             self._images = shown
+            self.history[turn:] = [(question, reply.text)]
             self._active = None
             for image in shown:
                 image.release()
@@ -100,3 +103,13 @@ class Chat:
             stop=stop,
         )
         return self._active
+
+    def _earlier(self) -> list[TiledImage]:
+        """Images of the turns in the history, in order."""
+        count = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in self.history)
+        if count > len(self._images):
+            raise PromptError(
+                f"the history has {count} {IMAGE_PLACEHOLDER}, {len(self._images)} images were"
+                " shown in this chat; show them again"
+            )
+        return self._images[:count]

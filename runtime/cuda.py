@@ -76,9 +76,14 @@ class Cuda:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make the context current; the caller's own is so again afterwards. One thread at a time:
-        what a pass queues belongs together on the stream."""
+        what a pass queues belongs together on the stream. After an error or an interrupt nothing
+        is under way: what was queued reads memory that others may write next, or free."""
         with self._lock, self.driver.in_context(self.context):
-            yield
+            try:
+                yield
+            except BaseException:
+                self.driver.bindings.cuStreamSynchronize(self.stream)  # whatever its status is
+                raise
 
     def check_primary(self) -> None:
         """Raise DeviceError unless the context is the one libraries on the CUDA runtime work in."""

@@ -104,7 +104,7 @@ class Steps:
     Attributes:
         prefill: runs the prompt; the first token.
         decode: appends a token; the next one.
-        finish: is told when the answer has ended.
+        finish: is told when the answer has ended; again, where it was interrupted.
     """
 
     prefill: Callable[[Timings, Callable[[], None]], int]
@@ -146,15 +146,13 @@ class TokenStream(Iterator[str]):
 
     def __next__(self) -> str:
         try:
-            piece = next(self._pieces)
+            return next(self._pieces)
         except (StopIteration, KeyboardInterrupt):
             self._close()
             raise
         except Exception:
             self._failed = True
             raise
-        self._shown.append(piece)
-        return piece
 
     def cancel(self) -> None:
         """Ask the loop to end; safe from any thread."""
@@ -188,6 +186,7 @@ class TokenStream(Iterator[str]):
                     self._reason = "stop"
                     break
                 if piece := self._stops.push(text.push(token)):
+                    self._shown.append(piece)
                     yield piece
                 if self._stops.hit or len(self._ids) == self._max_new_tokens:
                     self._reason = "stop" if self._stops.hit else "length"
@@ -197,6 +196,7 @@ class TokenStream(Iterator[str]):
         except Cancelled:
             self._reason = "cancelled"
         if not self._stops.hit and (rest := self._flush(text)):
+            self._shown.append(rest)
             yield rest
 
     def _flush(self, text: TextStream) -> str:
@@ -214,9 +214,10 @@ class TokenStream(Iterator[str]):
     def _close(self) -> Reply:
         if self._reply is None:
             text = "".join(self._shown).strip()
-            self._reply = Reply(text, self._ids, self._reason, self._timings)
+            reply = Reply(text, self._ids, self._reason, self._timings)
             if not self._failed:
-                self._steps.finish(self._reply)
+                self._steps.finish(reply)
+            self._reply = reply  # last: an end that was interrupted is ended again
         return self._reply
 
 
