@@ -181,7 +181,7 @@ def _cached(command: list[str], version: str, name: str, *, cpu: str) -> Path:
         return product
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with locked(folder / "lock"):
             if not product.exists():
                 _compile(command, product)
     except OSError as error:
@@ -204,7 +204,7 @@ def _compile(command: list[str], product: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the kernel drops it when the process ends, however it ends."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -18,6 +18,7 @@ from internvl_edge.runtime.errors import (
     LimitError,
     PrecisionError,
     PreparedWarning,
+    ProcessError,
     PromptError,
     VersionWarning,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "LimitError",
     "PrecisionError",
     "PreparedWarning",
+    "ProcessError",
     "PromptError",
     "Reply",
     "Sampling",

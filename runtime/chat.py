@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from internvl_edge.runtime.answering import Request
 from internvl_edge.runtime.errors import PromptError
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.preprocess import ImageLike
+from internvl_edge.runtime.process import NotCopied
 from internvl_edge.runtime.prompt import IMAGE_PLACEHOLDER, place_images
 from internvl_edge.runtime.sampling import Sampling
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from internvl_edge.runtime.model import InternVL
 
 
-class Chat:
+class Chat(NotCopied):
     """A conversation: each turn computes only what it adds.
 
     The prompt of a turn is the whole conversation, rendered and tokenised as the reference does;
@@ -69,6 +71,7 @@ class Chat:
         The turn enters the history when its answer ends, cancelled ones included; a turn that
         raises an error leaves the conversation as it was.
         """
+        self._model.home.check()
         if self._active is not None:
             self._active.close()
         started = time.perf_counter()
@@ -91,16 +94,9 @@ class Chat:
             for image in shown:
                 image.release()
 
-        self._active = model.start(
-            ids,
-            shown,
-            self._cache,
-            finish=finish,
-            timings=timings,
-            started=started,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling or Sampling(),
-            stop=stop,
+        request = Request(ids, shown, max_new_tokens, sampling or Sampling(), stop, model.stop_id)
+        self._active = model.answering.start(
+            request, self._cache, timings=timings, started=started, finish=finish
         )
         return self._active
 

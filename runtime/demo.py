@@ -7,14 +7,14 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_edge.kernels.build import user_cache
+from internvl_edge.kernels.build import locked, user_cache
 from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.devices import Device
-from internvl_edge.runtime.errors import BundleError, CheckpointError, LimitError
+from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError, LimitError
 from internvl_edge.runtime.generation import Reply
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.preprocess import load_image
@@ -102,21 +102,52 @@ def _print_medians(runs: list[list[Reply]]) -> None:
 
 def _bundle(checkpoint: Path, export: Export) -> Path:
     """The exported model in the user's cache, made when this checkpoint is met first."""
-    weights = checkpoint / "model.safetensors"
     try:
-        key = hashlib.sha256(weights.read_bytes() + (checkpoint / "config.json").read_bytes())
+        size = (checkpoint / "model.safetensors").stat().st_size / 1e6
+        bundle = user_cache() / f"tiny-ocr-{_bundle_key(checkpoint)}"
     except OSError as error:
         raise CheckpointError(f"the demo checkpoint is incomplete: {error}") from error
-    bundle = user_cache() / f"tiny-ocr-{key.hexdigest()[:12]}"
-    size = weights.stat().st_size / 1e6
     _say("checkpoint", f"tiny_ocr, {size:.1f} MB of weights: InternViT (RMSNorm) + InternLM2 (GQA)")
-    if (bundle / MANIFEST).exists():
+    if not (bundle / MANIFEST).exists():
+        try:
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            # Of two first runs one exports, the other waits.
+            with locked(bundle.with_name(f"{bundle.name}.lock")):
+                _export_once(checkpoint, bundle, export)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {bundle}: {error.strerror or error}; set XDG_CACHE_HOME to a"
+                " directory that can be written"
+            ) from error
+    else:
         _say("export", f"already done: {bundle}")
-        return bundle
+    return bundle
+
+
+def _export_once(checkpoint: Path, bundle: Path, export: Export) -> None:
+    if (bundle / MANIFEST).exists():
+        _say("export", f"done by another run meanwhile: {bundle}")
+        return
     started = time.perf_counter()
     export(checkpoint, bundle)
     _say("export", f"{time.perf_counter() - started:.2f} s -> {bundle}")
-    return bundle
+
+
+def _bundle_key(checkpoint: Path) -> str:
+    """Name what the bundle is made of: every file of the checkpoint, and what exports them."""
+    digest = hashlib.sha256()
+    for name in ("export", "runtime"):
+        package = importlib.util.find_spec(f"internvl_edge.{name}")
+        for folder in () if package is None else package.submodule_search_locations or ():
+            _add_files(digest, sorted(Path(folder).rglob("*.py")))
+    _add_files(digest, sorted(path for path in checkpoint.iterdir() if path.is_file()))
+    return digest.hexdigest()[:32]
+
+
+def _add_files(digest: hashlib._Hash, paths: Sequence[Path]) -> None:
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
 
 
 def example_room() -> Path:

@@ -41,6 +41,10 @@ class PrecisionError(InternVLEdgeError):
     """A part computed values that its precision does not hold: infinite, or not numbers."""
 
 
+class ProcessError(InternVLEdgeError):
+    """A model is used in a process forked from its own, or is to be copied or pickled."""
+
+
 class InternVLEdgeWarning(UserWarning):
     """Something is not as it should be, and the answer is right all the same."""
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from internvl_edge.runtime.engine import Cancelled
+from internvl_edge.runtime.process import NotCopied
 from internvl_edge.runtime.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -105,14 +106,16 @@ class Steps:
         prefill: runs the prompt; the first token.
         decode: appends a token; the next one.
         finish: is told when the answer has ended; again, where it was interrupted.
+        enter: raises where the stream may not be used.
     """
 
     prefill: Callable[[Timings, Callable[[], None]], int]
     decode: Callable[[int], int]
     finish: Callable[[Reply], None]
+    enter: Callable[[], None]
 
 
-class TokenStream(Iterator[str]):
+class TokenStream(NotCopied, Iterator[str]):
     """An answer in the making: iterate over its text pieces, or `finish` it at once.
 
     `cancel` may be called from another thread; the answer then ends after the pass under way.
@@ -145,6 +148,7 @@ class TokenStream(Iterator[str]):
         self._pieces = self._run()
 
     def __next__(self) -> str:
+        self._steps.enter()
         try:
             return next(self._pieces)
         except (StopIteration, KeyboardInterrupt):
@@ -167,6 +171,7 @@ class TokenStream(Iterator[str]):
 
     def close(self) -> Reply:
         """Stop here; the reply holds what was generated so far."""
+        self._steps.enter()
         self._pieces.close()
         return self._close()
 

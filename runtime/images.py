@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.errors import ImageError
-from internvl_edge.runtime.preprocess import Tiling
+from internvl_edge.runtime.preprocess import Tiling, tiles_on_host
 
 #: Makes the tiles of an image, and the 32 bytes that name its pixels.
 Cut = Callable[[], tuple[Any, bytes]]
@@ -52,40 +51,50 @@ class ImageIdentity:
 
 
 class TiledImage:
-    """An image cut into tiles.
+    """An image cut into tiles, which can be had again whatever becomes of what the caller gave.
 
     Args:
         cut: makes the tiles.
         tiling: how it cuts.
         model: names what will encode them.
+        encoded: bytes that `cut` holds and reads; None: it reads what is the caller's.
 
     Attributes:
         tiles: how many there are.
         identity: of the image, in every cache.
     """
 
-    def __init__(self, cut: Cut, tiling: Tiling | None, model: str) -> None:
-        self._cut = cut
+    def __init__(
+        self, cut: Cut, tiling: Tiling | None, model: str, encoded: int | None = None
+    ) -> None:
+        self._cut: Cut | None = cut
+        self._encoded = encoded
         self._held, pixels = cut()
         self.tiles = len(self._held)
         self.identity = ImageIdentity(pixels, tiling, self.tiles, model)
 
     def pixels(self) -> Any:
-        """uint8 `(tiles, S, S, 3)` where the tiler made them, cut anew after `release`.
+        """uint8 `(tiles, S, S, 3)` where the tiler made them; after `release`, the same again.
 
         Raises:
-            ImageError: what was released cannot be read again, or is another image now.
+            ImageError: there is no memory to decode the image again.
         """
-        if self._held is None:
-            held, pixels = self._cut()
-            if pixels != self.identity.pixels:
-                raise ImageError("an image shown earlier has changed since; show it again")
+        held = self._held
+        if held is None:
+            assert self._cut is not None  # one of the two is always there
+            held, _ = self._cut()
             self._held = held
-        return self._held
+        return held
 
     def release(self) -> None:
-        """Forget the tiles: a conversation keeps what it was shown as it was given."""
-        self._held = None
+        """Keep only the encoded picture or its tiles on the host, whichever is smaller."""
+        if self._held is None:
+            return
+        if self._cut and self._encoded is not None and self._encoded < self._held.nbytes:
+            self._held = None
+        else:
+            self._held = tiles_on_host(self._held)
+            self._cut = None
 
 
 @dataclass(frozen=True)

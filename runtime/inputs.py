@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from internvl_edge.runtime.engine import check_slots
 from internvl_edge.runtime.errors import ImageError, LimitError, PromptError
 from internvl_edge.runtime.images import TiledImage
-from internvl_edge.runtime.preprocess import ImageLike, Tiler, Tiling
+from internvl_edge.runtime.preprocess import EncodedBytes, ImageLike, Tiler, Tiling, encoded_image
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, expand_images, get_template
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -51,7 +51,9 @@ class Inputs:
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
         tiling = self._tiling(max_tiles)
-        return TiledImage(partial(self._tiler, image, tiling), tiling, self._encoder)
+        given = encoded_image(image)
+        encoded = len(given.data) if isinstance(given, EncodedBytes) else None
+        return TiledImage(partial(self._tiler, given, tiling), tiling, self._encoder, encoded)
 
     def tiles(self, tiles: NDArray[np.uint8]) -> TiledImage:
         """Take pictures that are cut already, as if they were one; see `InternVL.tile`.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime import contract
-from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.answering import Answering, Request
+from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.bundle import Bundle, Verify, open_bundle
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.devices import Device, open_device
 from internvl_edge.runtime.embedding import EmbeddingTable
-from internvl_edge.runtime.engine import Engine, TokenSequence
-from internvl_edge.runtime.errors import LimitError, PrecisionError
+from internvl_edge.runtime.engine import Engine
+from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.finite import FiniteCheck
-from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
+from internvl_edge.runtime.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.image_folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
-from internvl_edge.runtime.images import LazyImage, TiledImage
+from internvl_edge.runtime.images import TiledImage
 from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
+from internvl_edge.runtime.process import HomeProcess, NotCopied
 from internvl_edge.runtime.prompt import place_images
 from internvl_edge.runtime.reuse import ImageStore, PrefixStore
-from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
+from internvl_edge.runtime.sampling import Sampling
 from internvl_edge.runtime.shelf import Shelf
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -40,10 +41,12 @@ REUSE_BYTES = 1 << 30
 GREEDY = Sampling()
 
 
-class InternVL:
+class InternVL(NotCopied):
     """A loaded model. Create with `InternVL.load`.
 
-    Several threads may use one model; a `Chat` or a `TokenStream` belongs to one at a time.
+    Several threads may use one model; a `Chat` or a `TokenStream` belongs to one at a time. It
+    stays in the process that loaded it: one forked from there, a pickle and a copy are refused with
+    a `ProcessError`.
     """
 
     def __init__(
@@ -60,16 +63,24 @@ class InternVL:
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
-        self._memory = memory
-        self._finite = FiniteCheck(bundle.manifest)
         self.max_context = max_context
         self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
         self.context_id, self.stop_id = self.inputs.context_id, self.inputs.stop_id
         shelf = Shelf(reuse_bytes)
-        self._prefixes = PrefixStore(shelf)
-        self._images = ImageStore(shelf, image_folder)
-        embedding = EmbeddingTable.load(bundle)
-        self.engine = Engine(backend, self.spec, embedding, self._prefixes)
+        prefixes = PrefixStore(shelf)
+        self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
+        self.home = HomeProcess()
+        self.answering = Answering(
+            self.inputs,
+            self.engine,
+            tokenizer,
+            ImageStore(shelf, image_folder),
+            prefixes,
+            memory,
+            FiniteCheck(bundle.manifest),
+            max_context,
+            self.home,
+        )
 
     @classmethod
     def load(
@@ -193,9 +204,10 @@ class InternVL:
             system_message: instead of the checkpoint's.
 
         Raises:
-            ImageError, PromptError, LimitError: at once, before anything is computed.
+            ImageError, PromptError, LimitError, ProcessError: at once, before anything is computed.
             PrecisionError: while it is iterated, where a part computes values that are not finite.
         """
+        self.home.check()
         started = time.perf_counter()
         timings = Timings()
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
@@ -205,20 +217,12 @@ class InternVL:
             ids = self.encode_conversation([(question, None)], tiled, system_message)
         else:
             ids = list(prompt)
-        return self.start(
-            ids,
-            tiled,
-            None,
-            finish=lambda reply: None,
-            timings=timings,
-            started=started,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-        )
+        request = Request(ids, tiled, max_new_tokens, sampling, stop, self.stop_id)
+        return self.answering.start(request, None, timings=timings, started=started)
 
     def chat(self, *, system_message: str | None = None, max_tiles: int | None = None) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again."""
+        self.home.check()
         return Chat(self, system_message=system_message, max_tiles=max_tiles)
 
     def tile(self, image: ImageLike, max_tiles: int | None = None) -> NDArray[np.uint8]:
@@ -235,7 +239,7 @@ class InternVL:
     ) -> NDArray[np.float32]:
         """Embeddings of images, float32 `(tiles * tokens_per_tile of all images, hidden)`."""
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
-        rows = [self.rows_of(image, Timings(), _no_check) for image in tiled]
+        rows = [self.answering.rows_of(image, Timings(), _no_check) for image in tiled]
         hidden = self.spec.language.hidden_size
         return np.concatenate([np.empty((0, hidden)), *rows]).astype(np.float32)
 
@@ -267,16 +271,19 @@ class InternVL:
         The pieces are those of prefill: of the model of 92,553 tokens at most 190 MB each.
         """
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
+        self.home.check()
         ids = self.inputs.checked(token_ids, tiled)
-        return self.engine.logit_chunks(self._sequence(ids, tiled, Timings(), _no_check), start)
+        sequence = self.answering.sequence(ids, tiled, Timings(), _no_check)
+        return self.engine.logit_chunks(sequence, start)
 
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
         """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
+        self.home.check()
         tiled = [self.inputs.tiles(tiles)] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)
-        return self.engine.logits(self._sequence(ids, tiled, Timings(), _no_check))
+        return self.engine.logits(self.answering.sequence(ids, tiled, Timings(), _no_check))
 
     def encode_conversation(
         self,
@@ -289,100 +296,8 @@ class InternVL:
 
     def tile_with_identity(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Like `tile`, with the name the image has in the caches."""
+        self.home.check()
         return self.inputs.tile(image, max_tiles)
-
-    def start(
-        self,
-        ids: list[int],
-        tiled: Sequence[TiledImage],
-        cache: Cache | None,
-        *,
-        finish: Callable[[Reply], None],
-        timings: Timings,
-        started: float,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str],
-    ) -> TokenStream:
-        """Check a tokenised prompt and bind the phases to it; `cache` None allocates one."""
-        if max_new_tokens < 1:
-            raise LimitError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-        ids = self.inputs.checked(ids, tiled)
-        timings.prompt_tokens = len(ids)
-        # The last token generated is never run, so it needs no place in the cache.
-        room = self.max_context - len(ids) + 1
-        if self._memory is not None:
-            held = 0 if cache is None else cache.state.length
-            new = min(len(ids) + max_new_tokens, self.max_context) - held
-            self._memory.check_prompt(max(new, 0), sum(image.tiles for image in tiled))
-        if cache is None:
-            needed = min(self.max_context, len(ids) + max_new_tokens - 1)
-            cache = self.engine.backend.new_cache(needed)
-        target, sampler = cache, Sampler(sampling, self._finite.logit)
-
-        def sample(candidates: Candidates) -> int:
-            try:
-                return sampler(candidates)
-            except PrecisionError:
-                self.engine.forget(target)
-                raise
-
-        def prefill(timings: Timings, check: Callable[[], None]) -> int:
-            sequence = self._sequence(ids, tiled, timings, check)
-            before, vision = time.perf_counter(), timings.vision_s
-            logits, timings.cached_tokens = self.engine.prefill(target, sequence, check)
-            encoding = timings.vision_s - vision
-            timings.prefill_s = time.perf_counter() - before - encoding
-            return sample(Candidates(logits))
-
-        def decode(token: int) -> int:
-            return sample(self.engine.decode_candidates(target, token, sampling.candidates))
-
-        def finished(reply: Reply) -> None:
-            self._prefixes.keep(target)
-            finish(reply)
-
-        return TokenStream(
-            Steps(prefill, decode, finished),
-            self.tokenizer,
-            timings,
-            started,
-            stop_id=self.stop_id,
-            stop=stop,
-            max_new_tokens=min(max_new_tokens, room),
-        )
-
-    def rows_of(
-        self, image: TiledImage, timings: Timings, check: Callable[[], None]
-    ) -> NDArray[np.floating]:
-        """Rows of one image: kept from earlier, or encoded now, which enters the timings."""
-
-        def encode() -> NDArray[np.floating]:
-            before = time.perf_counter()
-            rows = self.engine.encode_tiles(image.pixels(), check)
-            self._finite.rows(rows)
-            timings.vision_s += time.perf_counter() - before
-            timings.tiles += image.tiles
-            return rows
-
-        return self._images.rows(image.identity, encode)
-
-    def _sequence(
-        self,
-        ids: list[int],
-        tiled: Sequence[TiledImage],
-        timings: Timings,
-        check: Callable[[], None],
-    ) -> TokenSequence:
-        images = [
-            LazyImage(
-                image.identity,
-                self.inputs.rows(image),
-                partial(self.rows_of, image, timings, check),
-            )
-            for image in tiled
-        ]
-        return TokenSequence.build(ids, self.context_id, images)
 
 
 def _encoder(bundle: Bundle, backend: Backend) -> str:

@@ -23,7 +23,7 @@ from internvl_edge.kernels import ops
 from internvl_edge.runtime.errors import ImageError
 
 ImageLike: TypeAlias = (
-    "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | DeviceImage"
+    "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | DeviceImage | EncodedBytes"
 )
 
 #: Pixels above which an image is refused before it is decoded: where Pillow stops as well (two
@@ -32,6 +32,14 @@ MAX_PIXELS = 178_956_970
 #: Longest side, JPEG's own limit. Resizing goes one axis at a time, so that the picture between
 #: the passes is as high as the original, however thin that was.
 MAX_SIDE = 65_535
+
+
+@dataclass(frozen=True)
+class EncodedBytes:
+    """An encoded image in memory, and how messages call it."""
+
+    data: bytes
+    label: str
 
 
 class DeviceImage(Protocol):
@@ -120,24 +128,42 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
     if isinstance(source, Image.Image):
         _check_pixels(source.size, max_pixels, "image")
         return _to_rgb(source, "image")
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        label, stream = f"{len(source)} bytes of image data", io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        label = str(source)
-        try:
-            stream = io.BytesIO(Path(source).read_bytes())
-        except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with NUL
-            raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
-    elif hasattr(source, "__cuda_array_interface__"):
+    given = encoded_image(source)
+    if isinstance(given, EncodedBytes):
+        return _decode(given, max_pixels)
+    if hasattr(source, "__cuda_array_interface__"):
         raise ImageError(
             f"an image in device memory ({type(source).__name__}) needs device='cuda'; load the"
             " model so, or copy the image to the host"
         )
-    else:
-        raise ImageError(
-            f"an image is a path, bytes, PIL.Image or uint8 array, not {type(source).__name__}"
-        )
-    if not stream.getbuffer().nbytes:
+    raise ImageError(
+        f"an image is a path, bytes, PIL.Image or uint8 array, not {type(source).__name__}"
+    )
+
+
+def encoded_image(source: ImageLike) -> ImageLike:
+    """Read a path and copy bytes that may change, once; anything else is returned as it is.
+
+    Raises:
+        ImageError: the file cannot be read, or is none.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return EncodedBytes(bytes(source), f"{len(source)} bytes of image data")
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    label = str(source)
+    try:
+        path = Path(source)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ImageError(f"cannot read image {label!r}: it is no regular file")
+        return EncodedBytes(path.read_bytes(), label)
+    except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with NUL
+        raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
+
+
+def _decode(source: EncodedBytes, max_pixels: int) -> Image.Image:
+    stream, label = io.BytesIO(source.data), source.label
+    if not source.data:
         raise ImageError(f"{label} is empty (0 bytes); expected an encoded image")
     try:
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def converse(number):
 
 for number in range(20):  # pools and arenas are as large as they get
     converse(number)
-shelf = model._prefixes._shelf
+shelf = model.answering.prefixes._shelf
 before, told = resident(), shelf.nbytes
 for number in range(20, 900):
     converse(number)

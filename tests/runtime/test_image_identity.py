@@ -96,11 +96,11 @@ def test_a_prefix_that_ends_inside_an_image_is_that_image_so_far(
     ids = [3, 5, 7, *[model.context_id] * rows, 11, 13]
     cache = model.engine.backend.new_cache(len(ids))
     tiled = [model.tile_with_identity(picture(0), None)]
-    sequence = model._sequence(ids, tiled, Timings(), lambda: None)
+    sequence = model.answering.sequence(ids, tiled, Timings(), lambda: None)
     base = rope_base(model.spec.language, len(ids))
     images, cut = sequence.image_rows(0), 3 + rows // 2
     model.engine._forward(cache, sequence, images, 0, cut, base, np.array([0]))
-    model._prefixes.keep(cache)
+    model.answering.prefixes.keep(cache)
     for seed, shared in ((0, cut), (1, 0)):
         stream = model.stream(ids, [picture(seed)], max_new_tokens=5)
         reply = stream.finish()

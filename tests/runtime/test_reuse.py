@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from internvl_edge.runtime import ImageError, InternVL
-from internvl_edge.runtime.images import TiledImage
+from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.reuse import PrefixStore
 from internvl_edge.runtime.shelf import Shelf
@@ -141,17 +139,6 @@ def test_chats_in_eight_threads_answer_as_alone(model: InternVL, golden_model: I
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(ask, range(8)))
     assert results == [[answer] * 3 for answer in alone]
-
-
-def test_a_released_image_is_cut_again_if_it_is_still_the_same() -> None:
-    names = iter([b"a" * 32, b"a" * 32, b"b" * 32])
-    cut: Callable[[], tuple[Any, bytes]] = lambda: (np.zeros((2, 4, 4, 3), np.uint8), next(names))  # noqa: E731
-    image = TiledImage(cut, None, "model")
-    image.release()
-    assert image.pixels().shape == (2, 4, 4, 3)
-    image.release()
-    with pytest.raises(ImageError, match="changed"):
-        image.pixels()
 
 
 def _common(a: list[int], b: list[int]) -> int:
