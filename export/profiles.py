@@ -16,7 +16,8 @@ from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.engine import vision_batch
 from internvl_edge.runtime.engines import PLANS, Limits, Machine
 from internvl_edge.runtime.errors import DeviceError, LimitError
-from internvl_edge.runtime.memory import available_memory, plan_memory
+from internvl_edge.runtime.free_memory import available_memory
+from internvl_edge.runtime.memory import plan_memory
 from internvl_edge.runtime.specs import ModelSpec
 from internvl_edge.runtime.trt import Library
 

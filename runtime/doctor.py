@@ -16,8 +16,8 @@ from typing import Any, get_args
 from internvl_edge.kernels.build import BuildError, cpu_library
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.errors import DeviceError
+from internvl_edge.runtime.free_memory import available_memory
 from internvl_edge.runtime.machine import cpu_name
-from internvl_edge.runtime.memory import available_memory
 from internvl_edge.runtime.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
 from internvl_edge.runtime.products import FORMS, Product, exact_form, wrong_products
 

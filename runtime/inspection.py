@@ -11,7 +11,8 @@ from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
 from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
 from internvl_edge.runtime.errors import BundleError
-from internvl_edge.runtime.memory import available_memory, plan_memory
+from internvl_edge.runtime.free_memory import available_memory
+from internvl_edge.runtime.memory import plan_memory
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import is_prepared, why_none
 from internvl_edge.runtime.products import bundle_form, products_of

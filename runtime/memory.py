@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from internvl_edge.runtime.contract import (
 )
 from internvl_edge.runtime.engine import prefill_chunk, vision_batch
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.free_memory import RESERVE_BYTES, available_memory
 from internvl_edge.runtime.prepared import WIDEST_BYTES, part_count
 
 #: Interpreter, libraries, two sessions of a model without weights, and what a first answer leaves.
@@ -42,8 +41,6 @@ WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 VISION_WIDE, LANGUAGE_WIDE = 4.0, 8.0
 #: Rows of the images. Pixels: the picture as given, about as large as its tiles, and these.
 ROW_COPIES, PIXEL_COPIES = 1, 2
-#: Left to the system and other processes when deciding whether something fits.
-RESERVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -196,20 +193,6 @@ class MemoryGuard:
             )
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes this process can still take: of the machine, and of its control group.
-
-    On a Jetson the GPU's memory is this memory: it is counted once.
-    """
-    limits = [_meminfo(root)]
-    group = root / "sys/fs/cgroup"
-    most, used = (_number(group / f"memory.{name}") for name in ("max", "current"))
-    if most is not None and used is not None:
-        # File pages are given back when memory is short.
-        limits.append(most - used + _reclaimable(group / "memory.stat"))
-    return min(limits)
-
-
 def _weights(manifest: Manifest, files: Sequence[str]) -> int:
     return int(PACKED_GROWTH * sum(manifest.files[name].bytes for name in files))
 
@@ -232,31 +215,3 @@ def _remedies(manifest: Manifest, plan: MemoryPlan) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _meminfo(root: Path) -> int:
-    """What the kernel would give without swapping; where it does not tell, what there is."""
-    try:
-        text = (root / "proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        # macOS does not even know of free ones.
-        known = [name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in os.sysconf_names]
-        return os.sysconf(known[0]) * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # "max": no limit
-        return None
-
-
-def _reclaimable(path: Path) -> int:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split() for line in lines)
-    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))

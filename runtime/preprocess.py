@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from internvl_edge.kernels import ops
 from internvl_edge.runtime.errors import ImageError
+from internvl_edge.runtime.rgb import rgb_pixels
 
 ImageLike: TypeAlias = (
     "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | DeviceImage | EncodedBytes"
@@ -100,34 +101,31 @@ def tiles_on_host(tiles: Any) -> NDArray[np.uint8]:
     return tiles if isinstance(tiles, np.ndarray) else tiles.to_host()
 
 
-def load_pixels(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """What `load_image` decodes, as uint8 `(H, W, 3)`; an array is not copied."""
-    if isinstance(source, np.ndarray):
-        check_array(source, max_pixels)
-        return np.asarray(source)
-    return np.asarray(load_image(source, max_pixels=max_pixels))
-
-
 def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `source` to an RGB image the way the reference does.
+    """Decode `source` to an RGB image; see `load_pixels`."""
+    return Image.fromarray(np.ascontiguousarray(load_pixels(source, max_pixels=max_pixels)))
+
+
+def load_pixels(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode `source` to RGB the way the reference does.
 
     Args:
         source: path, encoded bytes, `PIL.Image` or uint8 array `(H, W, 3)`.
         max_pixels: width * height above which the image is refused without decoding it.
 
     Returns:
-        RGB image. Alpha is dropped, not blended; palettes are expanded; grey is replicated;
-        16-bit grey is scaled to 8 bits; of an animation the first frame is taken. EXIF orientation
-        is not applied (the reference does not).
+        uint8 `(H, W, 3)`; an array is not copied. Alpha is dropped, not blended; palettes are
+        expanded; grey is replicated; 16-bit grey is scaled to 8 bits; of an animation the first
+        frame is taken. EXIF orientation is not applied (the reference does not).
 
     Raises:
-        ImageError: unreadable, truncated, empty or too large.
+        ImageError: unreadable, truncated, empty or too large, for the limits or for the memory.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(load_pixels(source, max_pixels=max_pixels)))
+        check_array(source, max_pixels)
+        return np.asarray(source)
     if isinstance(source, Image.Image):
-        _check_pixels(source.size, max_pixels, "image")
-        return _to_rgb(source, "image")
+        return _pixels(source, "image", max_pixels)
     given = encoded_image(source)
     if isinstance(given, EncodedBytes):
         return _decode(given, max_pixels)
@@ -161,7 +159,7 @@ def encoded_image(source: ImageLike) -> ImageLike:
         raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
 
 
-def _decode(source: EncodedBytes, max_pixels: int) -> Image.Image:
+def _decode(source: EncodedBytes, max_pixels: int) -> NDArray[np.uint8]:
     stream, label = io.BytesIO(source.data), source.label
     if not source.data:
         raise ImageError(f"{label} is empty (0 bytes); expected an encoded image")
@@ -170,8 +168,7 @@ def _decode(source: EncodedBytes, max_pixels: int) -> Image.Image:
             # Of many pixels (the limit here is checked) and of oddities that Pillow gets over.
             warnings.simplefilter("ignore")
             with Image.open(stream) as image:
-                _check_pixels(image.size, max_pixels, label)
-                return _to_rgb(image, label)
+                return _pixels(image, label, max_pixels)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -294,15 +291,13 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, label: str) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+def _pixels(image: Image.Image, label: str, max_pixels: int) -> NDArray[np.uint8]:
+    _check_pixels(image.size, max_pixels, label)
     try:
-        image.load()
-        if image.mode.startswith("I"):
-            # Pillow's own conversion clips 16-bit grey at 255; keep the top eight bits instead.
-            wide = np.asarray(image).clip(0, 65535)
-            return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-    except Exception as error:  # see `load_image`
+        return rgb_pixels(image, label)
+    except ImageError:
+        raise
+    except Exception as error:  # see `_decode`
         raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 

@@ -15,7 +15,7 @@ from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.mapping import LANGUAGE, expected_shapes
 from internvl_edge.export.writer import check_space
 from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.memory import available_memory
+from internvl_edge.runtime.free_memory import available_memory
 from internvl_edge.runtime.specs import ModelSpec
 
 
