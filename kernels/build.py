@@ -1,8 +1,9 @@
 """Builds the kernels on first use: the CPU library by g++ or clang++, the CUDA fat binary by nvcc.
 
 Products go to `$XDG_CACHE_HOME/internvl-edge/kernels/<hash>/` (default `~/.cache`), never into the
-package. The hash covers sources, compiler version, flags and the CPU's features, so a product is
-never stale; a file lock lets one process build while others wait, and a rename publishes it whole.
+package. The hash covers sources, compiler version, flags, the variables that compilers read, the C
+library and the CPU's features, so a product is never stale; a file lock lets one process build
+while others wait, and a rename publishes it whole.
 
     python -m internvl_edge.kernels.build               # the CPU library; prints its path
     python -m internvl_edge.kernels.build --cuda        # the fat binaries
@@ -47,6 +48,14 @@ NATIVE_FLAGS = {
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings")
 
 COMPILE_TIMEOUT_S = 600
+
+#: Variables by which GCC, Clang and nvcc find headers, libraries and parts of themselves, or take
+#: further options.
+COMPILER_VARIABLES = (
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH"),
+    *("GCC_EXEC_PREFIX", "CCC_OVERRIDE_OPTIONS", "SDKROOT", "SOURCE_DATE_EPOCH"),
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+)
 
 
 class BuildError(Exception):
@@ -174,7 +183,7 @@ def cache_directory() -> Path:
 def _cached(command: list[str], version: str, name: str, *, cpu: str) -> Path:
     """The product of `command -o <name>`, from the cache or made now."""
     flags = [part for part in command if not part.startswith(str(SOURCES))]
-    key = "\0".join([source_hash(), *flags, version, cpu, name])
+    key = "\0".join([source_hash(), *flags, version, cpu, name, *_surroundings()])
     folder = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:24]
     product = folder / name
     if product.exists():
@@ -192,12 +201,21 @@ def _cached(command: list[str], version: str, name: str, *, cpu: str) -> Path:
     return product
 
 
+def _surroundings() -> list[str]:
+    """What a product depends on beside sources and command: variables that compilers read, and the
+    C library, where several machines share one cache."""
+    told = [f"{name}={os.environ[name]}" for name in COMPILER_VARIABLES if name in os.environ]
+    return [*told, *platform.libc_ver()]
+
+
 def _compile(command: list[str], product: Path) -> None:
     """Compile beside the product and rename: others see all of it or nothing."""
     handle, partial = tempfile.mkstemp(prefix=".partial-", dir=product.parent)
     os.close(handle)
     try:
         _output([*command, "-o", partial])
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
         os.replace(partial, product)
     finally:
         Path(partial).unlink(missing_ok=True)

@@ -134,8 +134,8 @@ def engine_key(
     source: Mapping[str, str],
     flags: Sequence[str],
 ) -> str:
-    """`<sm>-<library>-<version>-<hash of graphs, limits, precision and flags>`."""
-    content = [dict(source), asdict(limits), dict(precision), list(flags)]
+    """`<sm>-<library>-<version>-<hash of graphs, limits, precision, flags and GPU>`."""
+    content = [dict(source), asdict(limits), dict(precision), list(flags), machine.gpu]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"sm{machine.sm}-{machine.library}-{machine.version}-{digest[:12]}"
 

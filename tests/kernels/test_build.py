@@ -87,6 +87,29 @@ def test_another_version_flag_or_cpu_is_another_product(
     assert len(products) == runs(stub) == 5
 
 
+def test_a_variable_that_compilers_read_makes_another_product(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in build.COMPILER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    products = {build.cpu_library()}
+    for name in build.COMPILER_VARIABLES:
+        with monkeypatch.context() as one:
+            one.setenv(name, "something")
+            products.add(build.cpu_library())
+    assert len(products) == runs(stub) == 1 + len(build.COMPILER_VARIABLES)
+
+
+def test_another_c_library_makes_another_product(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that share a home directory."""
+    products = {build.cpu_library()}
+    monkeypatch.setattr(build.platform, "libc_ver", lambda: ("glibc", "2.17"))
+    products.add(build.cpu_library())
+    assert len(products) == runs(stub) == 2
+
+
 def test_a_compiler_that_does_not_know_this_cpu(
     stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,14 @@ def test_engines_built_without_a_gpu_name_none(opened: Bundle) -> None:
     assert find_engines(opened, here) is not None
 
 
+def test_engines_of_two_gpus_lie_side_by_side(opened: Bundle) -> None:
+    """Of one architecture, with one library: neither replaces the other's."""
+    other = replace(ORIN, gpu="Orin Nano")
+    published = {machine: publish(opened, machine) for machine in (ORIN, other)}
+    for machine, engines in published.items():
+        assert find_engines(opened, machine) == engines
+
+
 def test_the_longest_context_is_taken(opened: Bundle) -> None:
     for context in (1024, 8192, 2048):
         publish(opened, limits=Limits(context))
