@@ -13,7 +13,6 @@ quantisers on the same language weights.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import read_manifest
 from internvl_edge.runtime.contract import DialectName
@@ -155,13 +155,13 @@ def run_accuracy(
         f"{'vision + language':30} {'MB':>6} {'exact':>8} {'95% interval':>16} {'naive':>8}"
         f" {'lost':>5} {'gained':>6} {'McNemar p':>9}"
     )
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        calibration = _calibration(Path(folder) / "calibration")
+    with scratch_folder() as folder:
+        calibration = _calibration(folder / "calibration")
         for case in CASES:
             if only and case.name not in only:
                 continue
             size, scores, naive = _measure(
-                case, checkpoint, Path(folder), calibration, questions, threads
+                case, checkpoint, folder, calibration, questions, threads
             )
             rows.append(_row(case.name, size, scores, exact, naive))
             exact = scores if case.name == FLOAT else exact
@@ -170,7 +170,7 @@ def run_accuracy(
             print(f"llama.cpp: {reason}")
         elif peers:
             names = [name for name in LLAMA_CPP if not only or name in only]
-            for loaded in llamacpp_models(checkpoint, Path(folder), names, threads):
+            for loaded in llamacpp_models(checkpoint, folder, names, threads):
                 scores = evaluate(loaded.model, questions)
                 rows.append(_row(loaded.name, loaded.nbytes, scores, exact, None))
                 print(_line(rows[-1]), flush=True)

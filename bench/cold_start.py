@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +28,13 @@ def cold_start(
     Raises:
         DeviceError: the process failed; the message is its last words.
     """
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        request = Path(folder) / "request.json"
-        picture = Path(folder) / "picture.jpg"
+    # Not above: importing these is what the fresh process times.
+    from internvl_edge.export.marker import scratch_folder
+    from internvl_edge.runtime.errors import DeviceError
+
+    with scratch_folder() as folder:
+        request = folder / "request.json"
+        picture = folder / "picture.jpg"
         if image is not None:
             picture.write_bytes(image)
         values = {
@@ -50,9 +53,6 @@ def cold_start(
             check=False,
         )
     if process.returncode:
-        # Not above: importing the runtime is what the fresh process times.
-        from internvl_edge.runtime.errors import DeviceError
-
         raise DeviceError(f"cold start failed: {process.stderr.strip()[-500:]}")
     result: dict[str, float] = json.loads(process.stdout)
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def convert(kind: str, source: Path, output: Path, images: Path | None = None) -
 
 def _write_checked(output: Path, content: bytes) -> int:
     """Write what the evaluation would accept, or nothing."""
-    draft = output.with_name(output.name + ".draft")
+    draft = output.with_name(f"{output.name}.{secrets.token_hex(4)}.draft")
     try:
         draft.write_bytes(content)
         count = len(load_dataset(draft).questions)

@@ -10,7 +10,6 @@ version: there the figures are estimates.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from internvl_edge.bench.synthetic import SyntheticWeights, internvl_1_5
 from internvl_edge.export.decisions import Recipe
 from internvl_edge.export.gate import DEFAULT_SHAPES, MIB, GraphReport, build_graph
 from internvl_edge.export.mapping import LANGUAGE, TOK_EMBEDDINGS, expected_shapes
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.plan import LinearPlan, QuantPlan
 from internvl_edge.export.quantize import BlockFormat
 from internvl_edge.export.targets import get_target
@@ -129,8 +129,8 @@ def run_engines(*, output: Path | None) -> int:
     version = require_builder()
     builds = []
     for layers in DEPTHS:
-        with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-            builds.append(build_layers(layers, Path(folder)))
+        with scratch_folder() as folder:
+            builds.append(build_layers(layers, folder))
     whole = extrapolate(*builds)
     verdicts = [verdict(name, whole) for name in TARGETS]
     print(f"TensorRT for RTX {version}, INT8 vision, INT4 language, GPU {CAPABILITY}")

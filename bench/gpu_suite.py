@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from internvl_edge.bench.machine import describe_machine
 from internvl_edge.bench.roofline import Ceiling, Work
 from internvl_edge.bench.stored import check_writable, write_result
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.errors import DeviceError, InternVLEdgeError, LimitError
 
@@ -107,8 +107,8 @@ def run_suite(
             found[part.name] = {"passed": False, "error": "no time was left for it"}
         else:
             print(f"{part.name} (at most {left:.0f} s)", flush=True)
-            with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-                found[part.name] = (run or run_part)(part, left, Path(folder))
+            with scratch_folder() as folder:
+                found[part.name] = (run or run_part)(part, left, folder)
         add_shares(found)
         print(render_part(part.name, found[part.name]), flush=True)
         write_result(result, path)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.machine import describe_machine
 from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.mapping import LANGUAGE
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.bundle import Bundle, file_entry, open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs
@@ -118,8 +118,7 @@ def unrounded(bundle: Bundle) -> Iterator[Path]:
         model.graph, {name for pair in cache_pairs(bundle.spec.language) for name in pair}
     )
     manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix=".layerwise-", dir=bundle.path.parent) as name:
-        folder = Path(name)
+    with scratch_folder(bundle.path.parent) as folder:
         try:
             for file in set(bundle.manifest.files) - {LANGUAGE_GRAPH}:
                 os.link(bundle.path / file, folder / file)

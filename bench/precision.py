@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from internvl_edge.export.dialects import Dialect
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.export.groups import projector_groups, vision_groups
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.plan import LinearPlan, QuantPlan
 from internvl_edge.export.quantize import BlockFormat
 from internvl_edge.export.units import Unit, X, language_unit, vision_unit
@@ -199,9 +199,9 @@ def _compare(
     unit: Unit, plan: QuantPlan, feeds: list[Feed], threads: int
 ) -> list[tuple[float, float]]:
     """Median milliseconds of (float, quantised) for each feed."""
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
+    with scratch_folder() as folder:
         runs = [
-            _runner(unit, chosen, Path(folder) / name, threads)
+            _runner(unit, chosen, folder / name, threads)
             for name, chosen in (("float", QuantPlan()), ("quantised", plan))
         ]
         results = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvl_edge.bench.statistics import percentile
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.runtime import contract
 from internvl_edge.runtime.bundle import Bundle, open_bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
@@ -100,9 +100,9 @@ def profile_bundle(
             f"{bundle.path} was written for {manifest.dialect!r}; ONNX Runtime's profile says"
             " nothing of it: export with --for onnxruntime"
         )
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        vision = _profile_vision(bundle, tiles, runs, threads, Path(folder))
-        prefill, decode = _profile_language(bundle, tokens, runs, threads, Path(folder))
+    with scratch_folder() as folder:
+        vision = _profile_vision(bundle, tiles, runs, threads, folder)
+        prefill, decode = _profile_language(bundle, tokens, runs, threads, folder)
     return [
         Phase(f"vision, {tiles} tiles", manifest.vision, _nodes(vision, 0, 0)),
         Phase(f"prefill, {tokens} tokens", manifest.language, _nodes(prefill, tokens, 0)),

@@ -10,7 +10,6 @@ nearest: nothing is gained by searching for what suits random weights.
 from __future__ import annotations
 
 import resource
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.config import parse_config
 from internvl_edge.export.decisions import QuantOptions, Recipe
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.export.sizes import bundle_bytes
 from internvl_edge.runtime.bundle import read_manifest
@@ -62,7 +62,7 @@ def run_synthetic(
     print(f"{name}: the bundle will take {computed / 1e9:.2f} GB", flush=True)
     started = time.perf_counter()
     with (
-        tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder,
+        scratch_folder() as folder,
         progress_bar("calibrate", unit="layer") as unit_progress,
         progress_bar("export") as progress,
     ):
@@ -73,7 +73,7 @@ def run_synthetic(
             language=language,
             kv=kv,
             options=recipe.options,
-            calibration=_pictures(Path(folder), spec.vision.tile_size),
+            calibration=_pictures(folder, spec.vision.tile_size),
             sensitivity=False,
             overwrite=overwrite,
             progress=progress,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import ExportError, LimitError
 
 FORMAT = "internvl-edge latency"
@@ -33,12 +35,13 @@ def write_whole(content: bytes, path: Path) -> None:
     Raises:
         LimitError: the file cannot be written.
     """
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
-        raise LimitError(f"cannot write {path}: {error.strerror}") from error
+        reason = full_disk(error, path) if is_full(error) else error.strerror
+        raise LimitError(f"cannot write {path}: {reason}") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from internvl_edge.export.calibrate import Sample
 from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.report import most_sensitive, unit_costs
 from internvl_edge.export.sensitivity import divergence
-from internvl_edge.export.writer import write_bundle
+from internvl_edge.export.writer import write_files
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.model import InternVL
 
@@ -31,16 +31,18 @@ def within_budget(
     samples: Sequence[Sample],
     tokenizer: Sequence[Path],
     budget: float,
+    scratch: Path,
 ) -> QuantOptions:
     """The recipe's options with the least `keep_worst` that meets the budget, by bisection.
 
     Args:
         budget: mean KL divergence in nats of the quantised logits from the float ones.
+        scratch: folder for one bundle at a time.
 
     Raises:
         ExportError: not even keeping every unit is enough.
     """
-    judge = Judge(source, decisions, samples, tokenizer)
+    judge = Judge(source, decisions, samples, tokenizer, scratch)
     exact = judge.logits(replace(recipe, vision="fp32", language="fp32", kv="fp32"))
 
     def meets(keep: int) -> bool:
@@ -69,17 +71,20 @@ class Judge:
         decisions: Decisions,
         samples: Sequence[Sample],
         tokenizer: Sequence[Path],
+        scratch: Path,
     ) -> None:
         self._source = source
         self._decisions = decisions
         self._samples = samples[:SEQUENCES]
         self._tokenizer = tokenizer
+        self._scratch = scratch
 
     def logits(self, recipe: Recipe) -> NDArray[np.float32]:
         """Logits of the last rows of every sequence, `(sequences * ROWS, vocab)`."""
-        with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-            bundle = Path(folder) / "bundle"
-            write_bundle(self._source, bundle, recipe, self._decisions, tokenizer=self._tokenizer)
+        with scratch_folder(self._scratch) as folder:
+            bundle = folder / "bundle"
+            bundle.mkdir()
+            write_files(self._source, bundle, recipe, self._decisions, tokenizer=self._tokenizer)
             model = InternVL.load(bundle, device="cpu", verify="size")
             parts = [model.logits_of_tiles(s.ids.tolist(), s.tiles)[-ROWS:] for s in self._samples]
         return np.concatenate(parts)

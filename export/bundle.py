@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from internvl_edge.export.budget import within_budget
 from internvl_edge.export.calibration_run import (
+    CalibrationData,
     CalibrationOptions,
     calibrate,
-    open_workspace,
+    calibration_key,
+    load_calibration,
 )
 from internvl_edge.export.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
+from internvl_edge.export.destination import check_apart, check_target
 from internvl_edge.export.graph import Progress
-from internvl_edge.export.observe import Device, check_device
+from internvl_edge.export.observe import Device, Site, check_device
 from internvl_edge.export.plot import cost_plot
 from internvl_edge.export.ranges import check_ranges, ranges_of
 from internvl_edge.export.report import most_sensitive, to_json, unit_costs
-from internvl_edge.export.writer import check_formats, ignore_total, write_bundle
+from internvl_edge.export.room import room_for_export
+from internvl_edge.export.work import (
+    NEW,
+    SCRATCH,
+    WorkFolder,
+    check_space,
+    reusable_bytes,
+    work_folder,
+)
+from internvl_edge.export.writer import (
+    check_half_weights,
+    ignore_total,
+    planned_layout,
+    write_files,
+)
 from internvl_edge.runtime.contract import (
-    MANIFEST,
     QUANTISATION_PLOT,
     QUANTISATION_REPORT,
     CachePrecision,
@@ -60,7 +77,8 @@ def export_bundle(
     Args:
         checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout, or weights that come
             from elsewhere.
-        output: directory to create; written beside its place and renamed when complete.
+        output: directory to create; written beside its place, in `<output>.work`, and renamed
+            when complete. A calibration that is cut short goes on from there.
         vision: precision of the vision tower's and projector's linear layers.
         language: precision of the decoder's linear layers.
         kv: precision of the KV cache; None stores keys and values as they are computed.
@@ -72,7 +90,8 @@ def export_bundle(
             that takes minutes at most.
         budget: keep as many units at half precision, the most sensitive first, as bring the KL
             divergence of the logits on the calibration data below this, in nats.
-        overwrite: replace an existing bundle at `output`.
+        overwrite: replace an existing bundle at `output`, if all in it was written by this
+            program.
         progress: called with the total of bytes; returns a function called with each increment.
         calibration_progress: the same for calibration, counting units of the model.
 
@@ -83,43 +102,100 @@ def export_bundle(
         CheckpointError: the checkpoint cannot be read.
         CalibrationDataError: the calibration data cannot be read.
         DeviceError: the calibration's device is not available.
+        BusyError: another process works on the same output.
         ExportError: the bundle cannot be written.
     """
     source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-    target = Path(output)
-    _check_target(target, overwrite)
+    identity = source.identity
+    target = Path(os.path.realpath(output))
+    check_apart(target, source.directory, None if calibration is None else Path(calibration))
+    check_target(target, overwrite)
     tokenizer = _check_tokenizer(source.directory, source.spec)
     recipe = Recipe(vision, language, kv or default_cache(language, dialect), options, dialect)
     _check_cache(recipe)
-    decisions: Decisions = {}
-    calibrated, workspace = None, None
+    layout = planned_layout(source, recipe)
+    data, what, needed = None, "the bundle", layout.file_bytes
     if recipe.needs_calibration:
-        check_formats(source, recipe)
         check_device(calibration_device)
-        workspace = open_workspace(target, source, recipe, calibration)
-        advance = calibration_progress or ignore_total
-        how = CalibrationOptions(calibration, sensitivity, calibration_device)
-        calibrated = calibrate(source, recipe, how, workspace, advance)
-        decisions = calibrated.decisions
-        if budget is not None:
-            samples = calibrated.samples
-            options = within_budget(source, recipe, decisions, samples, tokenizer, budget)
+        data, what = load_calibration(source, calibration), "this export with its calibration"
+        needed = room_for_export(
+            source.spec, recipe, data.samples, needed, budget=budget is not None
+        )
+    check_space(target, needed - reusable_bytes(target), what)
+    with work_folder(target) as work:
+        check_target(target, overwrite)  # another export may have been here meanwhile
+        decided = Decided(recipe)
+        if data is None:
+            work.drop_calibration()
+        else:
+            check_half_weights(layout)
+            how = CalibrationOptions(calibration_device, sensitivity, budget)
+            advance = calibration_progress or ignore_total
+            decided = _decide(source, recipe, data, how, work, tokenizer, advance)
+        new = work.fresh(NEW)
+        write_files(
+            source,
+            new,
+            decided.recipe,
+            decided.decisions,
+            tokenizer=tokenizer,
+            reports=decided.reports,
+            progress=progress,
+        )
+        if source.identity != identity:
+            raise CheckpointError(f"{source.directory} was changed while it was read; export again")
+        work.publish(new)
+        work.forget_calibration()
+    return target
+
+
+@dataclass(frozen=True)
+class Decided:
+    """How a model is to be written, and what is reported about that, by file name."""
+
+    recipe: Recipe
+    decisions: Decisions = field(default_factory=dict)
+    reports: Mapping[str, str] = field(default_factory=dict)
+
+
+def _decide(
+    source: ModelSource,
+    recipe: Recipe,
+    data: CalibrationData,
+    how: CalibrationOptions,
+    work: WorkFolder,
+    tokenizer: Sequence[Path],
+    progress: Callable[[int], Progress],
+) -> Decided:
+    """Calibrate, going on with what an interrupted run of the same kind decided.
+
+    Raises:
+        ExportError: a part cannot be written as asked for.
+    """
+    key = calibration_key(source, recipe, data, how.device)
+    workspace = work.open_calibration(key)
+    scratch = work.fresh(SCRATCH)
+    decisions = calibrate(
+        source, recipe, data, workspace, Site(how.device, scratch), progress, how.sensitivity
+    )
+    outside = ranges_of(decisions)
+    try:
+        check_ranges(outside if recipe.guards_float16 else ())
+    except ExportError:
+        work.forget_calibration()  # the same export would only fail again
+        raise
+    options = recipe.options
+    if how.budget is not None:
+        options = within_budget(
+            source, recipe, decisions, data.samples, tokenizer, how.budget, scratch
+        )
     costs = unit_costs(decisions)
     kept = (*options.keep_fp16, *most_sensitive(costs, options.keep_worst))
-    recipe = replace(recipe, options=replace(options, keep_fp16=kept))
-    reports = {}
-    if calibrated is not None:
-        outside = ranges_of(decisions) if recipe.guards_float16 else None
-        check_ranges(outside or ())
-        reports[QUANTISATION_REPORT] = to_json(calibrated.record, costs, kept, outside)
-        if costs:
-            reports[QUANTISATION_PLOT] = cost_plot(costs, kept)
-    write_bundle(
-        source, target, recipe, decisions, tokenizer=tokenizer, reports=reports, progress=progress
-    )
-    if workspace is not None:
-        workspace.remove()
-    return target
+    wide = outside if recipe.guards_float16 else None
+    reports = {QUANTISATION_REPORT: to_json(data.record, costs, kept, wide)}
+    if costs:
+        reports[QUANTISATION_PLOT] = cost_plot(costs, kept)
+    return Decided(replace(recipe, options=replace(options, keep_fp16=kept)), decisions, reports)
 
 
 def _check_cache(recipe: Recipe) -> None:
@@ -166,12 +242,3 @@ def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
             f" {spec.language.vocab_size} rows; its files belong to another checkpoint"
         )
     return list(tokenizer_files(directory))
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise ExportError(f"{target} exists; choose another output or pass --overwrite")
-    if not (target / MANIFEST).exists():
-        raise ExportError(f"{target} is not a bundle, so it will not be replaced; remove it first")

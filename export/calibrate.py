@@ -8,7 +8,7 @@ same inputs, which says what it costs by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from internvl_edge.export.decisions import (
     make_plan,
 )
 from internvl_edge.export.mapping import TOK_EMBEDDINGS
-from internvl_edge.export.observe import Collector, Device, run_float, run_planned
+from internvl_edge.export.observe import HERE, Collector, Site, run_float, run_planned
 from internvl_edge.export.plan import RescaledSource
 from internvl_edge.export.quantize import Floats
 from internvl_edge.export.ranges import RangeCollector
@@ -74,7 +74,7 @@ class Calibration:
         recipe: what is to be quantised, and how.
         store: for resuming.
         advance: called with 1 after each unit.
-        device: where the float units run; the quantised ones run on the CPU.
+        site: where units run.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Calibration:
         recipe: Recipe,
         store: Store,
         advance: Callable[[int], None],
-        device: Device = "cpu",
+        site: Site = HERE,
     ) -> None:
         self._source = source
         self._samples = samples
@@ -93,7 +93,7 @@ class Calibration:
         self._recipe = recipe
         self._store = store
         self._advance = advance
-        self._device = device
+        self._site = site
         self._spec = source.spec
         self._lengths = [len(sample.ids) for sample in samples]
 
@@ -129,7 +129,7 @@ class Calibration:
         reader = WeightReader(self._source, "float32")
         results: list[Floats] = []
         sizes: dict[str, Floats] = {}
-        runs = run_float(unit.build, unit.feeds("fp32"), reader, collector, ranges, self._device)
+        runs = run_float(unit.build, unit.feeds("fp32"), reader, collector, ranges, self._site)
         for outputs in runs:
             results.append(outputs[NEXT])
             for part in (KEY, VALUE):
@@ -158,7 +158,8 @@ class Calibration:
         cache: CachePrecision = "int8" if plan.cache else "fp32"
         feeds = islice(unit.feeds(cache), COMPARED_RUNS)
         signal = noise = product = other = 0.0
-        runs = run_planned(unit.build, feeds, reader, plan, cache)
+        site = replace(self._site, device="cpu")
+        runs = run_planned(unit.build, feeds, reader, plan, cache, site)
         for expected, outputs in zip(exact, runs, strict=False):
             got = outputs[NEXT].astype(np.float64)
             signal += float((expected.astype(np.float64) ** 2).sum())

@@ -1,4 +1,4 @@
-"""Calibration as `export` runs it: data, progress, and a workspace beside the output."""
+"""Calibration as `export` runs it: the data, what decisions depend on, and the run itself."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import load_items
 from internvl_edge.export.calibrate import Calibration, Sample
 from internvl_edge.export.checkpoint import ModelSource
 from internvl_edge.export.decisions import Decisions, Recipe
 from internvl_edge.export.graph import Progress
-from internvl_edge.export.observe import Device
+from internvl_edge.export.observe import Device, Site
 from internvl_edge.export.samples import DEFAULT_ITEMS, make_samples
 from internvl_edge.export.sensitivity import (
     AFFORDABLE,
@@ -23,6 +25,7 @@ from internvl_edge.export.sensitivity import (
 )
 from internvl_edge.export.units import unit_names
 from internvl_edge.export.workspace import Workspace
+from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT
 from internvl_edge.runtime.tokenizer import Tokenizer
 
@@ -39,94 +42,125 @@ class CalibrationRecord:
     sha256: str
 
 
-def open_workspace(
-    target: Path, source: ModelSource, recipe: Recipe, calibration: str | Path | None
-) -> Workspace:
-    """The directory `<output>.calibration`, emptied unless it is of this very run."""
-    identity = [
-        *source.identity,
-        str(source.spec),
-        str(recipe),
-        "generator" if calibration is None else _fingerprint(Path(calibration)),
-    ]
-    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-    return Workspace(target.with_name(f"{target.name}.calibration"), key)
-
-
 @dataclass(frozen=True)
 class CalibrationOptions:
     """How to calibrate.
 
     Attributes:
-        data: folder or .jsonl with pictures and prompts; None uses the generator.
+        device: where the float model runs.
         sensitivity: measure what each unit costs in KL divergence of the logits; None does where
             that is a matter of minutes (`sensitivity.AFFORDABLE`).
-        device: where the float model runs.
+        budget: see `export_bundle`.
     """
 
-    data: str | Path | None = None
-    sensitivity: bool | None = None
     device: Device = "cpu"
+    sensitivity: bool | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """The decisions, a record of the data for the bundle, and the data as the model saw it."""
+class CalibrationData:
+    """The data as the model sees it, and a record of it for the bundle."""
 
-    decisions: Decisions
-    record: CalibrationRecord
     samples: Sequence[Sample]
+    record: CalibrationRecord
+    context_id: int  # of image slots
 
 
-def calibrate(
-    source: ModelSource,
-    recipe: Recipe,
-    options: CalibrationOptions,
-    workspace: Workspace,
-    progress: Callable[[int], Progress],
-) -> Calibrated:
-    """Run the float model over the calibration data and decide every layer.
+def calibration_key(
+    source: ModelSource, recipe: Recipe, data: CalibrationData, device: Device
+) -> str:
+    """Identify all that decisions depend on: weights, data, options, device, code and versions.
+
+    The data is what the model sees of it, so that tokenizer, template and tiling count as well.
+    """
+    identity = [
+        *source.identity,
+        str(source.spec),
+        str(recipe),
+        data.record.sha256,
+        str(data.context_id),
+        device,
+        _code_digest(),
+        *(f"{package.__name__} {package.__version__}" for package in (np, load_onnxruntime())),
+    ]
+    return hashlib.sha256("\n".join(identity).encode()).hexdigest()
+
+
+def load_calibration(source: ModelSource, data: str | Path | None) -> CalibrationData:
+    """Read calibration data and bring it into the form the model sees.
+
+    Args:
+        data: folder or .jsonl with pictures and prompts; None uses the generator.
 
     Raises:
         CalibrationDataError: the data cannot be read.
-        DeviceError: the device is not available, or ONNX Runtime fell back to another.
+        ImageError: a picture cannot be decoded.
     """
-    items = generate(DEFAULT_ITEMS) if options.data is None else load_items(Path(options.data))
+    items = generate(DEFAULT_ITEMS) if data is None else load_items(Path(data))
     tokenizer = Tokenizer.load(source.directory)
     samples = make_samples(source.spec, tokenizer, items)
-    context_id = tokenizer.token_id(IMAGE_CONTEXT)
-    chosen = chosen_samples(source.spec, samples, context_id)
-    measured = options.sensitivity
-    if measured is None:
-        affordable = multiply_adds(source.spec, chosen) <= AFFORDABLE
-        measured = recipe.has_integers and affordable
-    units = len(unit_names(source.spec))
-    advance = progress(units * (2 if measured else 1))
-    decisions = Calibration(
-        source, samples, context_id, recipe, workspace, advance, options.device
-    ).run()
-    if measured:
-        decisions |= unit_divergences(
-            source, recipe, decisions, chosen, context_id, advance, options.device
-        )
-    return Calibrated(decisions, _record(options.data, samples), samples)
-
-
-def _record(data: str | Path | None, samples: Sequence[Sample]) -> CalibrationRecord:
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.tiles.tobytes())
-        digest.update(sample.ids.tobytes())
-    return CalibrationRecord(
+    record = CalibrationRecord(
         source="generator" if data is None else Path(data).name,
         licence="CC0-1.0" if data is None else "the owner's",
         items=len(samples),
         tiles=sum(len(sample.tiles) for sample in samples),
         tokens=sum(len(sample.ids) for sample in samples),
-        sha256=digest.hexdigest(),
+        sha256=samples_digest(samples),
     )
+    return CalibrationData(samples, record, tokenizer.token_id(IMAGE_CONTEXT))
 
 
-def _fingerprint(path: Path) -> str:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return str([(file.name, file.stat().st_size) for file in files if file.is_file()])
+def calibrate(
+    source: ModelSource,
+    recipe: Recipe,
+    data: CalibrationData,
+    workspace: Workspace,
+    site: Site,
+    progress: Callable[[int], Progress],
+    sensitivity: bool | None = None,
+) -> Decisions:
+    """Run the float model over the calibration data and decide every layer.
+
+    Args:
+        site: where it runs.
+        progress: called with the number of units; returns a function called with each increment.
+        sensitivity: see `CalibrationOptions`.
+
+    Raises:
+        DeviceError: the device is not available, or ONNX Runtime fell back to another.
+    """
+    chosen = chosen_samples(source.spec, data.samples, data.context_id)
+    if sensitivity is None:
+        affordable = multiply_adds(source.spec, chosen) <= AFFORDABLE
+        sensitivity = recipe.has_integers and affordable
+    units = len(unit_names(source.spec))
+    advance = progress(units * (2 if sensitivity else 1))
+    decisions = Calibration(
+        source, data.samples, data.context_id, recipe, workspace, advance, site
+    ).run()
+    if sensitivity:
+        decisions |= unit_divergences(
+            source, recipe, decisions, chosen, data.context_id, advance, site
+        )
+    return decisions
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Hash all tiles and token ids, and which sequence they are in (hex sha256)."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.tiles.shape} {sample.ids.shape}\n".encode())
+        digest.update(sample.tiles.tobytes())
+        digest.update(sample.ids.tobytes())
+    return digest.hexdigest()
+
+
+def _code_digest() -> str:
+    """Hash the sources of `export` and `runtime`: other code may decide otherwise."""
+    export = Path(__file__).parent
+    digest = hashlib.sha256()
+    for room in (export, export.with_name("runtime")):
+        for path in sorted(room.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -70,9 +70,9 @@ class Checkpoint:
 
     @property
     def identity(self) -> list[str]:
-        """Names and sizes of the weight files."""
+        """Which tensor lies where, and of each file what changes when it is written or replaced."""
         files = sorted(set(self._files.values()))
-        return [f"{path.name} {path.stat().st_size}" for path in files]
+        return [*(f"{name} {path.name}" for name, path in self._files.items()), *map(_state, files)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -110,6 +110,12 @@ class Checkpoint:
                         )
                     shapes[name] = tuple(view.get_shape())
         return shapes
+
+
+def _state(path: Path) -> str:
+    status = path.stat()
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{path.name} {status.st_size} {times} {status.st_dev} {status.st_ino}"
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
 
     Raises:
         ExportError: the builder does not take the graph, or died.
+        OSError: the plan cannot be written.
     """
     command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
     with tempfile.TemporaryFile() as errors:
@@ -95,6 +97,8 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
             f"{request.graph}: {request.library} ended with status {process.returncode}"
             f" (-9: killed, most often for memory): {' | '.join(tail)}"
         )
+    if (code := result.get("errno")) is not None:
+        raise OSError(code, os.strerror(code), request.plan)
     if result["errors"]:
         raise ExportError(
             f"{request.graph}: {request.library} does not build it:"
@@ -121,7 +125,7 @@ def _converse(
             continue  # a library that prints
         if "phase" in said:
             progress(said["phase"], said["done"], said["steps"])
-        elif "errors" in said:
+        elif "errors" in said or "errno" in said:
             process.wait()
             return dict(said)
     process.wait()
@@ -148,7 +152,10 @@ def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
         cache = _timing_cache(config, request["timing_cache"])
         plan = builder.build_serialized_network(network, config)
         if plan is not None:
-            Path(request["plan"]).write_bytes(plan)
+            try:
+                Path(request["plan"]).write_bytes(plan)
+            except OSError as error:  # the parent raises it: it knows what that means
+                return {"errno": error.errno}
             _keep(cache, request["timing_cache"])
     parse_errors = [str(parser.get_error(i).desc()).strip() for i in range(parser.num_errors)]
     return {
@@ -193,10 +200,16 @@ def _timing_cache(config: Any, path: str | None) -> Any:
 def _keep(cache: Any, path: str | None) -> None:
     if cache is None or path is None:
         return
-    aside = Path(f"{path}.partial-{os.getpid()}")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_bytes(cache.serialize())
-    aside.replace(path)
+    aside = Path(f"{path}.{secrets.token_hex(4)}.partial")
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(cache.serialize())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError:  # timings only save the next build some time
+        return
 
 
 def _monitor(trt: Any) -> Any:

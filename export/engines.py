@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import onnx
 
 from internvl_edge.export.built import as_built, products
+from internvl_edge.export.destination import check_target
 from internvl_edge.export.dialects.engine_form import engine_form
 from internvl_edge.export.engine_builder import Built, Progress, Request, build_in_process
 from internvl_edge.export.gate import EngineShapes, profile_of
@@ -32,7 +31,7 @@ from internvl_edge.export.profiles import (
     this_place,
 )
 from internvl_edge.export.trt import ShapeRange
-from internvl_edge.export.writer import check_space, written_aside
+from internvl_edge.export.work import NEW, check_space, work_folder
 from internvl_edge.kernels.build import cache_directory
 from internvl_edge.runtime.bundle import Bundle, file_entry
 from internvl_edge.runtime.contract import TILES
@@ -79,6 +78,7 @@ def build_engines(
 
     Raises:
         DeviceError: the library does not take the bundle's dialect.
+        BusyError: another process builds them.
         ExportError: they exist, a graph does not build, no space, or the bundle is read-only.
     """
     library.check_dialect(bundle.manifest.dialect)
@@ -87,9 +87,12 @@ def build_engines(
     target = Path(os.path.realpath(bundle.path)) / FOLDER / key
     if not overwrite and _fits(bundle, key, place.machine):
         raise ExportError(f"{target} exists; pass --overwrite to build it again")
-    _remove_abandoned(target.parent)
-    check_space(target, int(PLAN_GROWTH * sum(memory.weights.values())))
-    with written_aside(target) as aside:
+    check_target(target, overwrite=True)
+    check_space(target, int(PLAN_GROWTH * sum(memory.weights.values())), "the engines")
+    with work_folder(target) as work:
+        if not overwrite and _fits(bundle, key, place.machine):
+            raise ExportError(f"{target} was built meanwhile by another process")
+        aside = work.fresh(NEW)
         report = {}
         for graph, plan in PLANS.items():
             form = engine_form(bundle.file(graph), limits.context)
@@ -107,6 +110,7 @@ def build_engines(
             files={name: file_entry(aside / name) for name in (*PLANS.values(), LAYERS)},
         )
         (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+        work.publish(aside)
     return Engines(target, manifest)
 
 
@@ -205,21 +209,3 @@ def _fits(bundle: Bundle, key: str, machine: Machine) -> bool:
         found.path.name == key and not changes(found.manifest, bundle, machine)
         for found in built_engines(bundle)
     )
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what builds left that were killed: plans are gigabytes."""
-    for folder in root.glob("*.partial-*"):
-        writer = re.search(r"-(\d+)$", folder.name)
-        if writer is not None and not _alive(int(writer[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.gptq import moments
 from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.plan import QuantPlan
 from internvl_edge.export.quantize import Floats
 from internvl_edge.export.ranges import RangeCollector, RangeProbes
@@ -34,6 +35,22 @@ Build = Callable[[OnnxRuntimeDialect, WeightReader, CachePrecision], None]
 #: kernel for (GroupQueryAttention in float32, on CUDA) are placed on the CPU by ONNX Runtime.
 Device = Literal["cpu", "cuda"]
 PROVIDERS: Mapping[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where parts of the model run.
+
+    Attributes:
+        device: of the float ones; quantised ones run on the CPU.
+        scratch: folder for the weights of the part that runs; None is the system's.
+    """
+
+    device: Device = "cpu"
+    scratch: Path | None = None
+
+
+HERE = Site()
 
 #: Inputs kept per layer for the search.
 SAMPLE_ROWS = 128
@@ -142,7 +159,7 @@ def run_float(
     reader: WeightReader,
     collector: Collector,
     ranges: RangeCollector,
-    device: Device = "cpu",
+    site: Site = HERE,
 ) -> Iterator[Arrays]:
     """Run one float unit over all feeds, showing `collector` the input of every linear layer and
     `ranges` how large values get.
@@ -151,7 +168,7 @@ def run_float(
     build(dialect, reader, "fp32")
     exposed = dialect.expose()
     measured = dialect.probes.expose()
-    for outputs in _run(dialect.graph, feeds, device):
+    for outputs in _run(dialect.graph, feeds, site):
         for name, readers in exposed.items():
             collector.add(readers[0], outputs.pop(name))
         for name in measured:
@@ -165,14 +182,14 @@ def run_planned(
     reader: WeightReader,
     plan: QuantPlan,
     cache: CachePrecision,
-    device: Device = "cpu",
+    site: Site = HERE,
 ) -> Iterator[Arrays]:
     """Run one unit as `plan` stores it; an empty plan is the float unit."""
     dialect = OnnxRuntimeDialect(GraphBuilder("unit"), plan)
     build(dialect, reader, cache)
     # MatMulNBits rounds its inputs to int8 only where its weights are packed, as in the runtime.
     # Without, the 8-bit head of tiny_ocr measures 57.7 dB instead of 52.3.
-    yield from _run(dialect.graph, feeds, device, pack=bool(plan.linears))
+    yield from _run(dialect.graph, feeds, site, pack=bool(plan.linears))
 
 
 def check_device(device: Device) -> None:
@@ -189,12 +206,12 @@ def check_device(device: Device) -> None:
 
 
 def _run(
-    graph: GraphBuilder, feeds: Iterable[Feeds], device: Device, *, pack: bool = False
+    graph: GraphBuilder, feeds: Iterable[Feeds], site: Site, *, pack: bool = False
 ) -> Iterator[Arrays]:
     """Outputs of each run of a graph whose weights are on disk while it lasts."""
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        graph.save(Path(folder), lambda _: None)
-        session = _session(Path(folder) / "unit.onnx", device, pack)
+    with scratch_folder(site.scratch) as folder:
+        graph.save(folder, lambda _: None)
+        session = _session(folder / "unit.onnx", site.device, pack)
         names = [output.name for output in session.get_outputs()]
         for feed in feeds:
             yield dict(zip(names, session.run(names, feed), strict=True))

@@ -32,9 +32,11 @@ from onnx import TensorProto, helper
 
 from internvl_edge.export.cut import cut_graph
 from internvl_edge.export.graph import ALIGNMENT
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.node_model import PACKED_OPERATORS, node_model
 from internvl_edge.export.split import split_outputs
 from internvl_edge.export.unsigned import SHIFT, make_unsigned
+from internvl_edge.runtime.disk import check_room
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import WIDEST_BYTES
@@ -43,6 +45,9 @@ from internvl_edge.runtime.prepared import WIDEST_BYTES
 LEAST_BYTES = 1 << 16
 #: The external data entry that names a packed form: "key|offset;length;flags".
 PREPACKED = "prepacked_0"
+
+#: Characters of ONNX Runtime's reasons that a message shows.
+SHOWN = 200
 
 Bytes = NDArray[np.uint8]
 
@@ -137,8 +142,8 @@ def compares_packed() -> bool:
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
     tensor = TensorProto(name="w", dims=(128, 128), data_type=TensorProto.FLOAT)
     tensor.data_location = TensorProto.EXTERNAL
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        probe = _Probe(node, {"w": tensor}, Path(folder), Path(folder))
+    with scratch_folder() as folder:
+        probe = _Probe(node, {"w": tensor}, folder, folder)
         foreign, own = (probe.packing("w", values) for values in (other, weight))
         if own is None or foreign is None:
             return True
@@ -231,7 +236,13 @@ class _Probe:
             ("session.save_external_prepacked_constant_initializers", "1"),
         ):
             options.add_session_config_entry(key, value)
-        ort.InferenceSession(self._write(name, values), options, providers=["CPUExecutionProvider"])
+        path = self._write(name, values)
+        try:
+            ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's have no common class, and no code for a disk
+            check_room(self._scratch / "packed.data", 2 * values.nbytes)
+            reason = " ".join(str(error).split())[:SHOWN]
+            raise ExportError(f"{name}: ONNX Runtime does not pack it: {reason}") from error
         saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
         stored = [
             entry.value

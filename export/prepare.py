@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from internvl_edge.export.destination import check_target
 from internvl_edge.export.graph import Progress
+from internvl_edge.export.ownership import remove_own
 from internvl_edge.export.prepack import compares_packed, prepack_graph
 from internvl_edge.export.prepared_check import check_prepared
-from internvl_edge.export.writer import check_space, ignore_total, written_aside
+from internvl_edge.export.work import NEW, check_space, say_kept, work_folder
+from internvl_edge.export.writer import ignore_total
 from internvl_edge.runtime.bundle import file_entry, open_bundle
 from internvl_edge.runtime.contract import (
     LANGUAGE_FILES,
@@ -53,6 +55,7 @@ def prepare_bundle(
     Raises:
         BundleError: not a bundle, or a damaged one.
         DeviceError: integer products are wrong on this machine.
+        BusyError: another process prepares it.
         ExportError: it exists already, no space, the bundle cannot be written to, a graph is
             float16, or ONNX Runtime does not load what it packed.
     """
@@ -64,8 +67,7 @@ def prepare_bundle(
                 f" nothing to map; export with --{part} int8"
             )
     target = prepared_folder(bundle)
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists; pass --overwrite to write it again")
+    _check_target(target, overwrite)
     form = bundle_form(bundle.manifest)
     if not form.packs:
         raise ExportError(
@@ -76,7 +78,9 @@ def prepare_bundle(
     # Each matrix packed and, where ONNX Runtime wants to see it, as it was.
     check_space(target, int(total * (GROWTH + compares_packed())))
     advance = (progress or ignore_total)(total)
-    with written_aside(target) as aside:
+    with work_folder(target) as work:
+        _check_target(target, overwrite)  # another process may have been here meanwhile
+        aside = work.fresh(NEW)
         for name in (VISION_GRAPH, LANGUAGE_GRAPH):
             parts = part_names(name, part_count(bundle.manifest, name))
             targets = [aside / part for part in parts]
@@ -84,6 +88,13 @@ def prepare_bundle(
         check_prepared(bundle, aside)
         files = {file.name: file_entry(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(prepared_manifest(bundle, files) + "\n", encoding="utf-8")
-    for stale in superseded(target):
-        shutil.rmtree(stale, ignore_errors=True)
+        work.publish(aside)
+        for stale in superseded(target):
+            say_kept(stale, remove_own(stale))
     return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise ExportError(f"{target} exists; pass --overwrite to write it again")
+    check_target(target, overwrite)

@@ -9,7 +9,6 @@ writes them; those in runtime/probes/ are the ones in use.
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +19,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from internvl_edge.export.dialects import CacheNames
 from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graph import GraphBuilder
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.export.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.quantize import BlockFormat, Blocks
 from internvl_edge.export.weights import Weight
@@ -71,10 +71,10 @@ def cache_probe() -> onnx.ModelProto:
 
 def _whole(graph: GraphBuilder) -> onnx.ModelProto:
     """Return a graph with its weights inside."""
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-") as folder:
-        graph.save(Path(folder), lambda _: None)
-        model = onnx.load(str(Path(folder) / "probe.onnx"), load_external_data=False)
-        load_external_data_for_model(model, folder)
+    with scratch_folder() as folder:
+        graph.save(folder, lambda _: None)
+        model = onnx.load(str(folder / "probe.onnx"), load_external_data=False)
+        load_external_data_for_model(model, str(folder))
     return model
 
 

@@ -9,6 +9,7 @@ written, and the work grows with the square of the number of units.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from internvl_edge.export.calibrate import Sample, embed_tokens, place_rows
 from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.decisions import Decisions, Recipe, make_plan
 from internvl_edge.export.mapping import LANGUAGE, expected_shapes
-from internvl_edge.export.observe import Device, run_planned
+from internvl_edge.export.observe import HERE, Site, run_planned
 from internvl_edge.export.plan import QuantPlan, RescaledSource
 from internvl_edge.export.quantize import Floats
 from internvl_edge.export.units import NEXT, Unit, make_unit, unit_names
@@ -44,7 +45,7 @@ def unit_divergences(
     samples: Sequence[Sample],
     context_id: int,
     advance: Callable[[int], None],
-    device: Device = "cpu",
+    site: Site = HERE,
 ) -> Decisions:
     """Mean KL(float || one unit quantised) in nats over the last rows of the sequences.
 
@@ -54,7 +55,7 @@ def unit_divergences(
     Args:
         samples: see `chosen_samples`.
         advance: called with 1 after each unit.
-        device: where the float units run.
+        site: where units run.
 
     Returns:
         "divergence:<unit>" -> float32 scalar, for every unit the recipe touches.
@@ -71,10 +72,10 @@ def unit_divergences(
         """Of every run: all variants through the float unit, then the first quantised."""
         copies = 1 + len(names)
         whole = make_unit(spec, name, x, lengths * copies)
-        yield from _outputs(whole, floats, FLOAT, device)
+        yield from _outputs(whole, floats, FLOAT, site)
         if recipe.touches(name):
             first = make_unit(spec, name, x[: len(x) // copies], lengths)
-            yield from _outputs(first, quantised, plan, "cpu")
+            yield from _outputs(first, quantised, plan, replace(site, device="cpu"))
 
     for name in unit_names(spec):
         if name == "head":
@@ -144,9 +145,9 @@ def _activation_bytes(spec: ModelSpec, samples: Sequence[Sample]) -> int:
     return 4 * max(tower, decoder)
 
 
-def _outputs(unit: Unit, reader: WeightReader, plan: QuantPlan, device: Device) -> Iterator[Floats]:
+def _outputs(unit: Unit, reader: WeightReader, plan: QuantPlan, site: Site) -> Iterator[Floats]:
     cache: CachePrecision = "int8" if plan.cache else "fp32"
-    for outputs in run_planned(unit.build, unit.feeds(cache), reader, plan, cache, device):
+    for outputs in run_planned(unit.build, unit.feeds(cache), reader, plan, cache, site):
         yield outputs[NEXT]
 
 

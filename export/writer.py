@@ -1,12 +1,10 @@
-"""Writing a bundle: everything aside, then one rename."""
+"""Writing a bundle: all files into an empty folder, the manifest last."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from internvl_edge.export.plan import LinearPlan, QuantPlan, RescaledSource
 from internvl_edge.export.sizes import OTHER, part_entries, part_of
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import Weight, WeightReader
+from internvl_edge.export.work import NEW, check_space, work_folder
 from internvl_edge.runtime.bundle import FileEntry, Manifest, file_entry
 from internvl_edge.runtime.contract import (
     EMBEDDING_SCALES,
@@ -32,10 +31,7 @@ from internvl_edge.runtime.contract import (
     MANIFEST,
     compute_dtype,
 )
-from internvl_edge.runtime.errors import ExportError
 
-#: Room asked for beyond the weights: graphs, tokenizer, manifest, file system overhead.
-SLACK_BYTES = 16 << 20
 NO_REPORTS: Mapping[str, str] = {}
 
 
@@ -75,43 +71,69 @@ def write_bundle(
 
     Args:
         target: directory to create, or an existing bundle to replace.
+        tokenizer, reports, progress: see `write_files`.
+
+    Raises:
+        ExportError: no space, or the directory cannot be written; nothing is left behind.
+    """
+    with work_folder(Path(os.path.realpath(target))) as work:
+        new = work.fresh(NEW)
+        write_files(
+            source, new, recipe, decisions, tokenizer=tokenizer, reports=reports, progress=progress
+        )
+        work.publish(new)
+
+
+def write_files(
+    source: WeightSource,
+    folder: Path,
+    recipe: Recipe,
+    decisions: Decisions,
+    *,
+    tokenizer: Sequence[Path],
+    reports: Mapping[str, str] = NO_REPORTS,
+    progress: Callable[[int], Progress] | None = None,
+) -> None:
+    """Write a bundle's files into an empty folder, the manifest last.
+
+    Args:
         tokenizer: files to copy.
         reports: further text files by name, such as quantisation.json.
         progress: called with the total of bytes; returns a function called with each increment.
 
     Raises:
-        ExportError: no space, or the directory cannot be written; nothing is left behind.
+        ExportError: no space.
+        OSError: the folder cannot be written.
     """
     plan = make_plan(recipe, decisions)
     layout = plan_export(source, recipe, plan)
-    check_space(target, layout.file_bytes)
+    check_space(folder, layout.file_bytes)
     advance = (progress or ignore_total)(layout.weight_bytes)
-    with written_aside(Path(os.path.realpath(target))) as aside:
-        files = layout.vision.save(aside, advance) | layout.language.save(aside, advance)
-        names = (EMBEDDING_TABLE, EMBEDDING_SCALES)[: len(layout.embedding)]
-        for name, weight in zip(names, layout.embedding, strict=True):
-            files[name] = _save_array(aside / name, weight, advance)
-        for path in tokenizer:
-            shutil.copyfile(path, aside / path.name)
-            files[path.name] = file_entry(aside / path.name)
-        for name, text in reports.items():
-            (aside / name).write_text(text, encoding="utf-8")
-            files[name] = file_entry(aside / name)
-        manifest = Manifest(
-            spec=source.spec,
-            dialect=recipe.dialect,
-            vision=recipe.vision,
-            language=recipe.language,
-            kv=recipe.kv,
-            embedding=recipe.embedding,
-            parameters=parameter_counts(source.spec),
-            files=files,
-            parts=part_entries(layout.weights, plan),
-        )
-        (aside / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
+    files = layout.vision.save(folder, advance) | layout.language.save(folder, advance)
+    names = (EMBEDDING_TABLE, EMBEDDING_SCALES)[: len(layout.embedding)]
+    for name, weight in zip(names, layout.embedding, strict=True):
+        files[name] = _save_array(folder / name, weight, advance)
+    for path in tokenizer:
+        shutil.copyfile(path, folder / path.name)
+        files[path.name] = file_entry(folder / path.name)
+    for name, text in reports.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        files[name] = file_entry(folder / name)
+    manifest = Manifest(
+        spec=source.spec,
+        dialect=recipe.dialect,
+        vision=recipe.vision,
+        language=recipe.language,
+        kv=recipe.kv,
+        embedding=recipe.embedding,
+        parameters=parameter_counts(source.spec),
+        files=files,
+        parts=part_entries(layout.weights, plan),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json() + "\n", encoding="utf-8")
 
 
-def check_formats(source: WeightSource, recipe: Recipe) -> None:
+def planned_layout(source: WeightSource, recipe: Recipe) -> Layout:
     """Plan the export before calibration has decided anything: formats are known by then.
 
     Raises:
@@ -122,7 +144,20 @@ def check_formats(source: WeightSource, recipe: Recipe) -> None:
         for name in expected_shapes(source.spec)
         if part_of(name) not in (OTHER, "embedding") and (kind := recipe.kind(name)) != "float"
     }
-    plan_export(source, recipe, QuantPlan(linears))
+    return plan_export(source, recipe, QuantPlan(linears))
+
+
+def check_half_weights(layout: Layout) -> None:
+    """Read the weights that will be stored in float16: hours of calibration may follow.
+
+    Raises:
+        CheckpointError: one is NaN or infinite.
+        ExportError: one does not fit.
+    """
+    for weight in layout.weights:
+        if weight.dtype == "float16":
+            for _ in weight.cast_blocks():
+                pass
 
 
 def plan_export(source: WeightSource, recipe: Recipe, plan: QuantPlan) -> Layout:
@@ -151,52 +186,6 @@ def _save_array(path: Path, weight: Weight, progress: Progress) -> FileEntry:
             stream.write(np.ascontiguousarray(block).data)
             progress(block.nbytes)
     return file_entry(path)
-
-
-def check_space(target: Path, needed: int) -> None:
-    parent = target.absolute().parent
-    try:
-        while not parent.exists():
-            parent = parent.parent
-        free = shutil.disk_usage(parent).free
-    except OSError as error:
-        raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
-    if free < needed + SLACK_BYTES:
-        raise ExportError(
-            f"{parent} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB;"
-            " free some space or choose another disk"
-        )
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A directory beside `target` that takes its place on success and vanishes otherwise."""
-    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        _replace(aside, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"no space left while writing {target}: {error.strerror}; nothing was kept"
-            ) from error
-        raise ExportError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`; a bundle that stood there returns if that fails."""
-    old = target.with_name(f"{target.name}.partial-old-{os.getpid()}")
-    try:
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def ignore_total(_: int) -> Progress:

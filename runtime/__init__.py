@@ -9,12 +9,14 @@ print(model.generate("What is the total?", images=["receipt.jpg"]).text)
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.errors import (
     BundleError,
+    BusyError,
     CheckpointError,
     DeviceError,
     ExportError,
     ImageError,
     InternVLEdgeError,
     InternVLEdgeWarning,
+    LeftoverWarning,
     LimitError,
     PrecisionError,
     PreparedWarning,
@@ -28,6 +30,7 @@ from internvl_edge.runtime.sampling import Sampling
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "Chat",
     "CheckpointError",
     "DeviceError",
@@ -36,6 +39,7 @@ __all__ = [
     "InternVL",
     "InternVLEdgeError",
     "InternVLEdgeWarning",
+    "LeftoverWarning",
     "LimitError",
     "PrecisionError",
     "PreparedWarning",

@@ -27,6 +27,7 @@ from internvl_edge.runtime.contract import (
     LanguagePrecision,
     VisionPrecision,
 )
+from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import InternVLEdgeError, InternVLEdgeWarning, LimitError
 
 USAGE_ERROR = 2
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         _drop_output()
-        print(f"error: {error}", file=sys.stderr)
+        named = is_full(error) and error.filename is not None  # else it was the output
+        text = full_disk(error, Path()) if named else error
+        print(f"error: {text}", file=sys.stderr)
         return USAGE_ERROR
 
 

@@ -17,6 +17,10 @@ class ExportError(InternVLEdgeError):
     """A bundle cannot be written: no space, target exists, unsupported option."""
 
 
+class BusyError(ExportError):
+    """Another process is writing there: which one, where it runs, and since when."""
+
+
 class BundleError(InternVLEdgeError):
     """A bundle cannot be loaded: missing or altered file, newer format, wrong contract."""
 
@@ -51,6 +55,10 @@ class InternVLEdgeWarning(UserWarning):
 
 class VersionWarning(InternVLEdgeWarning):
     """A package is in a version that was not tried."""
+
+
+class LeftoverWarning(InternVLEdgeWarning):
+    """A run that was cut short left something behind: what became of it."""
 
 
 class PreparedWarning(InternVLEdgeWarning):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.marker import scratch_folder
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime.contract import LanguagePrecision
 from internvl_edge.runtime.errors import DeviceError, LimitError
@@ -132,9 +132,9 @@ def run_peers(
     note = busy_note(machine)
     standings: list[Standing] = []
     skipped: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-", dir=work) as folder:
-        bundle = _export(source, Path(folder), language, options)
-        files = Files(source, Path(folder), settings.threads)
+    with scratch_folder(work) as folder:
+        bundle = _export(source, folder, language, options)
+        files = Files(source, folder, settings.threads)
         own = Worker(OWN, bundle, settings.threads, settings.context)
         try:
             print(_head(settings, machine, language), flush=True)

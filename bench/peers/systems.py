@@ -13,7 +13,7 @@ from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import quantize_gguf
 from internvl_edge.export.checkpoint import WeightSource
 from internvl_edge.export.mapping import LANGUAGE, expected_shapes
-from internvl_edge.export.writer import check_space
+from internvl_edge.export.work import check_space
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.free_memory import available_memory
 from internvl_edge.runtime.specs import ModelSpec

@@ -262,3 +262,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--images", str(images)]) == 0
     assert "wrote 2 questions" in capsys.readouterr().out
     assert load_dataset(output).questions[0].images[0].exists()
+
+
+def test_a_file_beside_the_output_is_kept(tmp_path: Path) -> None:
+    """Whatever it is called: a draft once was."""
+    source, output = lay_out(tmp_path, "chartqa"), tmp_path / "out.jsonl"
+    mine = tmp_path / "out.jsonl.draft"
+    mine.write_text("mine")
+    convert("chartqa", source, output)
+    assert mine.read_text() == "mine"

@@ -36,7 +36,7 @@ from internvl_edge.export.quantize import (
 )
 from internvl_edge.export.samples import DEFAULT_ITEMS
 from internvl_edge.export.search import InputStats, full_scale, search
-from internvl_edge.runtime import ExportError, InternVL
+from internvl_edge.runtime import ExportError, InternVL, LeftoverWarning
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.runtime.products import use_exact_products
@@ -136,11 +136,14 @@ def test_an_interrupted_calibration_resumes(tmp_path: Path, checkpoint: Path) ->
 
         return advance
 
-    with pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(LeftoverWarning, match="kept the calibration so far in .*resumed.work"),
+    ):
         export_bundle(
             checkpoint, tmp_path / "resumed", calibration_progress=stop_after_three, **ALL
         )
-    workspace = tmp_path / "resumed.calibration"
+    workspace = tmp_path / "resumed.work" / "calibration"
     finished = {path.name: path.stat().st_mtime_ns for path in workspace.iterdir() if path.is_dir()}
     assert set(finished) == {"embed", "vision.0", "vision.1"}
     kept: dict[str, int] = {}
@@ -151,9 +154,10 @@ def test_an_interrupted_calibration_resumes(tmp_path: Path, checkpoint: Path) ->
 
         return advance
 
-    export_bundle(checkpoint, tmp_path / "resumed", calibration_progress=look, **ALL)
+    with pytest.warns(LeftoverWarning, match="going on with .*: 3 layers are done"):
+        export_bundle(checkpoint, tmp_path / "resumed", calibration_progress=look, **ALL)
     assert kept == finished  # not computed again
-    assert not workspace.exists()
+    assert not workspace.parent.exists()
     export_bundle(checkpoint, tmp_path / "whole", **ALL)
     for name in ("vision.data", "language.data"):
         assert (tmp_path / "resumed" / name).read_bytes() == (

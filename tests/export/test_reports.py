@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,19 +21,16 @@ from internvl_edge.bench.synthetic import internvl_1_5
 from internvl_edge.export import calibration_run, sensitivity, writer
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibrate import Sample
-from internvl_edge.export.calibration_run import (
-    Calibrated,
-    CalibrationOptions,
-    calibrate,
-    open_workspace,
-)
+from internvl_edge.export.calibration_run import calibrate, load_calibration
 from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.export.decisions import QuantOptions, Recipe, make_plan
+from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe, make_plan
+from internvl_edge.export.observe import HERE
 from internvl_edge.export.plan import QuantPlan
 from internvl_edge.export.plot import KEPT, QUANTISED, cost_plot
 from internvl_edge.export.report import UnitCost, most_sensitive, render_report, tensor_prefix
 from internvl_edge.export.sensitivity import chosen_samples, divergence, multiply_adds
 from internvl_edge.export.units import HEAD_ROWS
+from internvl_edge.export.workspace import Workspace
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
 from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.cli import main
@@ -56,13 +54,23 @@ def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_run, "DEFAULT_ITEMS", 4)
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration decided, and the data as the model saw it."""
+
+    decisions: Decisions
+    samples: Sequence[Sample]
+
+
 @pytest.fixture(scope="module")
 def calibrated(checkpoint: Path) -> Calibrated:
     source = Checkpoint(checkpoint)
-    workspace = open_workspace(checkpoint.parent / "run", source, RECIPE, None)
+    workspace = Workspace(checkpoint.parent / "run", "key")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration_run, "DEFAULT_ITEMS", 4)
-        return calibrate(source, RECIPE, CalibrationOptions(), workspace, lambda _: lambda _: None)
+        data = load_calibration(source, None)
+    decisions = calibrate(source, RECIPE, data, workspace, HERE, lambda _: lambda _: None)
+    return Calibrated(decisions, data.samples)
 
 
 def read_report(bundle: Path) -> dict[str, Any]:
