@@ -18,10 +18,11 @@ from internvl_edge.export.calibration_run import (
 from internvl_edge.export.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
 from internvl_edge.export.destination import check_apart, check_target
+from internvl_edge.export.float16 import check_ranges
 from internvl_edge.export.graph import Progress
 from internvl_edge.export.observe import Device, Site, check_device
 from internvl_edge.export.plot import cost_plot
-from internvl_edge.export.ranges import check_ranges, ranges_of
+from internvl_edge.export.ranges import ranges_of
 from internvl_edge.export.report import most_sensitive, to_json, unit_costs
 from internvl_edge.export.room import room_for_export
 from internvl_edge.export.work import (
@@ -103,7 +104,7 @@ def export_bundle(
         CalibrationDataError: the calibration data cannot be read.
         DeviceError: the calibration's device is not available.
         BusyError: another process works on the same output.
-        ExportError: the bundle cannot be written.
+        ExportError: the bundle cannot be written, or float16 cannot hold the model's values.
     """
     source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     identity = source.identity
@@ -180,7 +181,7 @@ def _decide(
     )
     outside = ranges_of(decisions)
     try:
-        check_ranges(outside if recipe.guards_float16 else ())
+        check_ranges(outside, recipe)
     except ExportError:
         work.forget_calibration()  # the same export would only fail again
         raise

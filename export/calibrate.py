@@ -138,8 +138,9 @@ class Calibration:
                     sizes[part] = np.maximum(sizes.get(part, largest), largest)
         form = self._recipe.form(unit.name)
         naive = self._recipe.options.naive
+        groups = unit.groups if self._recipe.touches(unit.name) else ()
         decisions = decide(
-            unit.groups, collector, self._source, form, naive=naive, compensate=compensate
+            groups, collector, self._source, form, naive=naive, compensate=compensate
         )
         if sizes:
             decisions |= decide_cache(

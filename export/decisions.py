@@ -89,12 +89,21 @@ class Recipe:
     @property
     def guards_float16(self) -> bool:
         """Whether linear layers that float16 is too small for are kept in float32."""
-        dtypes = {compute_dtype(part, self.dialect) for part in (self.vision, self.language)}
-        return self.dialect != "onnxruntime" and "float16" in dtypes
+        parts = (self.vision, self.language)
+        return self.dialect != "onnxruntime" and any(map(self._is_half, parts))
 
     @property
     def needs_calibration(self) -> bool:
-        return self.has_integers or self.guards_float16
+        """Whether anything depends on the model's values: scales, or that float16 holds them."""
+        halves = any(map(self._is_half, (self.vision, self.language)))
+        return self.has_integers or halves or self.kv == "fp16"
+
+    def computes_in_float16(self, name: str) -> bool:
+        """Whether the graph of a tensor's part computes in float16."""
+        return self._is_half(self.language if name.startswith(LANGUAGE) else self.vision)
+
+    def _is_half(self, part: VisionPrecision | LanguagePrecision) -> bool:
+        return compute_dtype(part, self.dialect) == "float16"
 
     def quantises(self, name: str) -> bool:
         """Whether the part a tensor belongs to is stored as integers."""

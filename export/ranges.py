@@ -8,7 +8,7 @@ computes in float16 runs it in float32 (`QuantPlan.wide`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from onnx import TensorProto
 
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.runtime.contract import Tensor
-from internvl_edge.runtime.errors import ExportError
 
 #: Largest float16 over the headroom: calibration sees few pictures, others reach further.
 HEADROOM = 8
-LARGEST = float(np.finfo(np.float16).max) / HEADROOM
+END = float(np.finfo(np.float16).max)
+LARGEST = END / HEADROOM
 #: Least SQNR of a value rounded to float16, in decibels. Normal values have 73, whatever their
 #: size; 50 is left when the bulk of a value is ten times below the smallest normal number, and is
 #: still 10 above int8 rounding.
@@ -30,8 +30,6 @@ LEAST_SQNR_DB = 50.0
 
 INPUT, OUTPUT, NORM = "input", "output", "norm"
 _PREFIX = "range:"
-#: Linear layers that read what attention gives.
-_ATTENDED = (".attn.proj.weight", ".attention.wo.weight")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class ValueRange:
     weight: str
     largest: float
     sqnr_db: float
+
+    @property
+    def overflows(self) -> bool:
+        """Whether float16 has no number for it, or float32 neither."""
+        return not self.largest <= END or self.sqnr_db == -np.inf
 
     @property
     def fits_float16(self) -> bool:
@@ -114,7 +117,7 @@ class RangeCollector:
         largest, signal, noise = (float(part) for part in measured.reshape(3))
         before = self._seen.get(name, np.zeros(3))
         self._seen[name] = np.array(
-            [max(before[0], largest), before[1] + signal, before[2] + noise]
+            [np.maximum(before[0], largest), before[1] + signal, before[2] + noise]
         )
 
     def values(self) -> Iterator[ValueRange]:
@@ -156,16 +159,3 @@ def wide_linears(decisions: Mapping[str, Any]) -> frozenset[str]:
     activation functions in float32 whatever calibration finds.
     """
     return frozenset(v.weight for v in ranges_of(decisions) if v.place in (INPUT, OUTPUT))
-
-
-def check_ranges(found: Sequence[ValueRange]) -> None:
-    """Raise ExportError where a value overflows that only float16 can carry: what attention gives
-    to its output layer is a mean of cached values, and those have the cache's type.
-    """
-    for value in found:
-        attended = value.place == INPUT and value.weight.endswith(_ATTENDED)
-        if attended and value.largest > float(np.finfo(np.float16).max):
-            raise ExportError(
-                f"attention in front of {value.weight} reaches {value.largest:.3g}, float16 ends at"
-                f" {np.finfo(np.float16).max:.0f}; export this part as fp32"
-            )

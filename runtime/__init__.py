@@ -22,6 +22,7 @@ from internvl_edge.runtime.errors import (
     PreparedWarning,
     ProcessError,
     PromptError,
+    RangeWarning,
     VersionWarning,
 )
 from internvl_edge.runtime.generation import Reply, Timings, TokenStream
@@ -45,6 +46,7 @@ __all__ = [
     "PreparedWarning",
     "ProcessError",
     "PromptError",
+    "RangeWarning",
     "Reply",
     "Sampling",
     "Timings",

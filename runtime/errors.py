@@ -57,6 +57,10 @@ class VersionWarning(InternVLEdgeWarning):
     """A package is in a version that was not tried."""
 
 
+class RangeWarning(InternVLEdgeWarning):
+    """Values come near the ends of float16, or lose precision in it."""
+
+
 class LeftoverWarning(InternVLEdgeWarning):
     """A run that was cut short left something behind: what became of it."""
 

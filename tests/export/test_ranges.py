@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_edge.export import calibration_run
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.decisions import QuantOptions, Recipe
+from internvl_edge.export.float16 import check_ranges
 from internvl_edge.export.graph import GraphBuilder
 from internvl_edge.export.oracle import run_bundle
 from internvl_edge.export.ranges import (
@@ -27,7 +28,6 @@ from internvl_edge.export.ranges import (
     RangeCollector,
     RangeProbes,
     ValueRange,
-    check_ranges,
     ranges_of,
     sqnr_db,
     wide_linears,
@@ -185,7 +185,8 @@ def test_attention_that_overflows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"attention in front of .*wo.weight reaches .*fp32"):
         export_bundle(checkpoint, tmp_path / "bundle", dialect="tensorrt", **HALF)
     assert not (tmp_path / "bundle").exists()
-    check_ranges([ValueRange("input", WO, 6e4, 70)])  # only near the end: goes on
+    recipe = Recipe("fp16", "fp16", "fp16", dialect="tensorrt")
+    check_ranges([ValueRange("input", WO, 6e4, 70)], recipe)  # only near the end: goes on
 
 
 @settings(max_examples=40, deadline=None)
