@@ -34,6 +34,7 @@ from internvl_edge.runtime.bundle import read_manifest
 from internvl_edge.runtime.contract import DialectName
 from internvl_edge.runtime.demo import example_room
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.quoting import quoted
 
 #: The tiny model's matrices have 128 to 768 columns: a block of 128 would be a whole row.
 BLOCK = 32
@@ -142,10 +143,12 @@ def run_accuracy(
 ) -> int:
     """Print the table, row by row; returns the exit status."""
     if images < 1:
-        raise LimitError(f"--images is {images}, it must be at least 1")
+        raise LimitError(f"--images is {quoted(images)}, it must be at least 1")
     known = [case.name for case in CASES] + (list(LLAMA_CPP) if peers else [])
     if unknown := set(only) - set(known):
-        raise LimitError(f"--only {sorted(unknown)[0]!r} is unknown; known: {', '.join(known)}")
+        raise LimitError(
+            f"--only {quoted(sorted(unknown)[0])} is unknown; known: {', '.join(known)}"
+        )
     check_writable(output)
     checkpoint = example_room() / "checkpoint"
     questions = list(held_out(images))

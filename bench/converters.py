@@ -17,6 +17,9 @@ from typing import Any
 
 from internvl_edge.bench.datasets import DataError, load_dataset
 from internvl_edge.bench.metrics import LETTERS
+from internvl_edge.runtime.files import DATA_BYTES, read_bytes
+from internvl_edge.runtime.json_reader import JsonError, parse_json, read_json
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 Entries = Iterator[dict[str, Any]]
 
@@ -71,14 +74,17 @@ def convert(kind: str, source: Path, output: Path, images: Path | None = None) -
     try:
         entries = [_relocated(entry, folder, output.parent) for entry in layout.read(source)]
         lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"cannot read {source} as {kind}: {error}") from error
+    except (OSError, UnicodeDecodeError, JsonError) as error:
+        raise DataError(f"cannot read {named(source)} as {kind}: {reason(error)}") from error
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, SyntaxError) as error:
         raise DataError(
-            f"{source} is not in {kind}'s layout ({layout.source}): {type(error).__name__} {error}"
+            f"{named(source)} is not in {kind}'s layout ({layout.source}):"
+            f" {type(error).__name__} {reason(error)}"
         ) from error
     if not lines:
-        raise DataError(f"{source} has no question with an answer; test sets often have none")
+        raise DataError(
+            f"{named(source)} has no question with an answer; test sets often have none"
+        )
     return _write_checked(output, b"".join(lines))
 
 
@@ -112,7 +118,11 @@ def _entry(
 
 
 def _json(source: Path) -> Any:
-    return json.loads(source.read_text(encoding="utf-8"))
+    return read_json(source, DATA_BYTES)
+
+
+def _text(source: Path) -> str:
+    return read_bytes(source, DATA_BYTES).decode("utf-8-sig")
 
 
 def _docvqa(source: Path) -> Entries:
@@ -152,7 +162,7 @@ def _ocrbench(source: Path) -> Entries:
 def _ai2d(source: Path) -> Entries:
     """Of the test pictures where their list is there. Questions about letters have own pictures."""
     listed = source / "ai2d_test_ids.csv"
-    tested = set(listed.read_text(encoding="utf-8").split()) if listed.exists() else None
+    tested = set(_text(listed).split()) if listed.exists() else None
     for file in sorted((source / "questions").glob("*.json")):
         if tested is not None and file.name.split(".")[0] not in tested:
             continue
@@ -167,8 +177,9 @@ def _ai2d(source: Path) -> Entries:
 
 def _mmmu(source: Path) -> Entries:
     """Open questions are scored by exact match, which is stricter than MMMU's own parsing."""
-    text = source.read_text(encoding="utf-8")
-    rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+    text = _text(source)
+    lines = filter(str.strip, text.split("\n"))
+    rows = parse_json(text) if text.lstrip().startswith("[") else map(parse_json, lines)
     for row in rows:
         if row["answer"] in ("", "?"):  # as the test split has it
             continue
@@ -185,7 +196,7 @@ def _list(value: object) -> list[str]:
     if isinstance(value, str):
         value = ast.literal_eval(value) if value.startswith("[") else [value]
     if not isinstance(value, list):
-        raise TypeError(f"expected a list, got {value!r:.40}")
+        raise TypeError(f"expected a list, got {quoted(value)}")
     return [str(item) for item in value]
 
 

@@ -16,7 +16,6 @@ A line is a JSON object:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,9 @@ from typing import Any
 from internvl_edge.bench.metrics import LETTERS, Metric, metrics
 from internvl_edge.bench.vqa import ANNOTATORS
 from internvl_edge.runtime.errors import InternVLEdgeError
+from internvl_edge.runtime.files import DATA_BYTES, read_bytes
+from internvl_edge.runtime.json_reader import JsonError, parse_json
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 FIELDS = frozenset({"id", "image", "images", "question", "answers", "choices", "metric"})
 MULTIPLE_CHOICE = "mc"
@@ -88,10 +90,10 @@ def load_dataset(path: Path, metric: str | None = None) -> Dataset:
         DataError: the first line that cannot be used, with its number; no lines; no image there.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, DATA_BYTES)
         lines = content.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {named(path)}: {reason(error)}") from error
     questions: dict[str, Question] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -99,26 +101,27 @@ def load_dataset(path: Path, metric: str | None = None) -> Dataset:
         try:
             question = _question(_parse(line), path.parent, metric)
             if question.id in questions:
-                raise DataError(f"the id {question.id!r} stands in an earlier line; use each once")
+                raise DataError(
+                    f"the id {quoted(question.id)} stands in an earlier line; use each once"
+                )
         except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
+            raise DataError(f"{named(path)}:{number}: {error}") from error
         questions[question.id] = question
     if not questions:
-        raise DataError(f"{path} has no lines; expected one JSON object a line")
+        raise DataError(f"{named(path)} has no lines; expected one JSON object a line")
     _check_any_image(path, list(questions.values()))
     return Dataset(path, hashlib.sha256(content).hexdigest(), metric, tuple(questions.values()))
 
 
 def _parse(line: str) -> Mapping[str, Any]:
     try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except JsonError as error:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(entry, dict):
         raise DataError(f"expected an object, got {type(entry).__name__}")
     if unknown := sorted(entry.keys() - FIELDS):
-        raise DataError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
+        raise DataError(f"unknown field {quoted(unknown[0])}; known: {', '.join(sorted(FIELDS))}")
     return entry
 
 
@@ -127,13 +130,13 @@ def _question(entry: Mapping[str, Any], folder: Path, default: str | None) -> Qu
     if metric is None:
         raise DataError("no 'metric' in the line and none given with --metric")
     if metric not in list(metrics()):  # which may be asked for anything
-        raise DataError(f"unknown metric {metric!r}; known: {', '.join(metrics())}")
+        raise DataError(f"unknown metric {quoted(metric)}; known: {', '.join(metrics())}")
     identity = entry.get("id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise DataError(f"'id' is {identity!r}, expected text or a whole number")
+        raise DataError(f"'id' is {quoted(identity)}, expected text or a whole number")
     text = entry.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"'question' is {text!r}, expected text")
+        raise DataError(f"'question' is {quoted(text)}, expected text")
     if ("image" in entry) == ("images" in entry):
         raise DataError("expected either 'image' or 'images'")
     images = [entry["image"]] if "image" in entry else entry["images"]
@@ -166,15 +169,15 @@ def _letter(answer: str, choices: tuple[str, ...]) -> str:
         return answer
     if choices.count(answer) != 1:
         raise DataError(
-            f"the answer {answer!r} is neither a letter up to {LETTERS[len(choices) - 1]} nor the"
-            " text of one choice"
+            f"the answer {quoted(answer)} is neither a letter up to {LETTERS[len(choices) - 1]} nor"
+            " the text of one choice"
         )
     return LETTERS[choices.index(answer)]
 
 
 def _texts(field: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise DataError(f"'{field}' is {value!r:.80}, expected a list of texts, none empty")
+        raise DataError(f"'{field}' is {quoted(value)}, expected a list of texts, none empty")
     return tuple(value)
 
 
@@ -183,6 +186,6 @@ def _check_any_image(path: Path, questions: Sequence[Question]) -> None:
     images = [image for question in questions for image in question.images]
     if images and not any(image.exists() for image in images):
         raise DataError(
-            f"none of the {len(images)} images of {path} is there, such as {images[0]}; paths are"
-            " relative to the file"
+            f"none of the {len(images)} images of {named(path)} is there, such as"
+            f" {named(images[0])}; paths are relative to the file"
         )

@@ -39,6 +39,8 @@ from internvl_edge.runtime.contract import (
     VisionPrecision,
 )
 from internvl_edge.runtime.errors import CheckpointError, LimitError
+from internvl_edge.runtime.json_reader import JsonError, read_object
+from internvl_edge.runtime.quoting import named, quoted, reason
 from internvl_edge.runtime.specs import ModelSpec
 
 #: A short name for the model this project is about.
@@ -191,14 +193,12 @@ def _check_model(model: Mapping[str, Any], ceilings: Ceilings) -> Iterator[dict[
 def _read_config(path: Path) -> ModelSpec:
     """A checkpoint's spec from its config.json alone: no weight is needed."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_object(path / "config.json")
+    except (OSError, JsonError) as error:
         raise CheckpointError(
-            f"{path} is no bundle and no checkpoint ({error}); known without files:"
+            f"{named(path)} is no bundle and no checkpoint ({reason(error)}); known without files:"
             f" {', '.join((*ALIASES, *CONFIGS))}"
         ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
     return parse_config(config)
 
 
@@ -209,7 +209,7 @@ def _efficiency(wish: Wish) -> Efficiency | None:
         raise LimitError("--arithmetic and --bandwidth go together")
     for option, share in (("--arithmetic", wish.arithmetic), ("--bandwidth", wish.memory)):
         if not 0 < share <= 1:
-            raise LimitError(f"{option} is {share}, a share of the peak lies in (0, 1]")
+            raise LimitError(f"{option} is {quoted(share)}, a share of the peak lies in (0, 1]")
     return Efficiency(wish.arithmetic, wish.memory)
 
 

@@ -23,6 +23,7 @@ from internvl_edge.runtime.bundle import read_manifest, sha256_file
 from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.devices import Device
 from internvl_edge.runtime.errors import ImageError, LimitError, PromptError
+from internvl_edge.runtime.quoting import named
 
 #: Failures named on the terminal; the file of answers has all of them.
 NAMED_FAILURES = 5
@@ -99,7 +100,9 @@ def run_evaluation(
         Path(f"{data.stem}-{bundle.resolve().name}.answers.jsonl") for bundle in bundles
     ]
     if len({path.resolve() for path in paths}) != len(paths):
-        raise DataError(f"both bundles would write {paths[0]}; name the files with -o A -o B")
+        raise DataError(
+            f"both bundles would write {named(paths[0])}; name the files with -o A -o B"
+        )
     answers = [
         answer_questions(bundle, dataset, path, options, engine)
         for bundle, path in zip(bundles, paths, strict=True)

@@ -26,6 +26,7 @@ from internvl_edge.bench.stored import check_writable, write_result
 from internvl_edge.export.marker import scratch_folder
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.errors import DeviceError, InternVLEdgeError, LimitError
+from internvl_edge.runtime.quoting import quoted
 
 FORMAT = "internvl-edge gpu"
 #: Of a suite; what has not begun by then is left out.
@@ -93,7 +94,7 @@ def run_suite(
     parts = SUITES[name]
     if unknown := set(only) - {part.name for part in parts}:
         known = ", ".join(part.name for part in parts)
-        raise LimitError(f"no part {sorted(unknown)[0]!r} in suite {name}; it has: {known}")
+        raise LimitError(f"no part {quoted(sorted(unknown)[0])} in suite {name}; it has: {known}")
     check_writable(path)
     start = time.monotonic()
     found: dict[str, Any] = {}

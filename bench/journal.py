@@ -16,6 +16,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from internvl_edge.bench.datasets import DataError
+from internvl_edge.runtime.files import DATA_BYTES, read_bytes
+from internvl_edge.runtime.json_reader import parse_json
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 FORMAT = "internvl-edge answers"
 VERSION = 1
@@ -56,12 +59,12 @@ class Journal:
         self.answers: dict[str, Answer] = {}
         self._header = _line({"format": FORMAT, "version": VERSION, **settings})
         self._known = known
-        content = path.read_bytes() if path.exists() else b""
+        content = _content(path)
         whole = content[: content.rfind(b"\n") + 1]
         if whole:
             self._read(whole)
         elif not self._header.startswith(content):
-            raise DataError(f"{path} is not a file of answers; give another name")
+            raise DataError(f"{named(path)} is not a file of answers; give another name")
         self._kept = len(whole)
         self._stream: BinaryIO | None = None
 
@@ -100,30 +103,42 @@ class Journal:
                 answer = _answer(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"{self.path}:{number} is not an answer ({error}); remove the line to have the"
-                    " question asked again"
+                    f"{named(self.path)}:{number} is not an answer ({reason(error)}); remove the"
+                    " line to have the question asked again"
                 ) from error
             if answer.id in self.answers or answer.id not in self._known:
                 problem = "twice" if answer.id in self.answers else "though it is not in the data"
-                raise DataError(f"{self.path}:{number} answers question {answer.id!r} {problem}")
+                raise DataError(
+                    f"{named(self.path)}:{number} answers question {quoted(answer.id)} {problem}"
+                )
             self.answers[answer.id] = answer
 
     def _check_header(self, line: bytes) -> None:
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             known = found["format"] == FORMAT
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise DataError(f"{self.path} is not a file of answers; give another name")
+            raise DataError(f"{named(self.path)} is not a file of answers; give another name")
         expected = json.loads(self._header)
         for key in [*expected, *(found.keys() - expected.keys())]:
             if found.get(key) != expected.get(key):
                 raise DataError(
-                    f"{self.path} was written with {key} {found.get(key)!r}, this run has"
-                    f" {expected.get(key)!r}; give another name, or the same bundle, data and"
-                    " options to go on with it"
+                    f"{named(self.path)} was written with {named(key)} {quoted(found.get(key))},"
+                    f" this run has {quoted(expected.get(key))}; give another name, or the same"
+                    " bundle, data and options to go on with it"
                 )
+
+
+def _content(path: Path) -> bytes:
+    """What is stored already; nothing where there is no file yet."""
+    try:
+        return read_bytes(path, DATA_BYTES)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise DataError(f"cannot read {named(path)}: {reason(error)}") from error
 
 
 def _append(stream: BinaryIO, line: bytes) -> None:
@@ -138,7 +153,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _answer(line: bytes) -> Answer:
-    answer = Answer(**json.loads(line))
+    answer = Answer(**parse_json(line))
     texts = isinstance(answer.id, str) and isinstance(answer.prediction, str)
     scored = isinstance(answer.score, (int, float)) and 0 <= answer.score <= 1
     if not texts or not scored or not isinstance(answer.error, (str, type(None))):

@@ -28,9 +28,8 @@ from internvl_edge.bench.kernels import photo
 from internvl_edge.bench.statistics import Summary, repeat, summarise
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.inputs import MAX_TILES
 from internvl_edge.runtime.preprocess import load_image, select_grid
-from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.specs import MAX_TILES, ModelSpec
 
 #: No token has this id, so nothing ends an answer early.
 NEVER = -1

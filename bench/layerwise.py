@@ -12,12 +12,11 @@ layers round their inputs to 8 bits, and an int8 cache rounds keys and values.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from internvl_edge.runtime.bundle import Bundle, file_entry, open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import BundleError, LimitError
+from internvl_edge.runtime.quoting import reason
 from internvl_edge.runtime.specs import LanguageSpec
 
 #: MatMulNBits' accuracy level with inputs in float32.
@@ -117,18 +117,19 @@ def unrounded(bundle: Bundle) -> Iterator[Path]:
     _compute_in_float(
         model.graph, {name for pair in cache_pairs(bundle.spec.language) for name in pair}
     )
-    manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
     with scratch_folder(bundle.path.parent) as folder:
         try:
             for file in set(bundle.manifest.files) - {LANGUAGE_GRAPH}:
                 os.link(bundle.path / file, folder / file)
         except OSError as error:
-            raise BundleError(f"cannot link the bundle's files beside it: {error}") from error
+            raise BundleError(
+                f"cannot link the bundle's files beside it: {reason(error)}"
+            ) from error
         onnx.save(model, str(folder / LANGUAGE_GRAPH))
-        manifest["files"][LANGUAGE_GRAPH] = vars(file_entry(folder / LANGUAGE_GRAPH))
-        if manifest["precision"]["kv"] == "int8":
-            manifest["precision"]["kv"] = "fp32"
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        files = {**bundle.manifest.files, LANGUAGE_GRAPH: file_entry(folder / LANGUAGE_GRAPH)}
+        kv = "fp32" if bundle.manifest.kv == "int8" else bundle.manifest.kv
+        manifest = replace(bundle.manifest, files=files, kv=kv)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         yield folder
 
 

@@ -27,6 +27,7 @@ from internvl_edge.runtime.bundle import Bundle, open_bundle
 from internvl_edge.runtime.errors import BundleError, LimitError
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.products import use_exact_products
+from internvl_edge.runtime.quoting import named
 from internvl_edge.runtime.rope import rope_rows
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def profile_bundle(
     manifest = bundle.manifest
     if manifest.dialect != "onnxruntime":
         raise BundleError(
-            f"{bundle.path} was written for {manifest.dialect!r}; ONNX Runtime's profile says"
-            " nothing of it: export with --for onnxruntime"
+            f"{named(bundle.path)} was written for {manifest.dialect!r}; ONNX Runtime's profile"
+            " says nothing of it: export with --for onnxruntime"
         )
     with scratch_folder() as folder:
         vision = _profile_vision(bundle, tiles, runs, threads, folder)

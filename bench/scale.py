@@ -32,6 +32,7 @@ from internvl_edge.runtime.contract import (
     default_cache,
 )
 from internvl_edge.runtime.errors import CheckpointError, LimitError
+from internvl_edge.runtime.quoting import quoted
 from internvl_edge.runtime.specs import ModelSpec
 
 #: Pictures of one tile each that the activations' ranges are taken from.
@@ -108,7 +109,7 @@ def run_synthetic(
 def synthetic_spec(name: str, layers: int | None) -> ModelSpec:
     """A released member's spec, perhaps cut to its first layers."""
     if name not in CONFIGS:
-        raise CheckpointError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
+        raise CheckpointError(f"unknown model {quoted(name)}; known: {', '.join(CONFIGS)}")
     spec = parse_config(CONFIGS[name])
     if layers is None:
         return spec

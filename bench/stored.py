@@ -14,6 +14,9 @@ from typing import Any
 
 from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import ExportError, LimitError
+from internvl_edge.runtime.files import DATA_BYTES
+from internvl_edge.runtime.json_reader import JsonError, read_json
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 FORMAT = "internvl-edge latency"
 VERSION = 2
@@ -40,8 +43,8 @@ def write_whole(content: bytes, path: Path) -> None:
         aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
-        reason = full_disk(error, path) if is_full(error) else error.strerror
-        raise LimitError(f"cannot write {path}: {reason}") from error
+        text = full_disk(error, path) if is_full(error) else reason(error)
+        raise LimitError(f"cannot write {named(path)}: {text}") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -54,18 +57,18 @@ def read_result(path: Path) -> dict[str, Any]:
         ExportError: the package that checks it is not installed.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise LimitError(f"cannot read {path}: {error}") from error
+        result = read_json(path, DATA_BYTES)
+    except (OSError, JsonError) as error:
+        raise LimitError(f"cannot read {named(path)}: {reason(error)}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise LimitError(f"{path} is no result of 'bench latency --json'")
+        raise LimitError(f"{named(path)} is no result of 'bench latency --json'")
     if result.get("version") != VERSION:
         raise LimitError(
-            f"{path} has version {result.get('version')!r}, this tool reads {VERSION};"
+            f"{named(path)} has version {quoted(result.get('version'))}, this tool reads {VERSION};"
             " measure again"
         )
     if (wrong := violation(result)) is not None:
-        raise LimitError(f"{path} is damaged: {wrong}; measure again")
+        raise LimitError(f"{named(path)} is damaged: {wrong}; measure again")
     return result
 
 
@@ -95,16 +98,12 @@ def check_writable(*paths: Path | None) -> None:
     """
     for path in filter(None, paths):
         if path.is_dir():
-            raise LimitError(f"cannot write {path}: it is a directory")
+            raise LimitError(f"cannot write {named(path)}: it is a directory")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            raise LimitError(f"cannot write {path}: no such directory, or not writable")
+            raise LimitError(f"cannot write {named(path)}: no such directory, or not writable")
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a result."""
     text = Path(__file__).with_name(SCHEMA).read_text(encoding="utf-8")
     return dict(json.loads(text))
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no figure")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from internvl_edge.runtime.errors import ImageError, InternVLEdgeError
+from internvl_edge.runtime.files import DATA_BYTES, read_bytes
+from internvl_edge.runtime.json_reader import JsonError, parse_json
 from internvl_edge.runtime.preprocess import load_image
+from internvl_edge.runtime.quoting import named, reason
 
 #: Asked of pictures that come without a question.
 DEFAULT_PROMPT = "Please describe the image in detail."
@@ -47,33 +49,35 @@ def load_items(source: Path) -> list[Item]:
             return list(_from_jsonl(lists[0]))
         images = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
-            raise CalibrationDataError(f"{source} holds neither a .jsonl file nor pictures")
+            raise CalibrationDataError(f"{named(source)} holds neither a .jsonl file nor pictures")
         return [Item(load_image(path), DEFAULT_PROMPT, "") for path in images]
     if not source.exists():
-        raise CalibrationDataError(f"{source} does not exist; give a folder or a .jsonl file")
+        raise CalibrationDataError(
+            f"{named(source)} does not exist; give a folder or a .jsonl file"
+        )
     items = list(_from_jsonl(source))
     if not items:
-        raise CalibrationDataError(f"{source} has no lines")
+        raise CalibrationDataError(f"{named(source)} has no lines")
     return items
 
 
 def _from_jsonl(path: Path) -> Iterator[Item]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path, DATA_BYTES).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationDataError(f"cannot read {path}: {error}") from error
+        raise CalibrationDataError(f"cannot read {named(path)}: {reason(error)}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             image = path.parent / entry["image"]
             prompt, answer = str(entry.get("prompt", DEFAULT_PROMPT)), str(entry.get("answer", ""))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (JsonError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationDataError(
-                f"{path}:{number}: expected an object with 'image': {error}"
+                f"{named(path)}:{number}: expected an object with 'image': {reason(error)}"
             ) from error
         try:
             yield Item(load_image(image), prompt, answer)
         except ImageError as error:
-            raise CalibrationDataError(f"{path}:{number}: {error}") from error
+            raise CalibrationDataError(f"{named(path)}:{number}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from internvl_edge.export.config import parse_config
 from internvl_edge.export.mapping import check_names, check_shapes, expected_shapes
 from internvl_edge.runtime.errors import CheckpointError
+from internvl_edge.runtime.files import FileIdentity, check_regular
+from internvl_edge.runtime.json_reader import JsonError, read_object
+from internvl_edge.runtime.quoting import named, quoted, reason
 from internvl_edge.runtime.specs import ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -63,6 +65,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.spec = parse_config(_read_json(self.directory / "config.json"))
         self._files = _tensor_files(self.directory)
+        self._identities = {path: FileIdentity.at(path) for path in set(self._files.values())}
         expected = expected_shapes(self.spec)
         check_names(self._files, expected)
         self._shapes = self._read_shapes()
@@ -87,13 +90,17 @@ class Checkpoint:
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[np.generic]:
         # The shard is mapped anew for every block: closing it is what returns its pages.
+        path = self._files[name]
         try:
-            with safe_open(self._files[name], "numpy") as shard:
-                return np.array(shard.get_slice(name)[start:stop])
+            with safe_open(path, "numpy") as shard:
+                values = np.array(shard.get_slice(name)[start:stop])
         except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path.name}: cannot read {name}: {reason(error)}") from error
+        if FileIdentity.at(path) != self._identities[path]:
             raise CheckpointError(
-                f"{self._files[name].name}: cannot read {name}: {error}"
-            ) from error
+                f"{named(path)} was replaced or changed while it was read; export it again"
+            )
+        return values
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}
@@ -102,11 +109,14 @@ class Checkpoint:
                 held = set(shard.keys())
                 for name in [name for name, file in self._files.items() if file == path]:
                     if name not in held:
-                        raise CheckpointError(f"{path.name} lacks {name}, which {INDEX} puts there")
+                        raise CheckpointError(
+                            f"{path.name} lacks {named(name)}, which {INDEX} puts there"
+                        )
                     view = shard.get_slice(name)
                     if view.get_dtype() not in _FLOATS:
                         raise CheckpointError(
-                            f"{path.name}: {name} is {view.get_dtype()}; supported: {_FLOATS}"
+                            f"{path.name}: {named(name)} is {view.get_dtype()}; supported:"
+                            f" {_FLOATS}"
                         )
                     shapes[name] = tuple(view.get_shape())
         return shapes
@@ -120,9 +130,16 @@ def _state(path: Path) -> str:
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name to the file that holds it."""
-    if (directory / INDEX).exists():
-        return _indexed_files(directory)
     single = directory / SINGLE
+    if (directory / INDEX).exists():
+        files = _indexed_files(directory)
+        # transformers takes the single file then, other tools the shards: one of both is stale.
+        if single.exists() and single not in files.values():
+            raise CheckpointError(
+                f"{named(directory)} holds both {SINGLE} and {INDEX} with other files, such as"
+                f" {next(iter(files.values())).name}; remove what an earlier save left"
+            )
+        return files
     if not single.exists():
         raise CheckpointError(_no_weights(directory))
     with _open(single) as shard:
@@ -135,22 +152,22 @@ def _indexed_files(directory: Path) -> dict[str, Path]:
         raise CheckpointError(f"{INDEX} has no 'weight_map'")
     files = {}
     for name, file in weight_map.items():
+        place = f"{INDEX} puts {named(name)} into {quoted(file)}"
         if not isinstance(file, str) or Path(file).name != file or {"\\", "\0"} & set(file):
-            raise CheckpointError(
-                f"{INDEX} puts {name} into {file!r}; a shard must be a file of the same directory"
-            )
+            raise CheckpointError(f"{place}; a shard must be a file of the same directory")
         if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX} puts {name} into {file!r}, not a .safetensors file")
+            raise CheckpointError(f"{place}, not a .safetensors file")
         files[name] = directory / file
     return files
 
 
 def _open(path: Path) -> Any:
     try:
+        check_regular(path)
         return safe_open(path, "numpy")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file: {error}; download it again"
+            f"{named(path)} is not a complete safetensors file: {reason(error)}; download it again"
         ) from error
 
 
@@ -160,24 +177,21 @@ def _no_weights(directory: Path) -> str:
     )
     if pickles:
         return (
-            f"{directory} holds only pickled weights ({pickles[0]}); loading a pickle can run any"
-            " code, so it is refused: convert to safetensors first"
+            f"{named(directory)} holds only pickled weights ({pickles[0]}); loading a pickle can"
+            " run any code, so it is refused: convert to safetensors first"
         )
     if (directory / "adapter_config.json").exists():
-        return f"{directory} is a LoRA adapter; merge it into its base model and export that"
-    return f"{directory} has neither {SINGLE} nor {INDEX}"
+        return f"{named(directory)} is a LoRA adapter; merge it into its base model and export that"
+    return f"{named(directory)} has neither {SINGLE} nor {INDEX}"
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.parent} is not a checkpoint directory: it has no {path.name}; give the folder"
-            " of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
+            f"{named(path.parent)} is not a checkpoint directory: it has no {path.name}; give the"
+            " folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"cannot read {named(path)}: {reason(error)}") from error

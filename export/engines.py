@@ -52,6 +52,8 @@ from internvl_edge.runtime.engines import (
     source_hashes,
 )
 from internvl_edge.runtime.errors import ExportError
+from internvl_edge.runtime.json_reader import read_object
+from internvl_edge.runtime.quoting import named
 from internvl_edge.runtime.trt import Library
 
 #: A plan is little larger than its weights: kernels, tables.
@@ -86,12 +88,12 @@ def build_engines(
     key = engine_key(place.machine, limits, precision, source, FLAGS)
     target = Path(os.path.realpath(bundle.path)) / FOLDER / key
     if not overwrite and _fits(bundle, key, place.machine):
-        raise ExportError(f"{target} exists; pass --overwrite to build it again")
+        raise ExportError(f"{named(target)} exists; pass --overwrite to build it again")
     check_target(target, overwrite=True)
     check_space(target, int(PLAN_GROWTH * sum(memory.weights.values())), "the engines")
     with work_folder(target) as work:
         if not overwrite and _fits(bundle, key, place.machine):
-            raise ExportError(f"{target} was built meanwhile by another process")
+            raise ExportError(f"{named(target)} was built meanwhile by another process")
         aside = work.fresh(NEW)
         report = {}
         for graph, plan in PLANS.items():
@@ -141,7 +143,7 @@ def timing_cache_path(library: Library, sm: int) -> Path | None:
 
 def render_layers(engines: Engines) -> str:
     """How products are computed, by graph: counts by type, and what is slower than it could be."""
-    report = json.loads((engines.path / LAYERS).read_text(encoding="utf-8"))
+    report = read_object(engines.path / LAYERS)
     lines = []
     for graph, found in report.items():
         counts: dict[str, int] = {}

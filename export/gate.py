@@ -27,6 +27,7 @@ from internvl_edge.runtime.bundle import open_bundle
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.runtime.engine import MAX_CHUNK
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.quoting import named, reason
 
 #: Weights in an engine may take this much more or less than in the file.
 WEIGHT_TOLERANCE = 0.05
@@ -163,8 +164,8 @@ def check_bundle(
     bundle = open_bundle(path)
     if bundle.manifest.dialect == "onnxruntime":
         raise BundleError(
-            f"{path} is of the onnxruntime dialect, the check is for TensorRT's graphs; export"
-            " with --for tensorrt or --for tensorrt-portable"
+            f"{named(path)} is of the onnxruntime dialect, the check is for TensorRT's graphs;"
+            " export with --for tensorrt or --for tensorrt-portable"
         )
     versions = {
         "tensorrt_rtx": require_builder(),
@@ -301,5 +302,5 @@ def _checked(path: Path) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
-        raise BundleError(f"{path} is not valid ONNX: {error}") from error
+        raise BundleError(f"{named(path)} is not valid ONNX: {reason(error)}") from error
     return onnx.load(path, load_external_data=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from internvl_edge.runtime.errors import CheckpointError
+from internvl_edge.runtime.quoting import named, quoted
 from internvl_edge.runtime.specs import LanguageSpec, ModelSpec, VisionSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -34,7 +35,8 @@ def check_names(names: Iterable[str], expected: Mapping[str, tuple[int, ...]]) -
     lora = sorted(name for name in found if "lora_" in name or name.startswith("base_model."))
     if lora:
         raise CheckpointError(
-            f"the checkpoint holds unmerged LoRA tensors ({lora[0]}); merge them into the model"
+            f"the checkpoint holds unmerged LoRA tensors ({named(lora[0])}); merge them into the"
+            " model"
         )
     if missing := sorted(expected.keys() - found):
         raise CheckpointError(f"{len(missing)} tensors are missing: {_some(missing)}")
@@ -50,7 +52,7 @@ def check_shapes(
 ) -> None:
     """Raise CheckpointError unless every tensor has the shape config.json implies."""
     wrong = [
-        f"{name} is {list(shapes[name])}, config.json implies {list(shape)}"
+        f"{name} is {quoted(list(shapes[name]))}, config.json implies {list(shape)}"
         for name, shape in sorted(expected.items())
         if shapes[name] != shape
     ]
@@ -128,4 +130,4 @@ def _repeat(prefix: str, count: int, layer: Shapes) -> Shapes:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(named, names[:5])) + (", ..." if len(names) > 5 else "")

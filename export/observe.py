@@ -230,7 +230,7 @@ def _session(graph: Path, device: Device, pack: bool) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     check_device(device)
     providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
-    session = ort.InferenceSession(str(graph), options, providers=providers)
+    session = ort.InferenceSession(str(graph), options, providers=providers, enable_fallback=False)
     if (got := session.get_providers())[0] != PROVIDERS[device]:
         raise DeviceError(
             f"{PROVIDERS[device]} is installed but did not start (got {', '.join(got)}); check the"

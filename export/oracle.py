@@ -21,6 +21,7 @@ from internvl_edge.runtime.bundle import Bundle, Manifest, open_bundle, read_man
 from internvl_edge.runtime.devices import open_device
 from internvl_edge.runtime.embedding import EmbeddingTable
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.quoting import named
 from internvl_edge.runtime.rope import rope_base
 
 #: Tokens behind the image rows, and how many of them are decoded one by one.
@@ -146,7 +147,7 @@ def _check_reference(manifest: Manifest, reference: Path) -> None:
     other = read_manifest(reference)
     if other.dialect != "onnxruntime":
         raise BundleError(
-            f"{reference} is of the {other.dialect} dialect; export it anew without --for"
+            f"{named(reference)} is of the {other.dialect} dialect; export it anew without --for"
         )
     if (other.spec, other.vision, other.language) != (
         manifest.spec,
@@ -154,8 +155,9 @@ def _check_reference(manifest: Manifest, reference: Path) -> None:
         manifest.language,
     ):
         raise BundleError(
-            f"{reference} is another model, or another precision ({other.vision}, {other.language}"
-            f" against {manifest.vision}, {manifest.language}); export both from one checkpoint"
+            f"{named(reference)} is another model, or another precision ({other.vision},"
+            f" {other.language} against {manifest.vision}, {manifest.language}); export both"
+            " from one checkpoint"
         )
 
 

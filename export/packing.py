@@ -19,6 +19,7 @@ from internvl_edge.export.quantize import (
     quantize_channels,
 )
 from internvl_edge.export.weights import Weight
+from internvl_edge.runtime.contract import embedding_runs
 from internvl_edge.runtime.errors import ExportError
 
 Arrays = tuple[NDArray[np.generic], ...]
@@ -26,8 +27,6 @@ Arrays = tuple[NDArray[np.generic], ...]
 #: Values a thread quantises at a time: small enough that they and their copies stay in cache.
 CHUNK_VALUES = 1 << 18
 THREADS = 4
-#: Values of an embedding row that share a scale.
-TABLE_RUN = 128
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def pack_channels(
 def pack_table(weight: Weight) -> list[Weight]:
     """Tensors for an embedding table: int8 values and float32 scales per run of a row."""
     rows, columns = weight.shape
-    runs = table_runs(columns)
+    runs = embedding_runs(columns)
     parts = [Part("", "int8", weight.shape), Part(".scales", "float32", (rows, runs))]
 
     def quantize(block: Floats) -> Arrays:
@@ -186,11 +185,6 @@ def pack_table(weight: Weight) -> list[Weight]:
         return values.reshape(block.shape), scales.reshape(-1, runs)
 
     return Packed(weight, parts, quantize).weights()
-
-
-def table_runs(columns: int) -> int:
-    """Scales of one row of an int8 embedding table."""
-    return columns // TABLE_RUN if columns % TABLE_RUN == 0 else 1
 
 
 def _whole(weight: Weight) -> Floats:

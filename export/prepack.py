@@ -40,6 +40,7 @@ from internvl_edge.runtime.disk import check_room
 from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import WIDEST_BYTES
+from internvl_edge.runtime.quoting import reason
 
 #: Smaller weights are left as they are.
 LEAST_BYTES = 1 << 16
@@ -238,11 +239,12 @@ class _Probe:
             options.add_session_config_entry(key, value)
         path = self._write(name, values)
         try:
-            ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime's have no common class, and no code for a disk
             check_room(self._scratch / "packed.data", 2 * values.nbytes)
-            reason = " ".join(str(error).split())[:SHOWN]
-            raise ExportError(f"{name}: ONNX Runtime does not pack it: {reason}") from error
+            raise ExportError(f"{name}: ONNX Runtime does not pack it: {reason(error)}") from error
         saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
         stored = [
             entry.value

@@ -29,6 +29,7 @@ from internvl_edge.runtime.prepared import (
     superseded,
 )
 from internvl_edge.runtime.products import UNSIGNED, bundle_form
+from internvl_edge.runtime.quoting import named
 
 #: Packed weights are larger: column sums and scales lie between them (12 % at block 128).
 GROWTH = 1.15
@@ -96,5 +97,5 @@ def prepare_bundle(
 
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists; pass --overwrite to write it again")
+        raise ExportError(f"{named(target)} exists; pass --overwrite to write it again")
     check_target(target, overwrite)

@@ -122,8 +122,8 @@ def limits_of(spec: ModelSpec, max_tiles: int | None, max_context: int | None) -
         raise LimitError(f"--max-context is {context}, outside 1..{most} of this model")
     if max_tiles is not None and rows >= context:
         raise LimitError(
-            f"{tiles} tiles with thumbnail are {rows} tokens, the context holds {context}; raise"
-            " --max-context or lower --max-tiles"
+            f"{tiles} tiles with thumbnail are {rows} tokens, the context holds {context};"
+            f"{' raise --max-context or' if context < most else ''} lower --max-tiles"
         )
     defaults = Limits(context)
     return Limits(

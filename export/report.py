@@ -12,6 +12,7 @@ from internvl_edge.export.decisions import Decisions
 from internvl_edge.export.mapping import LANGUAGE, PROJECTOR, VISION
 from internvl_edge.export.ranges import NORM, ValueRange
 from internvl_edge.runtime.contract import QUANTISATION_REPORT
+from internvl_edge.runtime.json_reader import read_object
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def render_report(bundle: Path) -> str:
 
     What float16 does not hold follows, where that was looked for.
     """
-    report = json.loads((bundle / QUANTISATION_REPORT).read_text(encoding="utf-8"))
+    report = read_object(bundle / QUANTISATION_REPORT)
     lines = [f"{'unit':14} {'SQNR dB':>8} {'cosine':>9} {'KL nats':>9}"] if report["units"] else []
     for cost in report["units"]:
         kept = tensor_prefix(cost["unit"]) in report["kept_fp16"]

@@ -21,12 +21,11 @@ from internvl_edge.export.mapping import (
     VISION,
     expected_shapes,
 )
-from internvl_edge.export.packing import table_runs
 from internvl_edge.export.plan import LinearPlan, QuantPlan
 from internvl_edge.export.quantize import block_bytes
 from internvl_edge.export.weights import Weight
 from internvl_edge.runtime.bundle import PartEntry
-from internvl_edge.runtime.contract import compute_dtype
+from internvl_edge.runtime.contract import compute_dtype, embedding_runs
 from internvl_edge.runtime.inspection import ITEM_BYTES
 from internvl_edge.runtime.specs import ModelSpec
 
@@ -143,7 +142,7 @@ def _linear_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
 
 def _table_bytes(shape: tuple[int, ...], recipe: Recipe) -> int:
     rows, columns = shape
-    scales = 4 * table_runs(columns) if recipe.embedding == "int8" else 0
+    scales = 4 * embedding_runs(columns) if recipe.embedding == "int8" else 0
     return rows * (columns * ITEM_BYTES[recipe.embedding] + scales)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.quoting import quoted
 
 GIB = 1 << 30
 
@@ -88,7 +89,7 @@ class Target:
             if mode.name == name:
                 return mode
         known = ", ".join(mode.name for mode in self.modes)
-        raise LimitError(f"{self.name} has no power mode {name!r}; it has: {known}")
+        raise LimitError(f"{self.name} has no power mode {quoted(name)}; it has: {known}")
 
     def rate(self, dtype: str, mode: PowerMode) -> float:
         """Dense operations a second; a dtype without a published figure runs as float16."""
@@ -106,7 +107,7 @@ def get_target(name: str) -> Target:
         if target.name == name:
             return target
     known = ", ".join(target.name for target in TARGETS)
-    raise LimitError(f"unknown target {name!r}; known: {known}")
+    raise LimitError(f"unknown target {quoted(name)}; known: {known}")
 
 
 def _card(sm_count: int, clock: float, bandwidth: float) -> tuple[PowerMode, ...]:

@@ -104,7 +104,7 @@ def _cpu_compiler() -> list[str]:
     if chosen := os.environ.get("CXX"):
         command = shlex.split(chosen)
         if not shutil.which(command[0]):
-            raise BuildError(f"CXX names {command[0]!r}, which is not found")
+            raise BuildError(f"CXX names {command[0]!r:.200}, which is not found")
         return command
     for name in ("g++", "clang++", "c++"):
         if path := shutil.which(name):
@@ -117,7 +117,7 @@ def nvcc_command() -> list[str]:
     if chosen := os.environ.get("NVCC"):
         command = shlex.split(chosen)
         if not shutil.which(command[0]):
-            raise BuildError(f"NVCC names {command[0]!r}, which is not found")
+            raise BuildError(f"NVCC names {command[0]!r:.200}, which is not found")
         return command
     for candidate in ("nvcc", "/usr/local/cuda/bin/nvcc"):
         if path := shutil.which(candidate):

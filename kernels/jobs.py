@@ -149,7 +149,7 @@ class TilePlan:
         wanted = np.dtype(dtype if dtype is not None else _default_dtype(layout))
         allowed = ("uint8",) if layout == "tiles" else ("float32", "float16")
         if wanted.name not in allowed:
-            raise TypeError(f"layout {layout!r} is {' or '.join(allowed)}, not {wanted.name}")
+            raise TypeError(f"layout {layout!r:.200} is {' or '.join(allowed)}, not {wanted.name}")
         if layout == "patches" and (patch_size < 1 or tile_size % patch_size):
             raise ValueError(
                 f"tile_size {tile_size} is not a multiple of patch_size {patch_size};"
@@ -244,7 +244,7 @@ class ShufflePlan:
 def choose(name: str, value: str, options: Mapping[str, int]) -> int:
     """The number of an option, or a ValueError that lists them."""
     if value not in options:
-        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(options)}")
+        raise ValueError(f"{name} is {value!r:.200}, it must be one of {', '.join(options)}")
     return options[value]
 
 

@@ -19,6 +19,7 @@ from internvl_edge.runtime.images import LazyImage, TiledImage
 from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.process import HomeProcess
+from internvl_edge.runtime.quoting import quoted
 from internvl_edge.runtime.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
 from internvl_edge.runtime.tokenizer import Tokenizer
@@ -80,7 +81,9 @@ class Answering:
     ) -> TokenStream:
         """Check a request and bind the phases to it; `cache` None allocates one."""
         if request.max_new_tokens < 1:
-            raise LimitError(f"max_new_tokens is {request.max_new_tokens}, it must be at least 1")
+            raise LimitError(
+                f"max_new_tokens is {quoted(request.max_new_tokens)}, it must be at least 1"
+            )
         ids = self.inputs.checked(request.ids, request.tiled)
         timings.prompt_tokens = len(ids)
         longest = min(len(ids) + request.max_new_tokens, self.max_context)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args
 
 from internvl_edge.runtime.contract import (
+    EMBEDDING_SCALES,
     EMBEDDING_TABLE,
     LANGUAGE_FILES,
     MANIFEST,
@@ -24,13 +27,29 @@ from internvl_edge.runtime.contract import (
     VisionPrecision,
 )
 from internvl_edge.runtime.errors import BundleError, PromptError
+from internvl_edge.runtime.files import FileIdentity, open_regular
+from internvl_edge.runtime.json_reader import JsonError, read_object
 from internvl_edge.runtime.prompt import get_template
+from internvl_edge.runtime.quoting import named, quoted, reason
+from internvl_edge.runtime.seal import check_seal, sealed
 from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.verified import VerifiedFiles
 
 FORMAT = "internvl-edge bundle"
 FORMAT_VERSION = 1
 
 Verify = Literal["hash", "size"]
+
+#: Keys of bundles written before there were seals.
+_UNSEALED = frozenset(
+    ("format", "version", "dialect", "precision", "parameters", "parts", "spec", "files")
+)
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+#: Digits of a digest that messages show.
+_SHOWN = 12
+#: Digits in which the digests of two contents never agree but for so many.
+_FEW = 4
 
 _PRECISIONS: dict[str, Any] = {
     "vision": VisionPrecision,
@@ -76,20 +95,18 @@ class Manifest:
         return {part: getattr(self, part) for part in _PRECISIONS}
 
     def to_json(self) -> str:
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "dialect": self.dialect,
-                "precision": self.precision,
-                "parameters": dict(self.parameters),
-                "parts": {name: vars(entry) for name, entry in self.parts.items()},
-                "spec": self.spec.to_dict(),
-                "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
+        """The text of bundle.json, sealed."""
+        content = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "dialect": self.dialect,
+            "precision": self.precision,
+            "parameters": dict(self.parameters),
+            "parts": {name: vars(entry) for name, entry in self.parts.items()},
+            "spec": self.spec.to_dict(),
+            "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
+        }
+        return json.dumps(sealed(content), indent=2, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -99,10 +116,16 @@ class Bundle:
     path: Path
     manifest: Manifest
     verify: Verify = "hash"  # how its files were checked
+    identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # when they were
 
     @property
     def spec(self) -> ModelSpec:
         return self.manifest.spec
+
+    @property
+    def verified(self) -> VerifiedFiles:
+        """Its files as they were when they were checked."""
+        return VerifiedFiles(self.path, self.identities)
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -120,45 +143,68 @@ def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
         BundleError: not a bundle, newer format, missing, resized or altered file.
     """
     if verify not in get_args(Verify):
-        raise BundleError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}")
+        raise BundleError(
+            f"verify is {quoted(verify)}, expected one of {', '.join(get_args(Verify))}"
+        )
     directory = Path(path)
     manifest = read_manifest(directory)
-    for name, entry in manifest.files.items():
-        check_file(directory / name, entry, verify)
-    return Bundle(directory, manifest, verify)
+    identities = {
+        name: check_file(directory / name, entry, verify) for name, entry in manifest.files.items()
+    }
+    return Bundle(directory, manifest, verify, identities)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Parse bundle.json without touching the other files."""
+    """Parse bundle.json without touching the other files.
+
+    Raises:
+        BundleError: it is missing, damaged, of a newer format, or contradicts itself.
+    """
     source = directory / MANIFEST
     try:
-        data = json.loads(source.read_text(encoding="utf-8"))
+        data = read_object(source)
     except FileNotFoundError:
         raise BundleError(
-            f"{directory} is not a bundle: it has no {MANIFEST}; write one with"
+            f"{named(directory)} is not a bundle: it has no {MANIFEST}; write one with"
             " 'internvl-edge export CHECKPOINT -o BUNDLE'"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise BundleError(f"cannot read {source}: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    except (OSError, JsonError) as error:
+        raise BundleError(f"cannot read {named(source)}: {reason(error)}") from error
+    return parse_manifest(data, named(source))
+
+
+def parse_manifest(data: Mapping[str, Any], source: str = MANIFEST) -> Manifest:
+    """Check the content of bundle.json; `source` is what messages call it.
+
+    Raises:
+        BundleError: it is damaged, of a newer format, or contradicts itself.
+    """
+    if data.get("format") != FORMAT:
         raise BundleError(f"{source} does not describe an {FORMAT}")
     version = data.get("version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise BundleError(
-            f"{source} has format version {version!r}, this runtime reads {FORMAT_VERSION};"
+            f"{source} has format version {quoted(version)}, this runtime reads {FORMAT_VERSION};"
             " update internvl-edge or export the checkpoint again"
         )
+    try:
+        check_seal(data, older=_UNSEALED)
+    except JsonError as error:
+        raise BundleError(
+            f"{source} is damaged: {error}; copy the bundle again or export it anew"
+        ) from error
     spec = ModelSpec.from_dict(_object(data, "spec"))
     try:
         get_template(spec.prompt.template)
     except PromptError as error:
         raise BundleError(f"{MANIFEST}: {error}") from error
+    precision: dict[str, Any] = {part: _precision(data, part) for part in _PRECISIONS}
     return Manifest(
         spec=spec,
         dialect=_dialect(data),
-        **{part: _precision(data, part) for part in _PRECISIONS},
+        **precision,
         parameters={name: _count(name, n) for name, n in _object(data, "parameters").items()},
-        files=_files(data),
+        files=_files(data, (EMBEDDING_SCALES,) if precision["embedding"] == "int8" else ()),
         parts=_parts(data) if "parts" in data else {},
     )
 
@@ -170,10 +216,15 @@ def file_entry(path: Path) -> FileEntry:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file, read in blocks."""
+    with open_regular(path) as stream:
+        return sha256_stream(stream)
+
+
+def sha256_stream(stream: BinaryIO) -> str:
+    """Hex sha256 of what is left of an open file."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    while block := stream.read(1 << 22):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -182,21 +233,51 @@ def check_file(
     entry: FileEntry,
     verify: Verify,
     remedy: str = "copy the bundle again or export it anew",
-) -> None:
-    """Raise BundleError unless a file is there, has its size and, on request, its hash."""
+) -> FileIdentity:
+    """Check that a file is there, has its size and, on request, its hash.
+
+    Returns:
+        What the file was meanwhile, for whoever opens it later.
+
+    Raises:
+        BundleError: it is missing, no regular file, or another.
+    """
     try:
-        if not path.is_file():
-            raise BundleError(f"{path} is missing; {remedy}")
-        size = path.stat().st_size
-        got = sha256_file(path) if verify == "hash" and size == entry.bytes else entry.sha256
+        with open_regular(path) as stream:
+            identity = FileIdentity.of(os.fstat(stream.fileno()))
+            hashed = verify == "hash" and identity.size == entry.bytes
+            digest = sha256_stream(stream) if hashed else entry.sha256
+            changed = FileIdentity.of(os.fstat(stream.fileno())) != identity
+    except FileNotFoundError as error:
+        raise BundleError(f"{named(path)} is missing; {remedy}") from error
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}; {remedy}") from error
-    if size != entry.bytes:
-        raise BundleError(f"{path} has {size} bytes, expected {entry.bytes}; {remedy}")
-    if got != entry.sha256:
+        raise BundleError(f"cannot read {named(path)}: {reason(error)}; {remedy}") from error
+    if changed:
+        raise BundleError(f"{named(path)} was written to while it was read; try again")
+    if identity.size != entry.bytes:
         raise BundleError(
-            f"{path} was altered: sha256 {got[:12]}..., expected {entry.sha256[:12]}...; {remedy}"
+            f"{named(path)} has {identity.size} bytes, expected {entry.bytes}; {remedy}"
         )
+    if digest != entry.sha256:
+        raise BundleError(f"{_difference(named(path), digest, entry.sha256)}; {remedy}")
+    return identity
+
+
+def _difference(path: str, digest: str, listed: str) -> str:
+    """Which of the two is wrong, and where they differ."""
+    places = [
+        place for place, pair in enumerate(zip(digest, listed, strict=True)) if len(set(pair)) > 1
+    ]
+    first = places[0] if places[0] >= _SHOWN else 0
+    got, expected = (
+        f"{'...' * (first > 0)}{text[first : first + _SHOWN]}..." for text in (digest, listed)
+    )
+    if len(places) <= _FEW:  # of another content about 60 digits differ
+        return (
+            f"the sha256 that is listed for {path} is damaged: {len(places)} of its digits differs,"
+            f" {expected} instead of {got}"
+        )
+    return f"{path} was altered: sha256 {got}, expected {expected}"
 
 
 def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -211,7 +292,7 @@ def _dialect(data: Mapping[str, Any]) -> DialectName:
         if data.get("dialect") == name:
             return cast("DialectName", name)
     raise BundleError(
-        f"{MANIFEST}: dialect is {data.get('dialect')!r}, this runtime reads"
+        f"{MANIFEST}: dialect is {quoted(data.get('dialect'))}, this runtime reads"
         f" {', '.join(get_args(DialectName))}; export the checkpoint again"
     )
 
@@ -221,14 +302,14 @@ def _precision(data: Mapping[str, Any], part: str) -> Any:
     known = get_args(_PRECISIONS[part])
     if value not in known:
         raise BundleError(
-            f"{MANIFEST}: precision.{part} is {value!r}, expected one of {', '.join(known)}"
+            f"{MANIFEST}: precision.{part} is {quoted(value)}, expected one of {', '.join(known)}"
         )
     return value
 
 
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise BundleError(f"{MANIFEST}: {name} is {value!r}, expected a whole number")
+        raise BundleError(f"{MANIFEST}: {named(name)} is {quoted(value)}, expected a whole number")
     return value
 
 
@@ -241,16 +322,21 @@ def _parts(data: Mapping[str, Any]) -> dict[str, PartEntry]:
     return parts
 
 
-def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
+def _files(data: Mapping[str, Any], more: Sequence[str]) -> dict[str, FileEntry]:
+    """The files a bundle has; those that any has and `more` must be among them."""
     files = {}
     for name, entry in _object(data, "files").items():
         plain = Path(name).name == name and name.isprintable() and "\\" not in name
-        if not plain or name in ("", ".."):
-            raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise BundleError(f"{MANIFEST}: bad entry for file {name!r}: {entry!r}")
-        files[name] = FileEntry(_count(f"{name} bytes", entry.get("bytes")), entry["sha256"])
-    for needed in (*VISION_FILES, *LANGUAGE_FILES, EMBEDDING_TABLE):
+        if not plain or name in ("", "..", MANIFEST):
+            raise BundleError(f"{MANIFEST} names a file outside the bundle: {quoted(name)}")
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise BundleError(
+                f"{MANIFEST}: the entry of {quoted(name)} is damaged: {quoted(entry)}; copy the"
+                " bundle again or export it anew"
+            )
+        files[name] = FileEntry(_count(f"{name} bytes", entry.get("bytes")), digest)
+    for needed in (*VISION_FILES, *LANGUAGE_FILES, EMBEDDING_TABLE, *more):
         if needed not in files:
             raise BundleError(f"{MANIFEST} does not list {needed}; export the checkpoint again")
     return files

@@ -29,6 +29,7 @@ from internvl_edge.runtime.contract import (
 )
 from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import InternVLEdgeError, InternVLEdgeWarning, LimitError
+from internvl_edge.runtime.quoting import LONGEST, named, reason
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         _drop_output()
-        named = is_full(error) and error.filename is not None  # else it was the output
-        text = full_disk(error, Path()) if named else error
+        place = f"{named(error.filename)}: " if isinstance(error.filename, str) else ""
+        full = is_full(error) and error.filename is not None  # else it was the output
+        text = full_disk(error, Path()) if full else f"{place}{reason(error)}"
         print(f"error: {text}", file=sys.stderr)
         return USAGE_ERROR
 
@@ -224,8 +226,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """Commands inherit it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message, which may hold an argument of any length."""
+        super().error(message if len(message) <= 3 * LONGEST else f"{message[: 3 * LONGEST]}...")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="internvl-edge", description="Edge inference runtime for InternVL 1.5 and its family"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

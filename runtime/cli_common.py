@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from internvl_edge.runtime.errors import ExportError, LimitError
+from internvl_edge.runtime.quoting import quoted
 
 #: What `ArgumentParser.add_subparsers` returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -36,4 +37,4 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def check_threads(threads: int | None) -> None:
     """Raise LimitError for a number of threads below one."""
     if threads is not None and threads < 1:
-        raise LimitError(f"--threads is {threads}, it must be at least 1")
+        raise LimitError(f"--threads is {quoted(threads)}, it must be at least 1")

@@ -29,6 +29,8 @@ LANGUAGE_FILES = (LANGUAGE_GRAPH, "language.data")
 EMBEDDING_TABLE = "embedding.npy"
 EMBEDDING_SCALES = "embedding.scales.npy"
 MANIFEST = "bundle.json"
+#: Values of an int8 table's row that share a scale, where a row is whole runs of them.
+EMBEDDING_RUN = 128
 QUANTISATION_REPORT = "quantisation.json"
 QUANTISATION_PLOT = "quantisation.svg"
 
@@ -72,6 +74,11 @@ def cache_pairs(spec: LanguageSpec) -> list[tuple[str, str]]:
             (past_value(layer), present_value(layer)),
         )
     ]
+
+
+def embedding_runs(hidden_size: int) -> int:
+    """Return the number of scales of one row of an int8 embedding table."""
+    return hidden_size // EMBEDDING_RUN if hidden_size % EMBEDDING_RUN == 0 else 1
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from internvl_edge.kernels.device import (
     stream_handle,
 )
 from internvl_edge.runtime.errors import DeviceError
+from internvl_edge.runtime.quoting import reason
 
 #: A stream of its own does not wait for the default stream.
 NON_BLOCKING = 1
@@ -273,7 +274,7 @@ def _adopted(stream: Any) -> int:
     try:
         return stream_handle(stream) or LEGACY_STREAM
     except TypeError as error:
-        raise DeviceError(f"{error}; got a {type(stream).__name__}") from error
+        raise DeviceError(f"{reason(error)}; got a {type(stream).__name__}") from error
 
 
 def _check_copy(host: NDArray[Any], device: DeviceArray) -> None:

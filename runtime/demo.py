@@ -18,6 +18,7 @@ from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportErr
 from internvl_edge.runtime.generation import Reply
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.preprocess import load_image
+from internvl_edge.runtime.quoting import reason
 from internvl_edge.runtime.terminal import summary
 
 Export = Callable[[Path, Path], Path]
@@ -106,7 +107,7 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
         size = (checkpoint / "model.safetensors").stat().st_size / 1e6
         bundle = user_cache() / f"tiny-ocr-{_bundle_key(checkpoint)}"
     except OSError as error:
-        raise CheckpointError(f"the demo checkpoint is incomplete: {error}") from error
+        raise CheckpointError(f"the demo checkpoint is incomplete: {reason(error)}") from error
     _say("checkpoint", f"tiny_ocr, {size:.1f} MB of weights: InternViT (RMSNorm) + InternLM2 (GQA)")
     if not (bundle / MANIFEST).exists():
         try:

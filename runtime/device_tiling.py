@@ -26,6 +26,7 @@ from internvl_edge.runtime.preprocess import (
     load_pixels,
     tile_on_host,
 )
+from internvl_edge.runtime.quoting import reason
 
 #: The kernel writes four neighbours at a time.
 SIDE_MULTIPLE = 4
@@ -102,12 +103,14 @@ class DeviceTiler:
             view = describe(image)
             masked = image.__cuda_array_interface__.get("mask") is not None
         except (KeyError, TypeError, ValueError) as error:
-            raise ImageError(f"{kind} has a damaged __cuda_array_interface__: {error}") from error
+            raise ImageError(
+                f"{kind} has a damaged __cuda_array_interface__: {reason(error)}"
+            ) from error
         check_array(view)
         try:
             planes_of(view, copy=False)
         except ValueError as error:
-            raise ImageError(f"{kind}: {error}") from error
+            raise ImageError(f"{kind}: {reason(error)}") from error
         if masked:
             raise ImageError(f"{kind} has a mask; pass an array without one")
         attributes = self._cuda.driver.bindings.CUpointer_attribute
@@ -115,7 +118,9 @@ class DeviceTiler:
         try:
             device = int(self._cuda.driver("cuPointerGetAttribute", ordinal, view.ctypes.data))
         except DeviceError as error:
-            raise ImageError(f"{kind} is not in memory the device knows: {error}") from error
+            raise ImageError(
+                f"{kind} is not in memory the device knows: {reason(error)}"
+            ) from error
         if device != self._cuda.device:
             raise ImageError(
                 f"the image is on CUDA device {device}, the model on {self._cuda.device}; copy it"

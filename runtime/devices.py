@@ -15,6 +15,7 @@ from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.prepared import is_prepared
 from internvl_edge.runtime.preprocess import Tiler, tile_on_host
+from internvl_edge.runtime.quoting import named, quoted
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
@@ -71,17 +72,17 @@ def open_device(
         LimitError: `threads` is not positive.
     """
     if device not in get_args(Device):
-        raise DeviceError(f"unknown device {device!r}; use {', '.join(get_args(Device))}")
+        raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
     if threads is not None and threads < 1:
-        raise LimitError(f"threads is {threads}, it must be at least 1")
+        raise LimitError(f"threads is {quoted(threads)}, it must be at least 1")
     if stream is not None and device == "cpu":
-        raise DeviceError(f"a CUDA stream was given for device {device!r}; use device='cuda'")
+        raise DeviceError(f"a CUDA stream was given for device {quoted(device)}; use device='cuda'")
     if device == "cpu":
         return _open_cpu(bundle, threads, low_memory)
     dialect = bundle.manifest.dialect
     if device == "cuda" and dialect != "onnxruntime":
         raise DeviceError(
-            f"{bundle.path} was written --for {dialect}: device 'cuda' runs the onnxruntime"
+            f"{named(bundle.path)} was written --for {dialect}: device 'cuda' runs the onnxruntime"
             " dialect; use device='tensorrt', or device='cpu' for reference results"
         )
     try:

@@ -15,7 +15,7 @@ from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.reuse import PrefixStore
 from internvl_edge.runtime.rope import rope_base
 from internvl_edge.runtime.sampling import Candidates
-from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.specs import LanguageSpec, ModelSpec
 
 #: Most tokens of one prefill pass: bounds the activations of the MLP (512 x 16,384 x 4 = 34 MB).
 MAX_CHUNK = 512
@@ -121,6 +121,14 @@ class ImageRows:
             begin, end = max(first, offset), min(last, offset + len(part))
             if begin < end:
                 target[self._slots[begin:end] - start] = part[begin - offset : end - offset]
+
+
+def shortening(language: LanguageSpec, context: int) -> str:
+    """Return what helps where a prompt does not fit a context of so many tokens."""
+    most = language.max_context
+    if context < most:
+        return "use fewer images, a lower max_tiles, or a larger max_context"
+    return f"use fewer images, a lower max_tiles, or less text: the model takes no more than {most}"
 
 
 def check_slots(slots: int, rows: int) -> None:
@@ -298,6 +306,6 @@ class Engine:
     def _check_length(self, cache: Cache, length: int) -> None:
         if length > cache.state.capacity:
             raise LimitError(
-                f"{length} tokens > {cache.state.capacity} the KV cache holds; shorten the prompt,"
-                " use fewer tiles, or load with a larger max_context"
+                f"{length} tokens > {cache.state.capacity} the KV cache holds;"
+                f" {shortening(self._spec.language, cache.state.capacity)}"
             )

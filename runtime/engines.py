@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from internvl_edge.runtime.bundle import Bundle, FileEntry, check_file
 from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.runtime.engine import MAX_CHUNK
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.json_reader import JsonError
+from internvl_edge.runtime.quoting import named, quoted, reason
+from internvl_edge.runtime.seal import read_sealed, sealed
+from internvl_edge.runtime.verified import VerifiedFiles
 
 FOLDER = "engines"
 MANIFEST = "engines.json"
@@ -106,7 +111,7 @@ class EngineManifest:
 
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": FORMAT_VERSION}
-        return json.dumps(head | asdict(self), indent=2)
+        return json.dumps(sealed(head | asdict(self)), indent=2)
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,17 @@ class Engines:
     path: Path
     manifest: EngineManifest
 
-    def plan(self, graph: str) -> Path:
-        """Path of a graph's plan, its hash checked.
+    @contextmanager
+    def plan(self, graph: str) -> Iterator[Path]:
+        """Path of a graph's plan, to be read within: its hash is checked, and that it stays.
 
         Raises:
             BundleError: the plan is missing, or is not the one that was built.
         """
-        name = PLANS[graph]
-        check_file(self.path / name, self.manifest.files[name], "hash", "build the engines again")
-        return self.path / name
+        name, remedy = PLANS[graph], "build the engines again"
+        identity = check_file(self.path / name, self.manifest.files[name], "hash", remedy)
+        with VerifiedFiles(self.path, {name: identity}).unchanged():
+            yield self.path / name
 
 
 def engine_key(
@@ -166,16 +173,16 @@ def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -
 
 def why_none(bundle: Bundle, machine: Machine, context: int | None = None) -> str:
     """What there is instead, exactly what differs, and the command that helps."""
-    command = f"internvl-edge build {bundle.path}"
+    command = f"internvl-edge build {named(bundle.path)}"
     if context is not None:
         command += f" --max-context {context}"
     remedy = f"run '{command}', or load with --auto-build (auto_build=True)"
     found = built_engines(bundle)
     if not found:
-        return f"{bundle.path} has no engines for this machine; {remedy}"
+        return f"{named(bundle.path)} has no engines for this machine; {remedy}"
     differing = [(changes(item.manifest, bundle, machine, context), item) for item in found]
     fewest, item = min(differing, key=lambda pair: len(pair[0]))
-    return f"{item.path} does not fit any more: {'; '.join(fewest)}; {remedy}"
+    return f"{named(item.path)} does not fit any more: {'; '.join(fewest)}; {remedy}"
 
 
 def built_engines(bundle: Bundle) -> list[Engines]:
@@ -204,7 +211,7 @@ def changes(
 
     def compare(what: str, then: object, now: object) -> None:
         if then != now:
-            found.append(f"{what} was {then}, is {now}")
+            found.append(f"{what} was {named(str(then))}, is {named(str(now))}")
 
     compare("TensorRT", f"{built.library} {built.version}", f"{machine.library} {machine.version}")
     compare("compute capability", built.sm, machine.sm)
@@ -233,12 +240,13 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     path = folder / MANIFEST
     remedy = f"delete {folder} and build the engines again"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"cannot read {path}: {error}; {remedy}") from error
+        older = ("format", "version", *(field.name for field in fields(EngineManifest)))
+        data = read_sealed(path, older)
+    except (OSError, JsonError) as error:
+        raise BundleError(f"cannot read {named(path)}: {reason(error)}; {remedy}") from error
     try:
         if (data["format"], data["version"]) != (FORMAT, FORMAT_VERSION):
-            raise BundleError(f"{path} is no {FORMAT} of version {FORMAT_VERSION}; {remedy}")
+            raise BundleError(f"{named(path)} is no {FORMAT} of version {FORMAT_VERSION}; {remedy}")
         manifest = EngineManifest(
             machine=Machine(**_typed(Machine, data["machine"])),
             limits=Limits(**_typed(Limits, data["limits"])),
@@ -252,9 +260,9 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
             },
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path} is damaged ({error!r}); {remedy}") from error
+        raise BundleError(f"{named(path)} is damaged ({reason(error)}); {remedy}") from error
     if not set(PLANS.values()) <= manifest.files.keys():
-        raise BundleError(f"{path} is damaged (it does not list both plans); {remedy}")
+        raise BundleError(f"{named(path)} is damaged (it does not list both plans); {remedy}")
     return manifest
 
 
@@ -273,6 +281,6 @@ def _typed(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
         value = data[field.name]
         wrong = not isinstance(value, _KINDS[str(field.type)]) or isinstance(value, bool)
         if wrong or (isinstance(value, int) and value < 1):
-            raise ValueError(f"{field.name} is {value!r}")
+            raise ValueError(f"{field.name} is {quoted(value)}")
         values[field.name] = value
     return values

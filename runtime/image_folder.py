@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.files import open_regular
 from internvl_edge.runtime.images import ImageIdentity
 
 #: What a folder may hold, unless told otherwise: 50 images of 13 tiles of the 26B in float32.
@@ -78,9 +79,10 @@ class ImageFolder:
         """Rows saved before; None where there are none or the file is damaged or another's."""
         file = self._file(image)
         try:
-            if not file.is_file():
-                return None
-            data = file.read_bytes()
+            with open_regular(file) as stream:
+                data = stream.read()
+        except FileNotFoundError:
+            return None
         except OSError as error:
             self._warn("read", error)
             return None

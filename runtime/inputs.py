@@ -9,16 +9,21 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.engine import check_slots
-from internvl_edge.runtime.errors import ImageError, LimitError, PromptError
+from internvl_edge.runtime.engine import check_slots, shortening
+from internvl_edge.runtime.errors import LimitError, PromptError
 from internvl_edge.runtime.images import TiledImage
-from internvl_edge.runtime.preprocess import EncodedBytes, ImageLike, Tiler, Tiling, encoded_image
+from internvl_edge.runtime.preprocess import (
+    EncodedBytes,
+    ImageLike,
+    Tiler,
+    Tiling,
+    check_tiles,
+    encoded_image,
+)
 from internvl_edge.runtime.prompt import IMAGE_CONTEXT, expand_images, get_template
-from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime.quoting import quoted
+from internvl_edge.runtime.specs import MAX_TILES, ModelSpec
 from internvl_edge.runtime.tokenizer import Tokenizer
-
-#: Most tiles of one image; more would not fit the context of any model of the family.
-MAX_TILES = 1024
 
 
 class Inputs:
@@ -61,11 +66,7 @@ class Inputs:
         Raises:
             ImageError: other than uint8 `(tiles, S, S, 3)`.
         """
-        side = self._spec.vision.tile_size
-        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (side, side, 3):
-            raise ImageError(
-                f"tiles are uint8 (tiles, {side}, {side}, 3), not {tiles.dtype} {tiles.shape}"
-            )
+        check_tiles(tiles, self._spec.vision.tile_size)
         held = np.ascontiguousarray(tiles)
         pixels = hashlib.sha256(held.data).digest()
         return TiledImage(lambda: (held, pixels), None, self._encoder)
@@ -74,7 +75,7 @@ class Inputs:
         told = self._spec.tiling
         limit = told.max_tiles if max_tiles is None else max_tiles
         if not 1 <= limit <= MAX_TILES:
-            raise LimitError(f"max_tiles is {limit}, it must be in 1..{MAX_TILES}")
+            raise LimitError(f"max_tiles is {quoted(limit)}, it must be in 1..{MAX_TILES}")
         return Tiling(
             tile_size=self._spec.vision.tile_size,
             min_tiles=min(told.min_tiles, limit) if told.dynamic else 1,
@@ -112,12 +113,13 @@ class Inputs:
             raise PromptError("the prompt has no tokens")
         if not 0 <= min(checked) <= max(checked) < vocab:
             raise PromptError(
-                f"token ids must be in 0..{vocab - 1}, got {min(checked)}..{max(checked)}"
+                f"token ids must be in 0..{vocab - 1}, got {quoted(min(checked))} to"
+                f" {quoted(max(checked))}"
             )
         if len(checked) > self._max_context:
             raise LimitError(
-                f"the prompt has {len(checked)} tokens, the context holds {self._max_context}; use"
-                " fewer images, a lower max_tiles, or a larger max_context"
+                f"the prompt has {len(checked)} tokens, the context holds {self._max_context};"
+                f" {shortening(self._spec.language, self._max_context)}"
             )
         check_slots(checked.count(self.context_id), sum(map(self.rows, tiled)))
         return checked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
 from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
 from internvl_edge.runtime.errors import BundleError
 from internvl_edge.runtime.free_memory import available_memory
+from internvl_edge.runtime.json_reader import read_object
 from internvl_edge.runtime.memory import plan_memory
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import is_prepared, why_none
 from internvl_edge.runtime.products import bundle_form, products_of
+from internvl_edge.runtime.quoting import named, reason
 from internvl_edge.runtime.specs import ModelSpec
 
 Report = dict[str, Any]
@@ -42,7 +43,7 @@ def inspect_bundle(path: Path) -> Report:
         "precision": manifest.precision,
         "file_bytes": size,
         **_parts(manifest, size),
-        **_outside_float16(path),
+        **_outside_float16(path, manifest),
         **describe(manifest.spec, manifest.parameters, manifest.kv),
         "memory": _memory(path, manifest),
         "here": _here(path, manifest),
@@ -95,22 +96,22 @@ def _parts(manifest: Manifest, size: int) -> Report:
     return {"parts": parts | {"graphs_and_padding": {"bytes": rest, "precision": ""}}}
 
 
-def _outside_float16(path: Path) -> Report:
+def _outside_float16(path: Path, manifest: Manifest) -> Report:
     """Linear layers kept in float32 and what for, where calibration found any."""
+    if QUANTISATION_REPORT not in manifest.files:
+        return {}
     reasons: dict[str, list[str]] = {}
     try:
-        report = json.loads((path / QUANTISATION_REPORT).read_text(encoding="utf-8"))
+        report = read_object(path / QUANTISATION_REPORT)
         for value in report.get("outside_float16") or ():
             if value["place"] == "norm":  # norms compute in float32 anyway
                 continue
             loss = "overflows" if value["sqnr_db"] is None else f"{value['sqnr_db']:.0f} dB"
-            reason = f"{value['place']} reaches {value['largest']:.3g} ({loss})"
-            reasons.setdefault(value["weight"], []).append(reason)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            cause = f"{value['place']} reaches {value['largest']:.3g} ({loss})"
+            reasons.setdefault(value["weight"], []).append(cause)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BundleError(
-            f"cannot read {path / QUANTISATION_REPORT}: {error}; export again"
+            f"cannot read {named(path / QUANTISATION_REPORT)}: {reason(error)}; export again"
         ) from error
     return {"kept_fp32": {name: ", ".join(why) for name, why in reasons.items()}} if reasons else {}
 

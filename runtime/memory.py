@@ -201,7 +201,7 @@ def _remedies(manifest: Manifest, plan: MemoryPlan) -> str:
     """What would take less, each with what it saves."""
     weights = plan.vision_weights, plan.language_weights
     options = []
-    if all(weights):
+    if all(weights) and "fp16" not in (manifest.vision, manifest.language):
         options.append(f"'internvl-edge prepare' (maps {_gib(sum(weights))} of weights)")
     if not plan.low_memory:
         saved = plan.total - replace(plan, low_memory=True).total

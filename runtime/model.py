@@ -26,9 +26,15 @@ from internvl_edge.runtime.image_folder import FOLDER_BYTES, FOLDER_DAYS, ImageF
 from internvl_edge.runtime.images import TiledImage
 from internvl_edge.runtime.inputs import Inputs
 from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.preprocess import ImageLike, Tiler, tile_on_host, tiles_on_host
+from internvl_edge.runtime.preprocess import (
+    ImageLike,
+    Tiler,
+    tile_on_host,
+    tiles_on_host,
+)
 from internvl_edge.runtime.process import HomeProcess, NotCopied
 from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.quoting import quoted
 from internvl_edge.runtime.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.sampling import Sampling
 from internvl_edge.runtime.shelf import Shelf
@@ -133,7 +139,9 @@ class InternVL(NotCopied):
         bundle = open_bundle(Path(path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
-            raise LimitError(f"max_context {max_context} is outside 1..{limit} of this model")
+            raise LimitError(
+                f"max_context {quoted(max_context)} is outside 1..{limit} of this model"
+            )
         opened = open_device(
             bundle,
             device,
@@ -145,8 +153,8 @@ class InternVL(NotCopied):
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
-        tokenizer = Tokenizer.load(bundle.path)
-        return cls(
+        tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+        model = cls(
             bundle,
             opened.backend,
             tokenizer,
@@ -156,6 +164,8 @@ class InternVL(NotCopied):
             image_folder=folder,
             memory=opened.memory,
         )
+        bundle.verified.check()  # of what was read meanwhile too
+        return model
 
     def generate(
         self,
@@ -279,7 +289,11 @@ class InternVL(NotCopied):
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
     ) -> NDArray[np.float32]:
-        """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them."""
+        """Like `logits`, for pictures cut already: uint8 `(tiles, S, S, 3)` of all of them.
+
+        Raises:
+            ImageError: they are something else.
+        """
         self.home.check()
         tiled = [self.inputs.tiles(tiles)] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)

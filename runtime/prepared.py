@@ -21,8 +21,12 @@ from internvl_edge.runtime.contract import (
     VISION_GRAPH,
 )
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.json_reader import JsonError
 from internvl_edge.runtime.machine import machine_key
 from internvl_edge.runtime.products import AS_STORED, bundle_form
+from internvl_edge.runtime.quoting import named, reason
+from internvl_edge.runtime.seal import SEAL, read_sealed, sealed
+from internvl_edge.runtime.verified import VerifiedFiles
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
@@ -65,7 +69,7 @@ def prepared_folder(bundle: Bundle) -> Path:
 def prepared_manifest(bundle: Bundle, files: Mapping[str, FileEntry]) -> str:
     """JSON that ties packed graphs to the bundle they were made from."""
     entries = {name: vars(entry) for name, entry in sorted(files.items())}
-    return json.dumps(_origin(bundle) | {"files": entries}, indent=2)
+    return json.dumps(sealed(_origin(bundle) | {"files": entries}), indent=2)
 
 
 def is_prepared(bundle: Bundle) -> bool:
@@ -81,20 +85,26 @@ def why_none(bundle: Bundle) -> str | None:
     folder = prepared_folder(bundle)
     if folder.is_dir():
         return (
-            f"prepared weights in {folder} were made from another export, or for products that are"
-            f" not exact on this CPU; {PREPARE_AGAIN}"
+            f"prepared weights in {named(folder)} were made from another export, or for products"
+            f" that are not exact on this CPU; {PREPARE_AGAIN}"
         )
     others = sorted(path.name for path in folder.parent.glob("*") if (path / MANIFEST).exists())
     if not others:
         return None
     return (
-        f"prepared weights in {folder.parent} are for {', '.join(others)}, this is {folder.name};"
-        " run 'internvl-edge prepare' on the bundle"
+        f"prepared weights in {named(folder.parent)} are for {', '.join(others)}, this is"
+        f" {folder.name}; run 'internvl-edge prepare' on the bundle"
     )
 
 
 def find_prepared(bundle: Bundle) -> Path | None:
-    """The packed graphs that fit this machine and this bundle, or None; see `why_none`.
+    """The packed graphs that fit this machine and this bundle, or None; see `why_none`."""
+    found = verified_prepared(bundle)
+    return None if found is None else found.path
+
+
+def verified_prepared(bundle: Bundle) -> VerifiedFiles | None:
+    """Check the packed graphs that fit this machine and this bundle; None where there are none.
 
     Raises:
         BundleError: they are there, but damaged.
@@ -102,21 +112,23 @@ def find_prepared(bundle: Bundle) -> Path | None:
     folder, data = prepared_folder(bundle), _manifest(bundle)
     if data is None:
         return None
-    for name, entry in _entries(bundle, data).items():
-        check_file(folder / name, entry, bundle.verify, PREPARE_AGAIN)
-    return folder
+    identities = {
+        name: check_file(folder / name, entry, bundle.verify, PREPARE_AGAIN)
+        for name, entry in _entries(bundle, data).items()
+    }
+    return VerifiedFiles(folder, identities)
 
 
 def _manifest(bundle: Bundle) -> dict[str, Any] | None:
     """What lies there; None if nothing does, or what was made from another bundle."""
     path = prepared_folder(bundle) / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_sealed(path, older=(*_origin(bundle), "files"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}; {PREPARE_AGAIN}") from error
-    if not isinstance(data, dict) or not _is_origin(data, bundle):
+    except (OSError, JsonError) as error:
+        raise BundleError(f"cannot read {named(path)}: {reason(error)}; {PREPARE_AGAIN}") from error
+    if not _is_origin(data, bundle):
         return None
     return data
 
@@ -129,19 +141,21 @@ def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
             for name, entry in data["files"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BundleError(f"{path} is damaged; {PREPARE_AGAIN}") from None
+        raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}") from None
     graphs = [
         name
         for graph in (VISION_GRAPH, LANGUAGE_GRAPH)
         for name in part_names(graph, part_count(bundle.manifest, graph))
     ]
     if set(entries) != {*graphs, *(str(Path(name).with_suffix(".data")) for name in graphs)}:
-        raise BundleError(f"{path} is damaged; {PREPARE_AGAIN}")
+        raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}")
     return entries
 
 
 def _is_origin(data: Mapping[str, Any], bundle: Bundle) -> bool:
-    return {key: value for key, value in data.items() if key != "files"} == _origin(bundle)
+    return {key: value for key, value in data.items() if key not in ("files", SEAL)} == _origin(
+        bundle
+    )
 
 
 def _origin(bundle: Bundle) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import io
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from internvl_edge.kernels import ops
 from internvl_edge.runtime.errors import ImageError
+from internvl_edge.runtime.files import read_bytes
+from internvl_edge.runtime.quoting import named, quoted, reason
 from internvl_edge.runtime.rgb import rgb_pixels
 
 ImageLike: TypeAlias = (
@@ -33,6 +34,8 @@ MAX_PIXELS = 178_956_970
 #: Longest side, JPEG's own limit. Resizing goes one axis at a time, so that the picture between
 #: the passes is as high as the original, however thin that was.
 MAX_SIDE = 65_535
+#: Largest file: as many pixels of four times 16 bits, not compressed.
+MAX_BYTES = 8 * MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,10 @@ def encoded_image(source: ImageLike) -> ImageLike:
         return EncodedBytes(bytes(source), f"{len(source)} bytes of image data")
     if not isinstance(source, (str, os.PathLike)):
         return source
-    label = str(source)
     try:
-        path = Path(source)
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ImageError(f"cannot read image {label!r}: it is no regular file")
-        return EncodedBytes(path.read_bytes(), label)
-    except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with NUL
-        raise ImageError(f"cannot read image {label!r}: {_reason(error)}") from error
+        return EncodedBytes(read_bytes(source, MAX_BYTES), named(source))
+    except OSError as error:
+        raise ImageError(f"cannot read image {quoted(str(source))}: {reason(error)}") from error
 
 
 def _decode(source: EncodedBytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -172,11 +171,13 @@ def _decode(source: EncodedBytes, max_pixels: int) -> NDArray[np.uint8]:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{label} has too many pixels: {error}; scale it down first") from error
+        raise ImageError(
+            f"{label} has too many pixels: {reason(error)}; scale it down first"
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{label} is not an image Pillow can identify") from error
     except Exception as error:  # a decoder at damaged data raises whatever it stumbles over
-        raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
+        raise ImageError(f"{label} cannot be decoded: {reason(error)}") from error
 
 
 def content_hash(pixels: NDArray[np.uint8]) -> bytes:
@@ -270,9 +271,25 @@ def check_array(array: NDArray[Any], max_pixels: int = MAX_PIXELS) -> None:
     """Raise ImageError unless an array is an image: uint8 `(H, W, 3)`, not too large."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(
-            f"an image array is uint8 of shape (H, W, 3), not {array.dtype} {array.shape}"
+            f"an image array is uint8 of shape (H, W, 3), not {named(str(array.dtype))}"
+            f" {quoted(array.shape)}"
         )
     _check_pixels((array.shape[1], array.shape[0]), max_pixels, "image array")
+
+
+def check_tiles(tiles: object, tile_size: int) -> None:
+    """Raise ImageError unless this is uint8 `(tiles, tile_size, tile_size, 3)`."""
+    side = (tile_size, tile_size, 3)
+    if not isinstance(tiles, np.ndarray):
+        got = type(tiles).__name__
+    elif tiles.dtype == np.uint8 and tiles.ndim == 4 and tiles.shape[1:] == side:
+        return
+    else:
+        got = f"{named(str(tiles.dtype))} {quoted(tiles.shape)}"
+    raise ImageError(
+        f"tiles are uint8 of shape (tiles, {tile_size}, {tile_size}, 3), as `tile` cuts them, not"
+        f" {got}"
+    )
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int, label: str) -> None:
@@ -298,10 +315,4 @@ def _pixels(image: Image.Image, label: str, max_pixels: int) -> NDArray[np.uint8
     except ImageError:
         raise
     except Exception as error:  # see `_decode`
-        raise ImageError(f"{label} cannot be decoded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
+        raise ImageError(f"{label} cannot be decoded: {reason(error)}") from error

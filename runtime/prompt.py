@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from internvl_edge.runtime.errors import PromptError
+from internvl_edge.runtime.quoting import quoted
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START = "<img>"
@@ -102,7 +103,7 @@ def get_template(name: str) -> Template:
         return _TEMPLATES[name]
     except KeyError:
         raise PromptError(
-            f"unknown prompt template {name!r}; known: {', '.join(_TEMPLATES)}"
+            f"unknown prompt template {quoted(name)}; known: {', '.join(_TEMPLATES)}"
         ) from None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.errors import LimitError
+from internvl_edge.runtime.quoting import quoted
 
 
 @dataclass(frozen=True)
@@ -143,4 +144,4 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check(valid: bool, name: str, value: object, limit: str) -> None:
     if not valid:
-        raise LimitError(f"{name} is {value}, it must be {limit}")
+        raise LimitError(f"{name} is {quoted(value)}, it must be {limit}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.quoting import quoted
 
 NormType = Literal["rms_norm", "layer_norm"]
 PixelShuffleVersion = Literal["v1", "v2"]
@@ -22,6 +23,12 @@ _Spec = TypeVar("_Spec")
 
 #: Largest size or position: they are int32 in the graphs' contract.
 MAX_INTEGER = 2**31 - 1
+#: More layers than any known tower or decoder has.
+MAX_LAYERS = 1024
+#: Longest side of a tile: at 14-pixel patches one head's attention scores take 1.8 GB there.
+MAX_TILE_SIZE = 2048
+#: Most tiles of one image; more would not fit the context of any model of the family.
+MAX_TILES = 1024
 #: Side of the square of patches that pixel shuffle merges into one token (downsample_ratio 0.5).
 SHUFFLE = 2
 #: The projector's LayerNorm is built with PyTorch's default epsilon, whatever the tower uses.
@@ -151,7 +158,7 @@ class ModelSpec:
         """Inverse of `to_dict`.
 
         Raises:
-            BundleError: a field is missing, unknown or of another type.
+            BundleError: a field is missing, unknown or of another type, or does not go with others.
         """
         spec = cls(
             vision=_read(VisionSpec, data, "vision"),
@@ -159,12 +166,80 @@ class ModelSpec:
             tiling=_read(TilingSpec, data, "tiling"),
             prompt=_read(PromptSpec, data, "prompt"),
         )
-        longest = spec.language.max_position_embeddings * spec.language.rope_factor
-        if not 1 <= longest <= MAX_INTEGER:
-            raise BundleError(
-                f"bundle.json: the context is {longest:.6g} tokens, expected 1..{MAX_INTEGER}"
-            )
+        if (problem := inconsistency(spec)) is not None:
+            raise BundleError(f"bundle.json: {problem}; export the checkpoint again")
         return spec
+
+
+def inconsistency(spec: ModelSpec) -> str | None:
+    """Return what contradicts itself in a model, or is beyond what is supported; None: nothing.
+
+    Fields are called as in `ModelSpec`, with the checkpoint's name in brackets where it differs.
+    """
+    return next(_inconsistencies(spec), None)
+
+
+def _inconsistencies(spec: ModelSpec) -> Iterator[str]:
+    """One after the other: later ones are computed from what earlier ones let pass."""
+    yield from _of_vision(spec.vision)
+    yield from _of_language(spec.language)
+    yield from _of_tiling(spec.tiling)
+    rows, context = spec.vision.tokens_per_tile, spec.language.max_context
+    if rows > context:
+        yield f"one tile takes {rows} positions of the decoder, the context has {context}"
+
+
+def _of_vision(vision: VisionSpec) -> Iterator[str]:
+    yield from _indivisible("vision.hidden_size", vision.hidden_size, vision.num_attention_heads)
+    yield from _too_large("vision.num_hidden_layers", vision.num_hidden_layers, MAX_LAYERS)
+    side = "vision.tile_size (force_image_size)"
+    yield from _too_large(side, vision.tile_size, MAX_TILE_SIZE)
+    yield from _too_large("vision.image_size", vision.image_size, MAX_TILE_SIZE)
+    yield from _indivisible(side, vision.tile_size, vision.patch_size * SHUFFLE)
+    if vision.image_size < vision.patch_size:
+        yield f"vision: image_size {vision.image_size} < patch_size {vision.patch_size}"
+    if not 0 <= vision.layers_run <= vision.num_hidden_layers:
+        yield (
+            f"vision.select_layer is {vision.select_layer}, the tower has"
+            f" {vision.num_hidden_layers} layers"
+        )
+
+
+def _of_language(language: LanguageSpec) -> Iterator[str]:
+    heads = language.num_attention_heads
+    yield from _indivisible("language.hidden_size", language.hidden_size, heads)
+    yield from _indivisible("language.num_attention_heads", heads, language.num_key_value_heads)
+    yield from _indivisible("the size of a language head", language.head_dim, 2)
+    yield from _too_large("language.num_hidden_layers", language.num_hidden_layers, MAX_LAYERS)
+    factor = language.rope_factor
+    if factor < 1 or (language.rope_type == "default" and factor != 1):
+        expected = "1" if language.rope_type == "default" else "1 or more"
+        yield (
+            f"the rotary embedding's factor is {factor:.6g}, expected {expected} with the type"
+            f" {language.rope_type}"
+        )
+    if (longest := language.max_position_embeddings * factor) > MAX_INTEGER:
+        yield f"the context is {longest:.6g} tokens, the longest context supported {MAX_INTEGER}"
+
+
+def _of_tiling(tiling: TilingSpec) -> Iterator[str]:
+    most = "tiling.max_tiles (max_dynamic_patch)"
+    yield from _too_large(most, tiling.max_tiles, MAX_TILES)
+    if tiling.min_tiles > tiling.max_tiles:
+        yield (
+            f"tiling.min_tiles (min_dynamic_patch) is {tiling.min_tiles}, expected at most"
+            f" {tiling.max_tiles}, which is {most}"
+        )
+
+
+def _indivisible(name: str, value: int, divisor: int) -> Iterator[str]:
+    if value % divisor:
+        yield f"{name} {value} is not a multiple of {divisor}"
+
+
+def _too_large(name: str, value: int, limit: int) -> Iterator[str]:
+    if value > limit:
+        yield f"{name} is {value}, at most {limit} is supported"
 
 
 _EXPECTED: dict[Any, str] = {
@@ -182,12 +257,12 @@ def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
     hints = get_type_hints(kind)
     if values.keys() != hints.keys():
         odd = sorted(values.keys() ^ hints.keys())
-        raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {odd}")
+        raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {quoted(odd)}")
     for name, hint in hints.items():
         if not _fits(values[name], hint, signed=name == "select_layer"):
             expected = _EXPECTED.get(hint, hint)
             raise BundleError(
-                f"bundle.json: spec.{part}.{name} is {values[name]!r}, expected {expected}"
+                f"bundle.json: spec.{part}.{name} is {quoted(values[name])}, expected {expected}"
             )
     return kind(**values)
 

@@ -6,13 +6,15 @@ The checkpoint's own files are read: `tokenizer.model`, and the special tokens f
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.runtime.errors import BundleError, PromptError
+from internvl_edge.runtime.files import TOKENIZER_BYTES, read_bytes
+from internvl_edge.runtime.json_reader import JsonError, read_object
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -21,6 +23,9 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 #: What a byte sequence that is not (yet) UTF-8 decodes to.
 REPLACEMENT = "\ufffd"
+
+#: As `added_tokens_decoder` can spell it: nine digits.
+_MAX_ID = 999_999_999
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -41,7 +46,9 @@ class Tokenizer:
         try:
             self._pieces.LoadFromSerializedProto(model_proto)
         except RuntimeError as error:
-            raise BundleError(f"{MODEL_FILE} is not a SentencePiece model: {error}") from error
+            raise BundleError(
+                f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}"
+            ) from error
         self.special = dict(special)
         self._special_ids = frozenset(self.special.values())
         self._bos = [self._pieces.bos_id()] if add_bos else []
@@ -49,21 +56,25 @@ class Tokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @classmethod
-    def load(cls, directory: Path) -> Tokenizer:
+    def load(cls, directory: Path, listed: Collection[str] | None = None) -> Tokenizer:
         """Read the tokenizer files of a checkpoint or bundle.
+
+        Args:
+            listed: names of the files that belong to it; others are as if they were not there.
+                None: whatever is there.
 
         Raises:
             BundleError: a file is missing or malformed.
         """
-        try:
-            proto = (directory / MODEL_FILE).read_bytes()
-        except OSError as error:
-            raise BundleError(f"cannot read {directory / MODEL_FILE}: {error.strerror}") from error
-        config = _read_json(directory / CONFIG_FILE)
-        special = _special_tokens(directory, config)
+        files = _Files(directory, listed)
+        proto, config = files.model(), files.json(CONFIG_FILE)
+        special = _special_tokens(files, config)
         if not special:
-            raise BundleError(f"{directory} names no special tokens; expected {CONFIG_FILE}")
-        return cls(proto, special, add_bos=bool(config.get("add_bos_token", True)))
+            raise BundleError(f"{named(directory)} names no special tokens; expected {CONFIG_FILE}")
+        if _flag(config, "add_eos_token", default=False):
+            raise BundleError(f"{CONFIG_FILE}: add_eos_token is true; supported: false")
+        add_bos = _flag(config, "add_bos_token", default=True)
+        return cls(proto, special, add_bos=add_bos)
 
     @property
     def size(self) -> int:
@@ -105,7 +116,7 @@ class Tokenizer:
             return self.special[text]
         except KeyError:
             raise BundleError(
-                f"the tokenizer has no special token {text!r}; its files do not belong to an"
+                f"the tokenizer has no special token {quoted(text)}; its files do not belong to an"
                 " InternVL checkpoint"
             ) from None
 
@@ -139,37 +150,64 @@ class TextStream:
         return text[len(shown) :]
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
+class _Files:
+    """The tokenizer files of a directory, those that are listed."""
+
+    def __init__(self, directory: Path, listed: Collection[str] | None) -> None:
+        self._directory = directory
+        self._listed = listed
+
+    def model(self) -> bytes:
+        path = self._directory / MODEL_FILE
+        if self._listed is not None and MODEL_FILE not in self._listed:
+            raise BundleError(f"{named(self._directory)} lists no {MODEL_FILE}; export it anew")
+        try:
+            return read_bytes(path, TOKENIZER_BYTES)
+        except OSError as error:
+            raise BundleError(f"cannot read {named(path)}: {reason(error)}") from error
+
+    def json(self, name: str) -> dict[str, Any]:
+        path = self._directory / name
+        if self._listed is not None and name not in self._listed:
+            return {}
+        try:
+            return read_object(path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, JsonError) as error:
+            raise BundleError(f"cannot read {named(path)}: {reason(error)}") from error
+
+
+def _special_tokens(files: _Files, config: Mapping[str, Any]) -> dict[str, int]:
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict) and decoder:
         return dict(_added_token(i, entry) for i, entry in decoder.items())
-    return {
-        str(text): int(i)
-        for text, i in _read_json(directory / ADDED_TOKENS_FILE).items()
-        if isinstance(i, int)
-    }
+    added = files.json(ADDED_TOKENS_FILE)
+    for text, token_id in added.items():
+        whole = isinstance(token_id, int) and not isinstance(token_id, bool)
+        if not text or not whole or not 0 <= token_id <= _MAX_ID:
+            raise BundleError(
+                f"{ADDED_TOKENS_FILE} has a bad entry {quoted(text)}: {quoted(token_id)}"
+            )
+    return added
 
 
 def _added_token(token_id: str, entry: object) -> tuple[str, int]:
     """Text and id of one entry of `added_tokens_decoder`."""
     text = entry.get("content") if isinstance(entry, dict) else None
-    if not isinstance(text, str) or not text or not re.fullmatch(r"\d{1,9}", token_id):
+    if not isinstance(text, str) or not text or not re.fullmatch(r"[0-9]{1,9}", token_id):
         raise BundleError(
-            f"{CONFIG_FILE}: added_tokens_decoder has a bad entry {token_id!r}: {entry!r}"
+            f"{CONFIG_FILE}: added_tokens_decoder has a bad entry {quoted(token_id)}:"
+            f" {quoted(entry)}"
         )
     return text, int(token_id)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise BundleError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} is not a JSON object")
-    return data
+def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, bool):
+        raise BundleError(f"{CONFIG_FILE}: {key} is {quoted(value)}, expected true or false")
+    return value
 
 
 def tokenizer_files(directory: Path) -> Sequence[Path]:

@@ -18,6 +18,8 @@ from internvl_edge.runtime.contract import DialectName, Tensor
 from internvl_edge.runtime.cuda import Cuda
 from internvl_edge.runtime.engines import Machine
 from internvl_edge.runtime.errors import BundleError, DeviceError
+from internvl_edge.runtime.files import open_regular
+from internvl_edge.runtime.quoting import named, quoted, reason
 
 #: Messages of the library that go into an error.
 SHOWN = 3
@@ -163,16 +165,18 @@ class Library:
         runtime = self.module.Runtime(logger)
         try:
             with (
-                path.open("rb") as file,
+                open_regular(path) as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
             ):
                 engine = runtime.deserialize_cuda_engine(plan)
         except (OSError, ValueError) as error:  # ValueError: nothing to map
-            raise BundleError(f"cannot read {path}: {error}; build the engines again") from error
+            raise BundleError(
+                f"cannot read {named(path)}: {reason(error)}; build the engines again"
+            ) from error
         if engine is None:
             reasons = " | ".join(logger.errors[-SHOWN:]) or "no reason given"
             raise BundleError(
-                f"{path}: {self.name} {self.version} does not load it: {reasons};"
+                f"{named(path)}: {self.name} {self.version} does not load it: {reasons};"
                 " build the engines again with 'internvl-edge build'"
             )
         return Plan(self, path, engine, runtime)
@@ -200,7 +204,9 @@ class Plan:
         strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(strategy)
         if context is None:
-            raise DeviceError(f"{self.path}: no execution context; is there enough device memory?")
+            raise DeviceError(
+                f"{named(self.path)}: no execution context; is there enough device memory?"
+            )
         context.set_device_memory(scratch, self.scratch_bytes)
         return Context(self, context)
 
@@ -221,11 +227,14 @@ class Plan:
             mode, dtype = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
             got.add((name, mode.name, dtype.name, tuple(engine.get_tensor_shape(name))))
             if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-                raise BundleError(f"{self.path}: {name} is wanted in host memory; build it again")
+                raise BundleError(
+                    f"{named(self.path)}: {named(name)} is wanted in host memory; build it again"
+                )
         if got != wanted:
             raise BundleError(
-                f"{self.path} is not of this bundle: engine {sorted(got - wanted)[:2]}, contract"
-                f" {sorted(wanted - got)[:2]}; build the engines again"
+                f"{named(self.path)} is not of this bundle: engine"
+                f" {quoted(sorted(got - wanted)[:2])}, contract"
+                f" {quoted(sorted(wanted - got)[:2])}; build the engines again"
             )
 
 
@@ -240,21 +249,25 @@ class Context:
         """Tell where inputs and outputs lie."""
         for name, address in addresses.items():
             if not self.raw.set_tensor_address(name, address):
-                raise DeviceError(f"{self.plan.path}: it does not take an address for {name}")
+                raise DeviceError(
+                    f"{named(self.plan.path)}: it does not take an address for {name}"
+                )
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Set shapes of inputs."""
         for name, shape in shapes.items():
             if not self.raw.set_input_shape(name, shape):
                 raise DeviceError(
-                    f"{self.plan.path}: {name} {shape} is outside what the engine was built for"
+                    f"{named(self.plan.path)}: {name} {shape} is outside what the engine was"
+                    " built for"
                 )
 
     def execute(self, stream: int) -> None:
         """Queue a pass."""
         if not self.raw.execute_async_v3(stream):
             raise DeviceError(
-                f"{self.plan.path}: {self.plan.library.name} refused a pass; its messages say why"
+                f"{named(self.plan.path)}: {self.plan.library.name} refused a pass; its messages"
+                " say why"
             )
 
     def capturable(self, stream: int) -> bool:
@@ -293,4 +306,4 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise DeviceError(f"{name} is installed but does not load: {error}") from error
+        raise DeviceError(f"{name} is installed but does not load: {reason(error)}") from error

@@ -16,6 +16,7 @@ from internvl_edge.export.mapping import LANGUAGE, expected_shapes
 from internvl_edge.export.work import check_space
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.free_memory import available_memory
+from internvl_edge.runtime.quoting import quoted
 from internvl_edge.runtime.specs import ModelSpec
 
 
@@ -70,7 +71,7 @@ def choose_peers(names: Sequence[str]) -> list[Peer]:
         fits = exact or [peer for peer in PEERS if peer.name.lower().startswith(name)]
         if not fits:
             known = ", ".join(repr(peer.name) for peer in PEERS)
-            raise LimitError(f"--peer {name!r} is unknown; known: {known}")
+            raise LimitError(f"--peer {quoted(name)} is unknown; known: {known}")
         chosen += [peer for peer in fits if peer not in chosen]
     return chosen or list(PEERS)
 

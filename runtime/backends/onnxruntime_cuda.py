@@ -27,6 +27,7 @@ from internvl_edge.runtime.device_sampling import LargestLogits, selection_kerne
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
 from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.quoting import reason
 from internvl_edge.runtime.rope import RopeTable
 from internvl_edge.runtime.sampling import Candidates
 
@@ -281,8 +282,8 @@ class OnnxRuntimeCudaBackend:
                 return CudaCache(self._place, binding, *given)
         except DeviceError as error:
             raise LimitError(
-                f"no device memory for a KV cache of {capacity} tokens ({error}); use a smaller"
-                " max_context"
+                f"no device memory for a KV cache of {capacity} tokens ({reason(error)}); use a"
+                " smaller max_context"
             ) from error
 
     def forward(

@@ -22,12 +22,14 @@ from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.prepared import (
     PREPARE_AGAIN,
-    find_prepared,
     part_count,
     part_names,
+    verified_prepared,
     why_none,
 )
 from internvl_edge.runtime.products import AS_STORED, Form, bundle_form
+from internvl_edge.runtime.quoting import named, quoted, reason
+from internvl_edge.runtime.verified import HeldFiles, VerifiedFiles
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -81,7 +83,7 @@ def check_provider(device: str) -> None:
 
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
-            f"device {device!r} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
+            f"device {quoted(device)} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
             f" has {ort.get_available_providers()}; install internvl-edge[gpu] or use"
             " device='cpu'"
         )
@@ -98,9 +100,10 @@ def open_graphs(
     """
     provider = replace(provider, form=bundle_form(bundle.manifest))
     sessions = []
-    for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
-        sessions.append(open_session(bundle.path, graph, provider, threads))
-        check_graph(bundle, graph, sessions[-1])
+    with bundle.verified.unchanged():
+        for graph in (contract.VISION_GRAPH, contract.LANGUAGE_GRAPH):
+            sessions.append(open_session(bundle.path, graph, provider, threads))
+            check_graph(bundle, graph, sessions[-1])
     return sessions[0], sessions[1]
 
 
@@ -125,6 +128,7 @@ class CpuGraphs:
         self._guard = MemoryGuard(bundle.manifest, prepared=False, low_memory=one_at_a_time)
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
+        self._held: HeldFiles | None = None
         self._chains: dict[str, Chain] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
@@ -148,24 +152,24 @@ class CpuGraphs:
             if graph not in self._chains:
                 self._chains.clear()  # first: their memory is needed
                 self._open(graph)
+            if self._held is not None:
+                self._held.check()
             return self._chains[graph]
 
-    def _find_prepared(self) -> Path | None:
+    def _find_prepared(self) -> VerifiedFiles | None:
         try:
-            found = find_prepared(self._bundle)
+            found = verified_prepared(self._bundle)
         except BundleError as error:
             self._warn(str(error))
             return None
-        if found is None and (reason := why_none(self._bundle)) is not None:
-            self._warn(reason)
+        if found is None and (text := why_none(self._bundle)) is not None:
+            self._warn(text)
         return found
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, text: str) -> None:
         """Say that the plain graphs are used, if there is memory for them."""
         self._guard.check_load()
-        warnings.warn(
-            f"{reason}; until then the plain graphs answer", PreparedWarning, stacklevel=2
-        )
+        warnings.warn(f"{text}; until then the plain graphs answer", PreparedWarning, stacklevel=2)
 
     def _open(self, *graphs: str) -> None:
         if self._prepared is not None:
@@ -175,13 +179,13 @@ class CpuGraphs:
                 self._prepared = None
                 self._chains.clear()
                 self._warn(f"{error}; {PREPARE_AGAIN}")
-        return self._open_from(self._bundle.path, graphs)
+        return self._open_from(self._bundle.verified, graphs)
 
-    def _open_from(self, folder: Path, graphs: Sequence[str]) -> None:
+    def _open_from(self, files: VerifiedFiles, graphs: Sequence[str]) -> None:
         """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
-        prepared, manifest = folder == self._prepared, self._bundle.manifest
+        prepared, manifest = files is self._prepared, self._bundle.manifest
         provider = Provider(optimise="none" if prepared else "all", form=self._form)
-        open_part = partial(open_session, folder, provider=provider, threads=self._threads)
+        open_part = partial(open_session, files.path, provider=provider, threads=self._threads)
         names = {
             graph: part_names(graph, part_count(manifest, graph)) if prepared else [graph]
             for graph in graphs
@@ -191,10 +195,17 @@ class CpuGraphs:
         *others, last = [name for graph in graphs for name in names[graph]]
         loading = large_blocks_reused if prepared else large_blocks_returned
         sessions = {}
-        with loading() as enter, ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool:
+        with (
+            files.unchanged(),
+            loading() as enter,
+            ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool,
+        ):
             opening = {name: pool.submit(open_part, name) for name in others}
             sessions[last] = open_part(last)
             sessions |= {name: future.result() for name, future in opening.items()}
+        self._held = files.hold(
+            str(Path(name).with_suffix(".data")) for graph in graphs for name in names[graph]
+        )
         for graph in graphs:
             chain = Chain([sessions[name] for name in names[graph]])
             check_graph(self._bundle, graph, chain)
@@ -256,16 +267,21 @@ def open_session(
     try:
         with contextlib.redirect_stdout(said) if catching else contextlib.nullcontext():
             path = str(folder / graph)
-            session = ort.InferenceSession(path, options, providers=list(chosen.items()))
+            # Without a provider to fall back to, it would print and try the same again.
+            session = ort.InferenceSession(
+                path, options, providers=list(chosen.items()), enable_fallback=catching
+            )
     except Exception as error:
         remedy = "" if provider.form == AS_STORED else f"; {_OLD_BUNDLE}"
-        raise BundleError(f"{folder / graph} does not load: {error}{remedy}") from error
+        raise BundleError(
+            f"{named(folder / graph)} does not load: {reason(error)}{remedy}"
+        ) from error
     if session.get_providers()[0] != provider.name:
-        reason = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
+        cause = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
         raise DeviceError(
             f"{provider.name} is installed but did not start (got {session.get_providers()});"
             " check the driver and CUDA libraries, or use device='cpu'"
-            + (f" (ONNX Runtime: {reason[:500]})" if reason else "")
+            + (f" (ONNX Runtime: {cause[:500]})" if cause else "")
         )
     return session
 
@@ -280,12 +296,15 @@ def check_contract(
         try:
             got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
         except UnicodeDecodeError as error:
-            raise BundleError(f"a graph has a damaged name: {error}; export it anew") from error
+            raise BundleError(
+                f"a graph has a damaged name: {reason(error)}; export it anew"
+            ) from error
         wanted = {(t.name, _ORT_TYPE[t.dtype], _fixed(t.shape)) for t in tensors}
         if got != wanted:
             raise BundleError(
-                f"graph and manifest do not match: graph {sorted(got - wanted, key=str)[:2]},"
-                f" manifest {sorted(wanted - got, key=str)[:2]}; export the checkpoint with this"
+                "graph and manifest do not match: graph"
+                f" {quoted(sorted(got - wanted, key=str)[:2])}, manifest"
+                f" {quoted(sorted(wanted - got, key=str)[:2])}; export the checkpoint with this"
                 " version of internvl-edge"
             )
 

@@ -30,6 +30,7 @@ from internvl_edge.runtime.device_sampling import LargestLogits, selection_kerne
 from internvl_edge.runtime.engines import PLANS, Engines
 from internvl_edge.runtime.errors import DeviceError, LimitError
 from internvl_edge.runtime.kv_cache import CacheState
+from internvl_edge.runtime.quoting import named, reason
 from internvl_edge.runtime.rope import RopeTable
 from internvl_edge.runtime.sampling import Candidates
 from internvl_edge.runtime.trt import Context, Library, Plan
@@ -130,14 +131,16 @@ class TensorRtBackend:
         self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
         with cuda.active():
-            vision = library.read_plan(engines.plan(contract.VISION_GRAPH))
+            with engines.plan(contract.VISION_GRAPH) as path:
+                vision = library.read_plan(path)
             vision.check(
                 contract.vision_inputs(spec.vision),
                 contract.vision_outputs(
                     spec.vision, spec.language, manifest.vision, manifest.dialect
                 ),
             )
-            self._language = library.read_plan(engines.plan(contract.LANGUAGE_GRAPH))
+            with engines.plan(contract.LANGUAGE_GRAPH) as path:
+                self._language = library.read_plan(path)
             self._check_language(self._language)
             largest = max(vision.scratch_bytes, self._language.scratch_bytes)
             self._scratch = cuda.empty((largest,), np.uint8)
@@ -184,7 +187,7 @@ class TensorRtBackend:
         if capacity > limits.context:
             raise LimitError(
                 f"{capacity} tokens > {limits.context} the engines were built for; rebuild with"
-                f" 'internvl-edge build {self._bundle.path} --max-context {capacity}'"
+                f" 'internvl-edge build {named(self._bundle.path)} --max-context {capacity}'"
             )
         with self._cuda.active():
             storage = self._free.pop() if self._free else self._allocated()
@@ -289,8 +292,8 @@ class TensorRtBackend:
             return Storage(self._bundle, self._cuda, self.limits, self._dtype)
         except DeviceError as error:
             raise LimitError(
-                f"no device memory for a KV cache of {self.limits.context} tokens ({error});"
-                " rebuild the engines with a smaller --max-context"
+                f"no device memory for a KV cache of {self.limits.context} tokens"
+                f" ({reason(error)}); rebuild the engines with a smaller --max-context"
             ) from error
 
     def _check_language(self, plan: Plan) -> None:

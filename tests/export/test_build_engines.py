@@ -355,7 +355,8 @@ def test_the_command_line_with_the_real_builder(
     for graph, name in PLANS.items():
         weights = path / graph.replace(".onnx", ".data")
         assert (engines.path / name).stat().st_size > weights.stat().st_size
-        assert engines.plan(graph).exists()
+        with engines.plan(graph) as plan:
+            assert plan.exists()
     assert main([*words, "--target", "a100"]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
     assert main([*words, "--target", "orin-nx-16"]) == 2

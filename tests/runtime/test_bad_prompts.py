@@ -109,7 +109,13 @@ def test_other_special_tokens_stay_live(golden_model: InternVL) -> None:
 def test_prompt_beyond_the_context(ask: Ask) -> None:
     message = refusal(LimitError, ask, SENTENCE * 100)
     assert "the context holds 1536" in message
-    assert "fewer images, a lower max_tiles, or a larger max_context" in message
+    assert "or less text: the model takes no more than 1536" in message
+
+
+def test_prompt_beyond_a_context_that_could_be_larger(golden_bundle: Path) -> None:
+    model = InternVL.load(golden_bundle, device="cpu", threads=1, max_context=300)
+    with pytest.raises(LimitError, match=r"the context holds 300; .*, or a larger max_context"):
+        model.generate(SENTENCE * 100)
 
 
 def test_images_beyond_the_context(ask: Ask) -> None:

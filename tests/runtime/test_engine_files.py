@@ -32,6 +32,7 @@ from internvl_edge.runtime.engines import (
     source_hashes,
     why_none,
 )
+from internvl_edge.runtime.seal import sealed
 from internvl_edge.runtime.trt import APIS, LIBRARIES, Api, Library, api_of, error_logger
 
 ORIN = Machine(87, "tensorrt", "10.16.2", "Orin (nvgpu)", 13020)
@@ -67,7 +68,8 @@ def test_what_was_built_here_is_found(opened: Bundle) -> None:
     assert find_engines(opened, ORIN) == published
     assert published.path.name.startswith("sm87-tensorrt-10.16.2-")
     for graph, name in PLANS.items():
-        assert published.plan(graph).name == name
+        with published.plan(graph) as path:
+            assert path.name == name
 
 
 MACHINES = {
@@ -168,11 +170,11 @@ def test_an_altered_plan_is_refused(opened: Bundle, graph: str) -> None:
     published = publish(opened)
     plan = published.path / PLANS[graph]
     plan.write_bytes(b"x" + plan.read_bytes()[1:])
-    with pytest.raises(BundleError, match="was altered"):
-        published.plan(graph)
+    with pytest.raises(BundleError, match="was altered"), published.plan(graph):
+        pass
     plan.unlink()
-    with pytest.raises(BundleError, match="is missing"):
-        published.plan(graph)
+    with pytest.raises(BundleError, match="is missing"), published.plan(graph):
+        pass
 
 
 def test_a_plan_put_there_by_hand_is_not_loaded(opened: Bundle) -> None:
@@ -183,7 +185,7 @@ def test_a_plan_put_there_by_hand_is_not_loaded(opened: Bundle) -> None:
     assert built_engines(opened) == []
     data = json.loads(publish(opened).manifest.to_json())
     del data["files"]["vision.plan"]
-    (folder / MANIFEST).write_text(json.dumps(data))
+    (folder / MANIFEST).write_text(json.dumps(sealed(data)))
     with pytest.raises(BundleError, match="does not list both plans"):
         built_engines(opened)
 
@@ -201,7 +203,7 @@ def test_a_manifest_with_something_missing(opened: Bundle, path: list[str]) -> N
     published = publish(opened)
     data = json.loads(published.manifest.to_json())
     _without(data, path)
-    (published.path / MANIFEST).write_text(json.dumps(data))
+    (published.path / MANIFEST).write_text(json.dumps(sealed(data)))
     with pytest.raises(BundleError, match="build the engines again"):
         find_engines(opened, ORIN)
 
@@ -230,7 +232,7 @@ def test_a_damaged_manifest_is_one_error_or_as_good_as_before(
         {},
         {n: file_entry(Path(__file__)) for n in PLANS.values()},
     )
-    text = json.dumps(json.loads(manifest.to_json()) | {key: value})
+    text = json.dumps(sealed(json.loads(manifest.to_json()) | {key: value}))
     for content in (text, text[:cut]):
         (folder / MANIFEST).write_text(content)
         try:

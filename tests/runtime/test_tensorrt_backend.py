@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -339,7 +340,7 @@ def test_a_plan_that_was_not_built_here_is_not_loaded(portable: Path, trt: FakeT
 def test_a_plan_the_library_does_not_load(
     portable: Path, trt: FakeTensorRt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engines, "plan", lambda self, graph: portable / "config.bin")
+    monkeypatch.setattr(Engines, "plan", lambda self, graph: nullcontext(portable / "config.bin"))
     (portable / "config.bin").write_text("not a plan")
     with pytest.raises(BundleError, match="does not load it: magic tag does not match"):
         InternVL.load(portable, device="tensorrt")
@@ -350,7 +351,7 @@ def test_a_plan_of_another_graph(
 ) -> None:
     engines = build(portable, trt)
     vision = engines.path / "vision.plan"
-    monkeypatch.setattr(Engines, "plan", lambda self, graph: vision)
+    monkeypatch.setattr(Engines, "plan", lambda self, graph: nullcontext(vision))
     with pytest.raises(BundleError, match="is not of this bundle"):
         InternVL.load(portable, device="tensorrt")
 
