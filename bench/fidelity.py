@@ -28,6 +28,7 @@ from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.errors import BundleError, ImageError, LimitError, PromptError
 from internvl_edge.runtime.preprocess import ImageLike
 from internvl_edge.runtime.prompt import place_images
+from internvl_edge.runtime.quoting import named
 
 Answers = Literal["greedy", "given"]
 
@@ -135,7 +136,9 @@ def run_fidelity(
     parent = InternVL.load(reference, device=engine.device, threads=engine.threads)
     model = InternVL.load(bundle, device=engine.device, threads=engine.threads)
     if parent.spec != model.spec:
-        raise BundleError(f"{bundle} and {reference} are not of the same model; nothing to compare")
+        raise BundleError(
+            f"{named(bundle)} and {named(reference)} are not of the same model; nothing to compare"
+        )
     compared, failures = [], []
     with progress_bar("compare", unit="question") as start:
         advance = start(len(items))

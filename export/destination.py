@@ -9,6 +9,7 @@ from pathlib import Path
 from internvl_edge.export.ownership import own_files
 from internvl_edge.export.work import check_replaceable
 from internvl_edge.runtime.errors import ExportError
+from internvl_edge.runtime.quoting import named
 
 #: Device and inode: what two names of one file or folder share, mounts and links included.
 FileId = tuple[int, int]
@@ -24,10 +25,12 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise ExportError(f"{target} exists; choose another output or pass --overwrite")
+        raise ExportError(f"{named(target)} exists; choose another output or pass --overwrite")
     check_replaceable(target)
     if os.path.ismount(target):
-        raise ExportError(f"{target} is a mount, which cannot be replaced; give a folder inside it")
+        raise ExportError(
+            f"{named(target)} is a mount, which cannot be replaced; give a folder inside it"
+        )
 
 
 def check_apart(target: Path, checkpoint: Path, data: Path | None) -> None:
@@ -45,20 +48,21 @@ def check_apart(target: Path, checkpoint: Path, data: Path | None) -> None:
             continue
         if _id(target) in {_id(path) for path in _upwards(source)} - {None}:
             raise ExportError(
-                f"{target} is, or holds, the {what} {source}, which would be replaced; choose"
-                " another output"
+                f"{named(target)} is, or holds, the {what} {named(source)}, which would be replaced;"
+                " choose another output"
             )
     if _id(checkpoint) in {_id(path) for path in _upwards(target)} - {None}:
         raise ExportError(
-            f"{target} lies in the checkpoint {checkpoint}; choose an output outside of it"
+            f"{named(target)} lies in the checkpoint {named(checkpoint)}; choose an output"
+            " outside of it"
         )
     if os.path.isdir(target):
         written = {_id(path): path for path in own_files(target)}
         for path in _files(checkpoint, data):
             if _id(path) in written.keys() - {None}:
                 raise ExportError(
-                    f"{written[_id(path)]} is the same file as {path}, which is read; choose"
-                    " another output"
+                    f"{named(written[_id(path)])} is the same file as {named(path)}, which is"
+                    " read; choose another output"
                 )
 
 

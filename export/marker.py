@@ -26,6 +26,7 @@ from typing import Any
 
 from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import BusyError, ExportError
+from internvl_edge.runtime.quoting import named, reason
 
 MARKER = "internvl-edge-work.json"
 FORMAT = "internvl-edge work folder"
@@ -97,7 +98,9 @@ def claim(path: Path, mode: int = 0o777) -> Claim:
         found = _take(path) if os.path.lexists(path) else _make(path, mode)
         if found is not None:
             return found
-    raise ExportError(f"{path} is made and removed all the time; end the other processes there")
+    raise ExportError(
+        f"{named(path)} is made and removed all the time; end the other processes there"
+    )
 
 
 def is_marked(path: Path) -> bool:
@@ -180,8 +183,8 @@ def _take(path: Path) -> Claim | None:
         if not os.path.lexists(path):
             return None
         raise ExportError(
-            f"{path} is in the way: it was not made by this program, which needs that name to work"
-            " in; rename it or choose another output"
+            f"{named(path)} is in the way: it was not made by this program, which needs that name"
+            " to work in; rename it or choose another output"
         )
     try:
         marker = (path / MARKER).open("r+b", buffering=0)
@@ -207,11 +210,11 @@ def _lock(marker: FileIO, path: Path) -> None:
         marker.seek(0)
         holder = _record(marker.read(RECORD_BYTES)) or "another process"
         raise BusyError(
-            f"{path} is in use by {holder}; wait for it, end it, or choose another output"
+            f"{named(path)} is in use by {holder}; wait for it, end it, or choose another output"
         ) from None
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be locked ({error.strerror}); choose an output on a local disk"
+            f"{named(path)} cannot be locked ({reason(error)}); choose an output on a local disk"
         ) from error
 
 

@@ -47,8 +47,6 @@ LEAST_BYTES = 1 << 16
 #: The external data entry that names a packed form: "key|offset;length;flags".
 PREPACKED = "prepacked_0"
 
-#: Characters of ONNX Runtime's reasons that a message shows.
-SHOWN = 200
 
 Bytes = NDArray[np.uint8]
 

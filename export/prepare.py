@@ -12,6 +12,7 @@ from internvl_edge.export.prepack import compares_packed, prepack_graph
 from internvl_edge.export.prepared_check import check_prepared
 from internvl_edge.export.work import NEW, check_space, say_kept, work_folder
 from internvl_edge.export.writer import ignore_total
+from internvl_edge.runtime.backends.sessions import check_path
 from internvl_edge.runtime.bundle import file_entry, open_bundle
 from internvl_edge.runtime.contract import (
     LANGUAGE_FILES,
@@ -68,6 +69,7 @@ def prepare_bundle(
                 f" nothing to map; export with --{part} int8"
             )
     target = prepared_folder(bundle)
+    check_path(target)
     _check_target(target, overwrite)
     form = bundle_form(bundle.manifest)
     if not form.packs:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.runtime.errors import DeviceError, ExportError
+from internvl_edge.runtime.quoting import named
 
 #: Compute capabilities TensorRT for RTX 1.7 can build for without a GPU, of those in use.
 CAPABILITIES = (80, 86, 89, 120)
@@ -185,17 +186,17 @@ def _result(path: Path, status: int, output: bytes, errors: bytes, peak: int | N
     except ValueError as error:
         tail = errors.decode(errors="replace").strip().splitlines()[-SHOWN_ERRORS:]
         raise ExportError(
-            f"{path}: TensorRT for RTX ended with status {status}: {' | '.join(tail)}"
+            f"{named(path)}: TensorRT for RTX ended with status {status}: {' | '.join(tail)}"
         ) from error
     if result["errors"]:
         raise ExportError(
-            f"{path}: TensorRT for RTX does not build it: {' | '.join(result['errors'])}"
+            f"{named(path)}: TensorRT for RTX does not build it: {' | '.join(result['errors'])}"
         )
     layers = parse_layers(result["layers"])
     if not layers:
         raise ExportError(
-            f"{path} builds, but the layers TensorRT for RTX lists cannot be read; use the version"
-            " internvl-edge was tested with (constraints.txt)"
+            f"{named(path)} builds, but the layers TensorRT for RTX lists cannot be read; use the"
+            " version internvl-edge was tested with (constraints.txt)"
         )
     before = result["before_bytes"]
     return Build(

@@ -34,6 +34,7 @@ from internvl_edge.export.ownership import foreign_files, is_published, remove_o
 from internvl_edge.export.workspace import Workspace
 from internvl_edge.runtime.disk import free_bytes, full_disk, is_full, size_text
 from internvl_edge.runtime.errors import ExportError, LeftoverWarning
+from internvl_edge.runtime.quoting import named, reason
 
 SUFFIX = ".work"
 CALIBRATION = "calibration"
@@ -95,7 +96,7 @@ class WorkFolder:
         """Put in order what a run that was killed left, and say what became of it."""
         left = f"left by {self._held.previous or 'a run'}, which was cut short"
         for path in remove_abandoned(self.path):
-            _say(f"removed {path}, {left}")
+            _say(f"removed {named(path)}, {left}")
         for path in self._fresh():
             if path.name.startswith(OLD):
                 if self._settle(path):
@@ -207,7 +208,7 @@ def raise_unwritable(error: OSError, work: Path) -> NoReturn:
     target = work.with_name(work.name.removesuffix(SUFFIX))
     if not str(path).startswith(str(target)) and not target.is_relative_to(path):
         raise error
-    raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    raise ExportError(f"cannot write {named(path)}: {reason(error)}") from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -225,7 +226,7 @@ def check_replaceable(folder: Path) -> None:
     for path in foreign_files(folder):
         if is_marked(path):
             claim(path).remove()
-            _say(f"removed {path}, left by a run that was cut short")
+            _say(f"removed {named(path)}, left by a run that was cut short")
     if others := foreign_files(folder):
         names = _some([str(path.relative_to(folder)) for path in others])
         raise ExportError(
@@ -240,11 +241,11 @@ def check_space(target: Path, needed: int, what: str = "the bundle") -> None:
     try:
         free = free_bytes(parent)
     except OSError as error:
-        raise ExportError(f"cannot write to {parent}: {error.strerror}") from error
+        raise ExportError(f"cannot write to {named(parent)}: {reason(error)}") from error
     if free < needed + SLACK_BYTES:
         raise ExportError(
-            f"{parent} has {size_text(free)} free, {what} takes {size_text(needed)}; free some"
-            " space or choose another disk"
+            f"{named(parent)} has {size_text(free)} free, {what} takes {size_text(needed)}; free"
+            " some space or choose another disk"
         )
 
 

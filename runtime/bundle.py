@@ -173,25 +173,25 @@ def read_manifest(directory: Path) -> Manifest:
     return parse_manifest(data, named(source))
 
 
-def parse_manifest(data: Mapping[str, Any], source: str = MANIFEST) -> Manifest:
-    """Check the content of bundle.json; `source` is what messages call it.
+def parse_manifest(data: Mapping[str, Any], label: str = MANIFEST) -> Manifest:
+    """Check the content of bundle.json; `label` is what messages call it.
 
     Raises:
         BundleError: it is damaged, of a newer format, or contradicts itself.
     """
     if data.get("format") != FORMAT:
-        raise BundleError(f"{source} does not describe an {FORMAT}")
+        raise BundleError(f"{label} does not describe an {FORMAT}")
     version = data.get("version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise BundleError(
-            f"{source} has format version {quoted(version)}, this runtime reads {FORMAT_VERSION};"
+            f"{label} has format version {quoted(version)}, this runtime reads {FORMAT_VERSION};"
             " update internvl-edge or export the checkpoint again"
         )
     try:
         check_seal(data, older=_UNSEALED)
     except JsonError as error:
         raise BundleError(
-            f"{source} is damaged: {error}; copy the bundle again or export it anew"
+            f"{label} is damaged: {error}; copy the bundle again or export it anew"
         ) from error
     spec = ModelSpec.from_dict(_object(data, "spec"))
     try:
@@ -274,8 +274,8 @@ def _difference(path: str, digest: str, listed: str) -> str:
     )
     if len(places) <= _FEW:  # of another content about 60 digits differ
         return (
-            f"the sha256 that is listed for {path} is damaged: {len(places)} of its digits differs,"
-            f" {expected} instead of {got}"
+            f"the sha256 that is listed for {path} is damaged: {len(places)} of its 64 digits"
+            f" differ, {expected} instead of {got}"
         )
     return f"{path} was altered: sha256 {got}, expected {expected}"
 

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from internvl_edge.runtime.quoting import named, reason
+
 #: Errors of a disk, quota or file that takes no more.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1 << 22
@@ -55,10 +57,10 @@ def full_disk(error: OSError, folder: Path) -> str:
     Args:
         folder: what was being written, where the error names no path.
     """
-    named = error.filename2 or error.filename  # of a copy, the second is written
-    path = folder if named is None else Path(os.fsdecode(named))
+    told = error.filename2 or error.filename  # of a copy, the second is written
+    path = folder if told is None else Path(os.fsdecode(told))
     try:
         left = f"{size_text(free_bytes(path))} free"
     except OSError:  # the disk is gone altogether
         left = "nothing can be read there"
-    return f"no space left while writing {path}: {error.strerror}, {left}"
+    return f"no space left while writing {named(path)}: {reason(error)}, {left}"

@@ -100,8 +100,8 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > MAX_DIGITS + 1:  # and a sign
-        raise JsonError(f"a number has {len(text)} digits, at most {MAX_DIGITS} are read")
+    if (digits := len(text.lstrip("-"))) > MAX_DIGITS:
+        raise JsonError(f"a number has {digits} digits, at most {MAX_DIGITS} are read")
     return int(text)
 
 

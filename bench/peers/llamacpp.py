@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.errors import BundleError, LimitError
+from internvl_edge.runtime.quoting import named
 
 #: llama.cpp's file types by the name people know them by.
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
@@ -42,7 +43,9 @@ def quantize_gguf(source: Path, target: Path, kind: str, threads: int) -> Path:
     )
     if status:
         target.unlink(missing_ok=True)
-        raise BundleError(f"llama.cpp could not quantise {source} to {kind} (status {status})")
+        raise BundleError(
+            f"llama.cpp could not quantise {named(source)} to {kind} (status {status})"
+        )
     return target
 
 
@@ -87,7 +90,9 @@ class LlamaCpp:
         model_params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         if not self._model:
-            raise BundleError(f"llama.cpp does not take {path}; convert the checkpoint again")
+            raise BundleError(
+                f"llama.cpp does not take {named(path)}; convert the checkpoint again"
+            )
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = BATCH
@@ -95,7 +100,7 @@ class LlamaCpp:
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             llama_cpp.llama_model_free(self._model)
-            raise LimitError(f"llama.cpp made no context of {context} tokens for {path}")
+            raise LimitError(f"llama.cpp made no context of {context} tokens for {named(path)}")
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._hidden = llama_cpp.llama_model_n_embd(self._model)
         self.context = context

@@ -242,6 +242,7 @@ def open_session(
     """
     ort = load_onnxruntime()
 
+    check_path(folder)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next
@@ -284,6 +285,16 @@ def open_session(
             + (f" (ONNX Runtime: {cause[:500]})" if cause else "")
         )
     return session
+
+
+def check_path(folder: Path) -> None:
+    """Raise BundleError where ONNX Runtime could not be given a path."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"{named(folder)} is not UTF-8, and ONNX Runtime takes no other path; rename the folder"
+        ) from error
 
 
 def check_contract(
