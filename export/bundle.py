@@ -235,6 +235,7 @@ def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
         tokenizer = Tokenizer.load(directory)
         tokenizer.token_id(IMAGE_CONTEXT)
         tokenizer.token_id(get_template(spec.prompt.template).stop)
+        files = list(tokenizer_files(directory))
     except BundleError as error:
         raise CheckpointError(f"tokenizer: {error}") from error
     if tokenizer.size > spec.language.vocab_size:
@@ -242,4 +243,4 @@ def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
             f"the tokenizer has {tokenizer.size} ids, the embedding table only"
             f" {spec.language.vocab_size} rows; its files belong to another checkpoint"
         )
-    return list(tokenizer_files(directory))
+    return files

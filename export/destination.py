@@ -48,8 +48,8 @@ def check_apart(target: Path, checkpoint: Path, data: Path | None) -> None:
             continue
         if _id(target) in {_id(path) for path in _upwards(source)} - {None}:
             raise ExportError(
-                f"{named(target)} is, or holds, the {what} {named(source)}, which would be replaced;"
-                " choose another output"
+                f"{named(target)} is, or holds, the {what} {named(source)}, which would be"
+                " replaced; choose another output"
             )
     if _id(checkpoint) in {_id(path) for path in _upwards(target)} - {None}:
         raise ExportError(

@@ -30,12 +30,14 @@ _KINDS = (
 )
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError unless a path leads to a regular file."""
+def check_regular(path: str | os.PathLike[str], limit: int | None = None) -> None:
+    """Raise OSError unless a path leads to a regular file, of at most `limit` bytes."""
     try:
-        _check_mode(os.stat(path).st_mode)
+        status = os.stat(path)
     except ValueError as error:  # a path that no file can have, such as one with NUL
-        raise OSError(errno.EINVAL, f"is no path: {error}") from error
+        raise OSError(errno.EINVAL, f"it is no path: {error}") from error
+    _check_mode(status.st_mode)
+    _check_size(status.st_size, limit)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -63,8 +65,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
-        if size > limit:
-            raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read")
+        _check_size(size, limit)
         room = min(limit, max(size, _UNTOLD))
         content = stream.read(room + 1)
     if len(content) > room:
@@ -93,6 +94,11 @@ class FileIdentity:
             return cls.of(os.stat(path))
         except (OSError, ValueError):
             return None
+
+
+def _check_size(size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read")
 
 
 def _check_mode(mode: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.runtime.errors import BundleError, PromptError
-from internvl_edge.runtime.files import TOKENIZER_BYTES, read_bytes
+from internvl_edge.runtime.files import TOKENIZER_BYTES, check_regular, read_bytes
 from internvl_edge.runtime.json_reader import JsonError, read_object
 from internvl_edge.runtime.quoting import named, quoted, reason
 
@@ -211,6 +211,16 @@ def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
 
 
 def tokenizer_files(directory: Path) -> Sequence[Path]:
-    """The tokenizer files present in a checkpoint directory, for copying into a bundle."""
+    """The tokenizer files present in a checkpoint directory, for copying into a bundle.
+
+    Raises:
+        BundleError: one is no regular file, or larger than a tokenizer's.
+    """
     names = (MODEL_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE)
-    return [directory / name for name in names if (directory / name).exists()]
+    present = [directory / name for name in names if (directory / name).exists()]
+    for path in present:
+        try:
+            check_regular(path, TOKENIZER_BYTES)
+        except OSError as error:
+            raise BundleError(f"cannot read {named(path)}: {reason(error)}") from error
+    return present

@@ -79,9 +79,18 @@ def test_no_file_of_added_tokens(checkpoint: Path, by: str) -> None:
     assert "added_tokens.json" in refusal(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "tokenizer_config.json"])
+@pytest.mark.parametrize("by", ["pipe", "device"])
+def test_no_file_of_what_is_only_copied(checkpoint: Path, by: str) -> None:
+    replaced(checkpoint / "special_tokens_map.json", by)
+    assert "special_tokens_map.json: it is a " in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"],
+)
 def test_forty_gigabytes(checkpoint: Path, name: str) -> None:
-    with (checkpoint / name).open("r+b") as stream:
+    with (checkpoint / name).open("ab") as stream:
         stream.truncate(40 << 30)  # sparse
     message = refusal(checkpoint)
     assert name in message
