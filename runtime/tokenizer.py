@@ -45,7 +45,9 @@ class Tokenizer:
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model_proto)
-        except RuntimeError as error:
+            # A damaged piece is not UTF-8, which the first answer with it would meet.
+            self._pieces.IdToPiece(list(range(self._pieces.GetPieceSize())))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise BundleError(
                 f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}"
             ) from error

@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import small_config, write_checkpoint
+from checkpoints import GOLDEN, small_config, write_checkpoint
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.runtime import CheckpointError, ImageError
+from internvl_edge.runtime import BundleError, CheckpointError, ImageError
 from internvl_edge.runtime.quoting import LONGEST
+from internvl_edge.runtime.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -160,6 +161,27 @@ def test_tokenizer_flags(checkpoint: Path, key: str, value: object, said: str) -
     config = json.loads(path.read_text(encoding="utf-8")) | {key: value}
     path.write_text(json.dumps(config))
     assert said in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("bit", [0x80, 0x01])
+def test_damaged_pieces_are_refused_or_decode(tmp_path: Path, bit: int) -> None:
+    """SentencePiece takes any bytes, and quotes them in what it says: neither need be UTF-8."""
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        shutil.copyfile(GOLDEN / "model" / name, tmp_path / name)
+    whole = (GOLDEN / "model" / "tokenizer.model").read_bytes()
+    refusals = set()
+    for at in range(0, len(whole), 29):
+        damaged = bytearray(whole)
+        damaged[at] ^= bit
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        try:
+            tokenizer = Tokenizer.load(tmp_path)
+        except BundleError as error:
+            refusals.add(str(error).split(":")[0])
+        else:
+            for token in range(tokenizer.size):
+                tokenizer.decode([token])
+    assert refusals == {"tokenizer.model is not a SentencePiece model"}
 
 
 # Weights told twice.
