@@ -249,7 +249,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     """JSON can write what no text holds."""
     source = lay_out(tmp_path, "chartqa")
     source.write_text(json.dumps([{"imgname": "41.png", "query": "\ud800", "label": "3"}]))
-    with pytest.raises(DataError, match="surrogates"):
+    with pytest.raises(DataError, match="half of a surrogate pair"):
         convert("chartqa", source, tmp_path / "out.jsonl")
 
 

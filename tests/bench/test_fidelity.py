@@ -30,6 +30,7 @@ from internvl_edge.bench.fidelity import (
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL, engine
 from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.seal import sealed
 
 IMAGE = GOLDEN / "images" / "img0.png"
 
@@ -163,7 +164,7 @@ def test_another_model_is_refused(
     manifest = bundle / "bundle.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["spec"]["tiling"]["max_tiles"] += 1
-    manifest.write_text(json.dumps(content), encoding="utf-8")
+    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
     words = ["bench", "fidelity", str(bundle), "--reference", str(golden_bundle)]
     assert main([*words, "--images", "1", "--device", "cpu"]) == 2
     assert "not of the same model" in capsys.readouterr().err
