@@ -23,6 +23,7 @@ from internvl_edge.runtime.contract import CachePrecision, Tensor
 from internvl_edge.runtime.errors import DeviceError
 from internvl_edge.runtime.ort import load_onnxruntime
 from internvl_edge.runtime.products import use_exact_products
+from internvl_edge.runtime.quoting import reason
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -230,10 +231,22 @@ def _session(graph: Path, device: Device, pack: bool) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     check_device(device)
     providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
-    session = ort.InferenceSession(str(graph), options, providers=providers, enable_fallback=False)
-    if (got := session.get_providers())[0] != PROVIDERS[device]:
-        raise DeviceError(
-            f"{PROVIDERS[device]} is installed but did not start (got {', '.join(got)}); check the"
-            " driver and CUDA libraries, or calibrate on the cpu"
+    try:
+        # Falling back, it would print.
+        session = ort.InferenceSession(
+            str(graph), options, providers=providers, enable_fallback=False
         )
+    except Exception as error:
+        if device == "cpu":
+            raise
+        raise _not_started(device, reason(error)) from error
+    if (got := session.get_providers())[0] != PROVIDERS[device]:
+        raise _not_started(device, f"got {', '.join(got)}")
     return session
+
+
+def _not_started(device: Device, cause: str) -> DeviceError:
+    return DeviceError(
+        f"{PROVIDERS[device]} is installed but did not start ({cause}); check the driver and CUDA"
+        " libraries, or calibrate on the cpu"
+    )

@@ -216,6 +216,24 @@ def test_a_calibration_device_that_falls_back_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_calibration_device_that_raises_is_refused(
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What ONNX Runtime prints when it falls back must not be in a program's output."""
+    StandIn(monkeypatch, started=True)
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA failure 35: driver\nis insufficient")
+
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with pytest.raises(DeviceError, match=r"did not start \(CUDA failure 35: driver is insuff"):
+        export_bundle(checkpoint, tmp_path / "out", vision="int8", calibration_device="cuda")
+    assert capfd.readouterr().out == ""
+
+
 def test_the_calibration_device_reaches_the_float_units_only(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +268,10 @@ class StandIn:
         real = ort.InferenceSession
 
         class Session:
-            def __init__(inner, graph: str, options: Any, providers: list[str]) -> None:
+            def __init__(
+                inner, graph: str, options: Any, providers: list[str], enable_fallback: bool
+            ) -> None:
+                assert not enable_fallback  # it would print, to stdout
                 self.asked.append(providers)
                 inner.providers = providers if started else providers[-1:]
                 inner.session = real(graph, options, providers=["CPUExecutionProvider"])
