@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from internvl_edge.runtime.disk import full_disk, is_full
 from internvl_edge.runtime.errors import BusyError, ExportError
+from internvl_edge.runtime.json_reader import parse_json
 from internvl_edge.runtime.quoting import named, reason
 
 MARKER = "internvl-edge-work.json"
@@ -237,11 +237,11 @@ def _sign(marker: FileIO) -> None:
 def _record(content: bytes) -> Holder | None:
     """Who signed a marker; None where it is none."""
     try:
-        data: Any = json.loads(content)
+        data = parse_json(content)
         if data["format"] != FORMAT:
             return None
         return Holder(int(data["pid"]), str(data["host"]), str(data["since"]))
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return None
 
 

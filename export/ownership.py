@@ -6,15 +6,14 @@ prepared/*/prepared.json and engines/*/engines.json. Only what a manifest lists 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from internvl_edge.runtime import bundle, engines, prepared
 from internvl_edge.runtime.contract import MANIFEST
+from internvl_edge.runtime.json_reader import JsonError, read_json
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ def _listed(folder: Path, kind: Kind) -> list[str] | None:
     if not (manifest := folder / kind.manifest).is_file():
         return None
     try:
-        data: Any = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(manifest)
+    except (OSError, JsonError):
         data = {"format": kind.format}
     if not isinstance(data, dict) or data.get("format") != kind.format:
         return None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from internvl_edge.export.decisions import Decisions
 from internvl_edge.export.quantize import Floats
 from internvl_edge.runtime.bundle import sha256_file
+from internvl_edge.runtime.json_reader import read_object
 
 _KEY = "key.txt"
 #: In each finished unit: sha256 of its files by name, activations included.
@@ -110,7 +111,7 @@ class Workspace:
     def _is_whole(self, unit: Path) -> bool:
         """Whether a unit's files are those that were saved; older activations may be gone."""
         try:
-            seal: dict[str, Any] = json.loads((unit / _SEAL).read_text(encoding="utf-8"))
+            seal = read_object(unit / _SEAL)
             activations = self._activations(unit.name)
             files = {path.name: path for path in unit.glob("*.npy")} | {
                 path.name: path for path in (activations,) if path.exists()

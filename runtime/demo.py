@@ -18,7 +18,7 @@ from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportErr
 from internvl_edge.runtime.generation import Reply
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.preprocess import load_image
-from internvl_edge.runtime.quoting import reason
+from internvl_edge.runtime.quoting import named, reason
 from internvl_edge.runtime.terminal import summary
 
 Export = Callable[[Path, Path], Path]
@@ -117,7 +117,7 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
                 _export_once(checkpoint, bundle, export)
         except OSError as error:
             raise ExportError(
-                f"cannot write {bundle}: {error.strerror or error}; set XDG_CACHE_HOME to a"
+                f"cannot write {named(bundle)}: {reason(error)}; set XDG_CACHE_HOME to a"
                 " directory that can be written"
             ) from error
     else:

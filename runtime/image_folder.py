@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from internvl_edge.runtime.errors import LimitError
 from internvl_edge.runtime.files import open_regular
 from internvl_edge.runtime.images import ImageIdentity
+from internvl_edge.runtime.quoting import named, quoted
 
 #: What a folder may hold, unless told otherwise: 50 images of 13 tiles of the 26B in float32.
 FOLDER_BYTES = 4 << 30
@@ -62,11 +63,11 @@ class ImageFolder:
 
     def __init__(self, path: Path, *, limit: int = FOLDER_BYTES, days: float = FOLDER_DAYS) -> None:
         if limit < 1:
-            raise LimitError(f"image_folder_bytes is {limit}, it must be at least 1")
+            raise LimitError(f"image_folder_bytes is {quoted(limit)}, it must be at least 1")
         if not days > 0:
-            raise LimitError(f"image_folder_days is {days}, it must be more than 0")
+            raise LimitError(f"image_folder_days is {quoted(days)}, it must be more than 0")
         if path.exists() and not path.is_dir():
-            raise LimitError(f"image_folder {str(path)!r} is a file; name a folder")
+            raise LimitError(f"image_folder {named(path)} is a file; name a folder")
         self._path = path
         self._limit = limit
         self._age_s = days * 24 * 3600

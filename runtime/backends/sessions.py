@@ -173,6 +173,7 @@ class CpuGraphs:
 
     def _open(self, *graphs: str) -> None:
         if self._prepared is not None:
+            self._prepared.check()  # what has changed is refused, not passed over
             try:
                 return self._open_from(self._prepared, graphs)
             except BundleError as error:

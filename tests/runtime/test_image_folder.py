@@ -152,7 +152,7 @@ def test_an_interrupt_leaves_no_partial_file(
 
 def test_a_file_is_no_folder(golden_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LimitError, match=r"image_folder .*file' is a file; name a folder"):
+    with pytest.raises(LimitError, match=r"image_folder .*file is a file; name a folder"):
         load(golden_bundle, tmp_path / "file")
 
 
