@@ -203,8 +203,8 @@ def raise_unwritable(error: OSError, work: Path) -> NoReturn:
     if is_full(error):
         kept = "" if (work / CALIBRATION).exists() else "; nothing was kept"
         raise ExportError(f"{full_disk(error, work)}{kept}") from error
-    named = error.filename2 or error.filename
-    path = work if named is None else Path(os.fsdecode(named))
+    told = error.filename2 or error.filename
+    path = work if told is None else Path(os.fsdecode(told))
     target = work.with_name(work.name.removesuffix(SUFFIX))
     if not str(path).startswith(str(target)) and not target.is_relative_to(path):
         raise error

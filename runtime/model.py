@@ -29,6 +29,7 @@ from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.preprocess import (
     ImageLike,
     Tiler,
+    check_tiles,
     tile_on_host,
     tiles_on_host,
 )
@@ -295,6 +296,7 @@ class InternVL(NotCopied):
             ImageError: they are something else.
         """
         self.home.check()
+        check_tiles(tiles, self.spec.vision.tile_size)
         tiled = [self.inputs.tiles(tiles)] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)
         return self.engine.logits(self.answering.sequence(ids, tiled, Timings(), _no_check))

@@ -24,6 +24,7 @@ from internvl_edge.runtime import (
     InternVL,
     InternVLEdgeError,
     LimitError,
+    PreparedWarning,
     PromptError,
     Sampling,
 )
@@ -93,7 +94,7 @@ def test_image_folder(golden_bundle: Path, tmp_path: Path, by: str) -> None:
 def test_prepared(bundle: Path, by: str) -> None:
     folder = prepare_bundle(bundle)
     replaced(folder / PREPARED, by)
-    with pytest.raises(BundleError, match=r"prepared.json: it is a .*prepare --overwrite"):
+    with pytest.warns(PreparedWarning, match=r"prepared.json: it is a .*prepare --overwrite"):
         InternVL.load(bundle, device="cpu", threads=1)
 
 
