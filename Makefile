@@ -42,12 +42,12 @@ gpu-test gpu-bench: $(VENV)/test.stamp
 endif
 
 gpu-test gpu-bench: gpu-%:
-	$(GPU_PYTHON) -m internvl_edge.bench.gpu_suite $*
+	$(GPU_PYTHON) -m internvl_edge.bench.gpu.suite $*
 
 # Type checkers do not follow the editable install's import hook: give them a tree of links.
 typing:
 	mkdir -p build/typing/internvl_edge
-	for room in bench calib_data export kernels runtime; do ln -sfn ../../../$$room build/typing/internvl_edge/$$room; done
+	for room in bench bundle calib_data cli export kernels runtime; do ln -sfn ../../../$$room build/typing/internvl_edge/$$room; done
 
 $(VENV)/export.stamp: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -5,27 +5,20 @@ names at the root are the import suffixes (`runtime/` is `internvl_edge.runtime`
 Metadata and tool settings are in pyproject.toml.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-SUBPACKAGES = (
-    "calib_data",
-    "export",
-    "export.dialects",
-    "runtime",
-    "runtime.backends",
-    "kernels",
-    "bench",
-    "bench.peers",
-    "examples.tiny_ocr",
-)
+ROOMS = ("bundle", "kernels", "runtime", "export", "calib_data", "bench", "cli")
+EXAMPLES = ["examples.tiny_ocr"]
+
+folders = find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]) + EXAMPLES
 
 setup(
-    packages=[f"internvl_edge.{name}" for name in SUBPACKAGES],
-    package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in SUBPACKAGES},
+    packages=[f"internvl_edge.{name}" for name in folders],
+    package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in folders},
     package_data={
         "*": ["py.typed"],
-        "internvl_edge.bench": ["*.schema.json"],
-        "internvl_edge.runtime": ["probes/*.onnx"],
+        "internvl_edge.bench.common": ["*.schema.json"],
+        "internvl_edge.runtime.backends": ["probes/*.onnx"],
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.examples.tiny_ocr": ["checkpoint/*", "receipt.*"],
     },

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.export.calibrate import Sample
-from internvl_edge.export.checkpoint import WeightSource
-from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe
-from internvl_edge.export.marker import scratch_folder
-from internvl_edge.export.report import most_sensitive, unit_costs
-from internvl_edge.export.sensitivity import divergence
+from internvl_edge.bundle.errors import ExportError
+from internvl_edge.export.calibration.calibrate import Sample
+from internvl_edge.export.calibration.decisions import Decisions, QuantOptions, Recipe
+from internvl_edge.export.calibration.report import most_sensitive, unit_costs
+from internvl_edge.export.calibration.sensitivity import divergence
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
+from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.export.writer import write_files
-from internvl_edge.runtime.errors import ExportError
 from internvl_edge.runtime.model import InternVL
 
 #: Calibration sequences the divergence is measured on, and rows at the end of each: what comes

@@ -7,39 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from internvl_edge.export.budget import within_budget
-from internvl_edge.export.calibration_run import (
-    CalibrationData,
-    CalibrationOptions,
-    calibrate,
-    calibration_key,
-    load_calibration,
-)
-from internvl_edge.export.checkpoint import Checkpoint, ModelSource
-from internvl_edge.export.decisions import DEFAULT_OPTIONS, Decisions, QuantOptions, Recipe
-from internvl_edge.export.destination import check_apart, check_target
-from internvl_edge.export.float16 import check_ranges
-from internvl_edge.export.graph import Progress
-from internvl_edge.export.observe import Device, Site, check_device
-from internvl_edge.export.plot import cost_plot
-from internvl_edge.export.ranges import ranges_of
-from internvl_edge.export.report import most_sensitive, to_json, unit_costs
-from internvl_edge.export.room import room_for_export
-from internvl_edge.export.work import (
-    NEW,
-    SCRATCH,
-    WorkFolder,
-    check_space,
-    reusable_bytes,
-    work_folder,
-)
-from internvl_edge.export.writer import (
-    check_half_weights,
-    ignore_total,
-    planned_layout,
-    write_files,
-)
-from internvl_edge.runtime.contract import (
+from internvl_edge.bundle.contract import (
     QUANTISATION_PLOT,
     QUANTISATION_REPORT,
     CachePrecision,
@@ -48,12 +16,49 @@ from internvl_edge.runtime.contract import (
     VisionPrecision,
     default_cache,
 )
-from internvl_edge.runtime.errors import BundleError, CheckpointError, ExportError
-from internvl_edge.runtime.int8_cache import REMEDY, takes_int8_cache
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.prompt import IMAGE_CONTEXT, get_template
-from internvl_edge.runtime.specs import ModelSpec
-from internvl_edge.runtime.tokenizer import Tokenizer, tokenizer_files
+from internvl_edge.bundle.errors import BundleError, CheckpointError, ExportError
+from internvl_edge.bundle.prompt import IMAGE_CONTEXT, get_template
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.bundle.tokenizer import Tokenizer, tokenizer_files
+from internvl_edge.export.budget import within_budget
+from internvl_edge.export.calibration.decisions import (
+    DEFAULT_OPTIONS,
+    Decisions,
+    QuantOptions,
+    Recipe,
+)
+from internvl_edge.export.calibration.float16 import check_ranges
+from internvl_edge.export.calibration.observe import Device, Site, check_device
+from internvl_edge.export.calibration.plot import cost_plot
+from internvl_edge.export.calibration.ranges import ranges_of
+from internvl_edge.export.calibration.report import most_sensitive, to_json, unit_costs
+from internvl_edge.export.calibration.run import (
+    CalibrationData,
+    CalibrationOptions,
+    calibrate,
+    calibration_key,
+    load_calibration,
+)
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
+from internvl_edge.export.graphs.graph import Progress
+from internvl_edge.export.output.destination import check_apart, check_target
+from internvl_edge.export.output.work import (
+    NEW,
+    SCRATCH,
+    WorkFolder,
+    check_space,
+    reusable_bytes,
+    work_folder,
+)
+from internvl_edge.export.room import room_for_export
+from internvl_edge.export.writer import (
+    check_half_weights,
+    ignore_total,
+    planned_layout,
+    write_files,
+)
+from internvl_edge.runtime.backends.int8_cache import REMEDY, takes_int8_cache
+from internvl_edge.runtime.backends.ort import load_onnxruntime
 
 
 def export_bundle(

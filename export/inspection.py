@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.export.decisions import Recipe
-from internvl_edge.export.mapping import LANGUAGE, PROJECTOR, VISION, expected_shapes
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.calibration.decisions import Recipe
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.mapping import LANGUAGE, PROJECTOR, VISION, expected_shapes
 from internvl_edge.export.sizes import bundle_bytes
 from internvl_edge.runtime.inspection import Report, describe, fits_in_memory
-from internvl_edge.runtime.specs import ModelSpec
 
 #: Bundles whose sizes are told, named by the decoder's precision.
 RECIPES = {

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
-from internvl_edge.export.graph import Progress
+from internvl_edge.export.graphs.graph import Progress
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from internvl_edge.export.calibrate import Sample
-from internvl_edge.export.decisions import HEAD, Recipe
-from internvl_edge.export.mapping import LANGUAGE, expected_shapes
-from internvl_edge.export.quantize import block_bytes
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.calibration.calibrate import Sample
+from internvl_edge.export.calibration.decisions import HEAD, Recipe
+from internvl_edge.export.calibration.units import HEAD_ROWS
+from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
+from internvl_edge.export.formats.quantize import block_bytes
 from internvl_edge.export.sizes import OTHER, bundle_bytes, part_of
-from internvl_edge.export.units import HEAD_ROWS
-from internvl_edge.runtime.specs import ModelSpec
 
 FLOAT_BYTES = 4
 #: Vectors kept for each linear layer, over its inputs and its outputs: mean squares, factors.

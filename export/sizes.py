@@ -13,21 +13,21 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from internvl_edge.export.decisions import HEAD, Recipe
-from internvl_edge.export.mapping import (
+from internvl_edge.bundle.contract import compute_dtype, embedding_runs
+from internvl_edge.bundle.manifest import PartEntry
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.calibration.decisions import HEAD, Recipe
+from internvl_edge.export.checkpoint.mapping import (
     LANGUAGE,
     PROJECTOR,
     TOK_EMBEDDINGS,
     VISION,
     expected_shapes,
 )
-from internvl_edge.export.plan import LinearPlan, QuantPlan
-from internvl_edge.export.quantize import block_bytes
-from internvl_edge.export.weights import Weight
-from internvl_edge.runtime.bundle import PartEntry
-from internvl_edge.runtime.contract import compute_dtype, embedding_runs
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import block_bytes
 from internvl_edge.runtime.inspection import ITEM_BYTES
-from internvl_edge.runtime.specs import ModelSpec
 
 #: The parts of a bundle's weights and how the names of their tensors begin. What is left over
 #: (norms, biases, positions, the patch embedding, scales of the KV cache) is `OTHER`.

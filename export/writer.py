@@ -11,26 +11,26 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy_format
 
-from internvl_edge.export.checkpoint import WeightSource
-from internvl_edge.export.decisions import Decisions, Recipe, make_plan
-from internvl_edge.export.dialects.registry import new_dialect
-from internvl_edge.export.graph import GraphBuilder, Progress
-from internvl_edge.export.inspection import parameter_counts
-from internvl_edge.export.language import build_language
-from internvl_edge.export.mapping import TOK_EMBEDDINGS, expected_shapes
-from internvl_edge.export.packing import pack_table
-from internvl_edge.export.plan import LinearPlan, QuantPlan, RescaledSource
-from internvl_edge.export.sizes import OTHER, part_entries, part_of
-from internvl_edge.export.vision import build_vision
-from internvl_edge.export.weights import Weight, WeightReader
-from internvl_edge.export.work import NEW, check_space, work_folder
-from internvl_edge.runtime.bundle import FileEntry, Manifest, file_entry
-from internvl_edge.runtime.contract import (
+from internvl_edge.bundle.contract import (
     EMBEDDING_SCALES,
     EMBEDDING_TABLE,
     MANIFEST,
     compute_dtype,
 )
+from internvl_edge.bundle.manifest import FileEntry, Manifest, file_entry
+from internvl_edge.export.calibration.decisions import Decisions, Recipe, make_plan
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
+from internvl_edge.export.checkpoint.mapping import TOK_EMBEDDINGS, expected_shapes
+from internvl_edge.export.checkpoint.weights import Weight, WeightReader
+from internvl_edge.export.formats.packing import pack_table
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan, RescaledSource
+from internvl_edge.export.graphs.dialects.registry import new_dialect
+from internvl_edge.export.graphs.graph import GraphBuilder, Progress
+from internvl_edge.export.graphs.language import build_language
+from internvl_edge.export.graphs.vision import build_vision
+from internvl_edge.export.inspection import parameter_counts
+from internvl_edge.export.output.work import NEW, check_space, work_folder
+from internvl_edge.export.sizes import OTHER, part_entries, part_of
 
 NO_REPORTS: Mapping[str, str] = {}
 

@@ -7,7 +7,7 @@ while others wait, and a rename publishes it whole.
 
     python -m internvl_edge.kernels.build               # the CPU library; prints its path
     python -m internvl_edge.kernels.build --cuda        # the fat binaries
-    python -m internvl_edge.kernels.build --resources   # registers and spills -> RESOURCES.md
+    python -m internvl_edge.kernels.resources   # registers and spills -> RESOURCES.md
 """
 
 from __future__ import annotations
@@ -252,17 +252,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m internvl_edge.kernels.build", description="build the kernels"
     )
     parser.add_argument("--cuda", action="store_true", help="the CUDA fat binaries")
-    parser.add_argument("--resources", action="store_true", help="write kernels/RESOURCES.md")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.resources:
-            from internvl_edge.kernels.resources import write_resources
-
-            print(write_resources())
         if arguments.cuda:
             for source in CUDA_SOURCES:
                 print(cuda_binary(source))
-        if not (arguments.resources or arguments.cuda):
+        else:
             print(cpu_library())
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every CUDA kernel on every architecture, from ptxas.
 
-`python -m internvl_edge.kernels.build --resources` writes them to RESOURCES.md with the hash of
+`python -m internvl_edge.kernels.resources` writes them to RESOURCES.md with the hash of
 the sources they were measured on; tests compare that hash and fail on a spill.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,7 @@ def render(usages: Sequence[Usage], version: str) -> str:
     head = [
         "# Resources of the CUDA kernels",
         "",
-        "Written by `python -m internvl_edge.kernels.build --resources`; not edited by hand.",
+        "Written by `python -m internvl_edge.kernels.resources`; not edited by hand.",
         "Each cell is registers a thread / static shared memory in bytes / spilled bytes. The",
         "pixel shuffle also takes one token of dynamic shared memory: 25,600 bytes at fp16 and",
         "4C = 12,800.",
@@ -136,3 +137,17 @@ def write_resources() -> Path:
     version = next((line for line in done.stdout.splitlines() if "release" in line), "nvcc")
     REPORT.write_text(render(measure(), version.strip()), encoding="utf-8")
     return REPORT
+
+
+def main() -> int:
+    """Write the report; returns the exit status."""
+    try:
+        print(write_resources())
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

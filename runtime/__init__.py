@@ -6,8 +6,7 @@ model = InternVL.load("bundle")
 print(model.generate("What is the total?", images=["receipt.jpg"]).text)
 """
 
-from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.errors import (
+from internvl_edge.bundle.errors import (
     BundleError,
     BusyError,
     CheckpointError,
@@ -25,9 +24,10 @@ from internvl_edge.runtime.errors import (
     RangeWarning,
     VersionWarning,
 )
-from internvl_edge.runtime.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.model import InternVL
-from internvl_edge.runtime.sampling import Sampling
 
 __all__ = [
     "BundleError",

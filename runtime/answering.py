@@ -10,19 +10,19 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.errors import LimitError, PrecisionError
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.backends import Cache
-from internvl_edge.runtime.engine import Engine, TokenSequence
-from internvl_edge.runtime.errors import LimitError, PrecisionError
-from internvl_edge.runtime.finite import FiniteCheck
-from internvl_edge.runtime.generation import Reply, Steps, Timings, TokenStream
-from internvl_edge.runtime.images import LazyImage, TiledImage
-from internvl_edge.runtime.inputs import Inputs
+from internvl_edge.runtime.decoding.finite import FiniteCheck
+from internvl_edge.runtime.decoding.generation import Reply, Steps, Timings, TokenStream
+from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.decoding.passes import Engine, TokenSequence
+from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
+from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, Sampling
+from internvl_edge.runtime.images.identity import LazyImage, TiledImage
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.process import HomeProcess
-from internvl_edge.runtime.quoting import quoted
-from internvl_edge.runtime.reuse import ImageStore, PrefixStore
-from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

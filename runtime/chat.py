@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from internvl_edge.runtime.answering import Request
-from internvl_edge.runtime.errors import PromptError
-from internvl_edge.runtime.generation import Reply, Timings, TokenStream
-from internvl_edge.runtime.preprocess import ImageLike
+from internvl_edge.bundle.errors import PromptError
+from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
+from internvl_edge.runtime.answering import Answering, Request
+from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.preprocess import ImageLike
 from internvl_edge.runtime.process import NotCopied
-from internvl_edge.runtime.prompt import IMAGE_PLACEHOLDER, place_images
-from internvl_edge.runtime.sampling import Sampling
-
-if TYPE_CHECKING:
-    from internvl_edge.runtime.images import TiledImage
-    from internvl_edge.runtime.model import InternVL
 
 
 class Chat(NotCopied):
@@ -28,12 +24,16 @@ class Chat(NotCopied):
     """
 
     def __init__(
-        self, model: InternVL, *, system_message: str | None = None, max_tiles: int | None = None
+        self,
+        answering: Answering,
+        *,
+        system_message: str | None = None,
+        max_tiles: int | None = None,
     ) -> None:
-        self._model = model
+        self._answering = answering
         self._system_message = system_message
         self._max_tiles = max_tiles
-        self._cache = model.engine.backend.new_cache(model.max_context)
+        self._cache = answering.engine.backend.new_cache(answering.max_context)
         self._images: list[TiledImage] = []
         self._active: TokenStream | None = None
         self.history: list[tuple[str, str]] = []
@@ -71,20 +71,18 @@ class Chat(NotCopied):
         The turn enters the history when its answer ends, cancelled ones included; a turn that
         raises an error leaves the conversation as it was.
         """
-        self._model.home.check()
+        self._answering.home.check()
         if self._active is not None:
             self._active.close()
         started = time.perf_counter()
         timings = Timings()
-        model = self._model
-        new = [model.tile_with_identity(image, self._max_tiles) for image in images]
+        inputs = self._answering.inputs
+        new = [inputs.tile(image, self._max_tiles) for image in images]
         timings.preprocess_s = time.perf_counter() - started
         earlier, turn = self._earlier(), len(self.history)
         question = place_images(prompt, len(new), earlier_images=len(earlier))
         shown = [*earlier, *new]
-        ids = model.encode_conversation(
-            [*self.history, (question, None)], shown, self._system_message
-        )
+        ids = inputs.conversation([*self.history, (question, None)], shown, self._system_message)
 
         def finish(reply: Reply) -> None:
             # The history alone says how many images count: before it is told, these are none's.
@@ -94,8 +92,8 @@ class Chat(NotCopied):
             for image in shown:
                 image.release()
 
-        request = Request(ids, shown, max_new_tokens, sampling or Sampling(), stop, model.stop_id)
-        self._active = model.answering.start(
+        request = Request(ids, shown, max_new_tokens, sampling or Sampling(), stop, inputs.stop_id)
+        self._active = self._answering.start(
             request, self._cache, timings=timings, started=started, finish=finish
         )
         return self._active

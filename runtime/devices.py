@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quoting import named, quoted
 from internvl_edge.kernels.ops import cpu_kernels
 from internvl_edge.runtime.backends import Backend
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.cli_common import export_installed
-from internvl_edge.runtime.errors import DeviceError, LimitError
+from internvl_edge.runtime.backends.prepared import is_prepared
+from internvl_edge.runtime.images.preprocess import Tiler, tile_on_host
 from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.prepared import is_prepared
-from internvl_edge.runtime.preprocess import Tiler, tile_on_host
-from internvl_edge.runtime.quoting import named, quoted
+
+if TYPE_CHECKING:
+    from internvl_edge.runtime.backends.cuda import Cuda
+    from internvl_edge.runtime.backends.plans import Engines
+    from internvl_edge.runtime.backends.tensorrt_library import Library
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
@@ -23,6 +28,9 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 #: positions unless told otherwise: room for 41 tiles and some turns. On the CPU pages are
 #: committed as they fill, and a chat gets the model's whole context.
 CUDA_CONTEXT = 16384
+
+#: Builds engines for a GPU: bundle, CUDA, TensorRT, positions of the cache -> engines.
+EngineBuilder: TypeAlias = "Callable[[Bundle, Cuda, Library, int | None], Engines]"
 
 _log = logging.getLogger("internvl_edge")
 
@@ -52,7 +60,7 @@ def open_device(
     *,
     low_memory: bool = False,
     context: int | None = None,
-    auto_build: bool = False,
+    build_engines: EngineBuilder | None = None,
 ) -> Opened:
     """Load a bundle's graphs on a device.
 
@@ -64,7 +72,7 @@ def open_device(
         stream: CUDA stream to work on; see `Cuda.open`.
         low_memory: on the CPU, hold one graph at a time.
         context: positions a KV cache must have room for; None leaves it to the device.
-        auto_build: build engines where there are none that fit this machine.
+        build_engines: builds engines where there are none that fit this machine.
 
     Raises:
         DeviceError: the device is unknown or not available.
@@ -88,7 +96,7 @@ def open_device(
     try:
         if device == "cuda" or (device == "auto" and dialect == "onnxruntime"):
             return _open_cuda(bundle, threads, stream)
-        return _open_tensorrt(bundle, stream, context, auto_build)
+        return _open_tensorrt(bundle, stream, context, build_engines)
     except DeviceError as error:
         if device != "auto":
             raise
@@ -111,13 +119,13 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
 
 
 def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
+    from internvl_edge.runtime.backends.cuda import Cuda
     from internvl_edge.runtime.backends.onnxruntime_cuda import (
         OnnxRuntimeCudaBackend,
         cuda_provider,
     )
     from internvl_edge.runtime.backends.sessions import check_provider
-    from internvl_edge.runtime.cuda import Cuda
-    from internvl_edge.runtime.device_tiling import DeviceTiler
+    from internvl_edge.runtime.images.device_tiling import DeviceTiler
 
     check_provider("cuda")
     cuda = Cuda.open(stream)
@@ -125,12 +133,14 @@ def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
     return Opened(backend, DeviceTiler.of(cuda), CUDA_CONTEXT)
 
 
-def _open_tensorrt(bundle: Bundle, stream: Any, context: int | None, auto_build: bool) -> Opened:
+def _open_tensorrt(
+    bundle: Bundle, stream: Any, context: int | None, build_engines: EngineBuilder | None
+) -> Opened:
+    from internvl_edge.runtime.backends.cuda import Cuda
+    from internvl_edge.runtime.backends.plans import find_engines, why_none
     from internvl_edge.runtime.backends.tensorrt import TensorRtBackend
-    from internvl_edge.runtime.cuda import Cuda
-    from internvl_edge.runtime.device_tiling import DeviceTiler
-    from internvl_edge.runtime.engines import find_engines, why_none
-    from internvl_edge.runtime.trt import Library
+    from internvl_edge.runtime.backends.tensorrt_library import Library
+    from internvl_edge.runtime.images.device_tiling import DeviceTiler
 
     cuda = Cuda.open(stream)
     library = Library.open()
@@ -139,11 +149,9 @@ def _open_tensorrt(bundle: Bundle, stream: Any, context: int | None, auto_build:
         machine = library.machine(cuda)
     engines = find_engines(bundle, machine, context)
     if engines is None:
-        if not auto_build:
+        if build_engines is None:
             raise DeviceError(why_none(bundle, machine, context))
-        with export_installed():
-            from internvl_edge.export.engines import build_for_machine
-        engines = build_for_machine(bundle, cuda, library, context)
+        engines = build_engines(bundle, cuda, library, context)
     backend = TensorRtBackend(bundle, cuda, library, engines)
     return Opened(backend, DeviceTiler.of(cuda), backend.limits.context)
 

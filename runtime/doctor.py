@@ -13,13 +13,13 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any, get_args
 
+from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.kernels.build import BuildError, cpu_library
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.errors import DeviceError
+from internvl_edge.runtime.backends.machine import cpu_name
+from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
+from internvl_edge.runtime.backends.products import FORMS, Product, exact_form, wrong_products
 from internvl_edge.runtime.free_memory import available_memory
-from internvl_edge.runtime.machine import cpu_name
-from internvl_edge.runtime.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
-from internvl_edge.runtime.products import FORMS, Product, exact_form, wrong_products
 
 Report = dict[str, Any]
 
@@ -106,16 +106,16 @@ def _reason(opened: Callable[[], str]) -> str:
 
 
 def _open_cuda() -> str:
+    from internvl_edge.runtime.backends.cuda import Cuda
     from internvl_edge.runtime.backends.sessions import check_provider
-    from internvl_edge.runtime.cuda import Cuda
 
     check_provider("cuda")
     return Cuda.open().name
 
 
 def _open_engines() -> str:
-    from internvl_edge.runtime.cuda import Cuda
-    from internvl_edge.runtime.trt import Library
+    from internvl_edge.runtime.backends.cuda import Cuda
+    from internvl_edge.runtime.backends.tensorrt_library import Library
 
     library = Library.open()
     return f"{library.module.__name__} {library.module.__version__}, {Cuda.open().name}"

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.bundle.contract import QUANTISATION_REPORT, CachePrecision
+from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.json_reader import read_object
+from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
+from internvl_edge.bundle.quoting import named, reason
+from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.bundle import Bundle, Manifest, read_manifest
-from internvl_edge.runtime.contract import QUANTISATION_REPORT, CachePrecision
-from internvl_edge.runtime.errors import BundleError
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.prepared import is_prepared, why_none
+from internvl_edge.runtime.backends.products import bundle_form, products_of
 from internvl_edge.runtime.free_memory import available_memory
-from internvl_edge.runtime.json_reader import read_object
 from internvl_edge.runtime.memory import plan_memory
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.prepared import is_prepared, why_none
-from internvl_edge.runtime.products import bundle_form, products_of
-from internvl_edge.runtime.quoting import named, reason
-from internvl_edge.runtime.specs import ModelSpec
 
 Report = dict[str, Any]
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from internvl_edge.runtime import contract
-from internvl_edge.runtime.bundle import Manifest
-from internvl_edge.runtime.contract import (
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import (
     LANGUAGE_FILES,
     LANGUAGE_GRAPH,
     VISION_FILES,
     VISION_GRAPH,
 )
-from internvl_edge.runtime.engine import prefill_chunk, vision_batch
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.runtime.backends.prepared import WIDEST_BYTES, part_count
+from internvl_edge.runtime.decoding.passes import prefill_chunk, vision_batch
 from internvl_edge.runtime.free_memory import RESERVE_BYTES, available_memory
-from internvl_edge.runtime.prepared import WIDEST_BYTES, part_count
 
 #: Interpreter, libraries, two sessions of a model without weights, and what a first answer leaves.
 PROCESS_BYTES = 80 << 20

@@ -11,36 +11,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime import contract
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import Bundle, Verify, open_bundle
+from internvl_edge.bundle.prompt import place_images
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.answering import Answering, Request
 from internvl_edge.runtime.backends import Backend
-from internvl_edge.runtime.bundle import Bundle, Verify, open_bundle
 from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.devices import Device, open_device
-from internvl_edge.runtime.embedding import EmbeddingTable
-from internvl_edge.runtime.engine import Engine
-from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.finite import FiniteCheck
-from internvl_edge.runtime.generation import Reply, Timings, TokenStream
-from internvl_edge.runtime.image_folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
-from internvl_edge.runtime.images import TiledImage
-from internvl_edge.runtime.inputs import Inputs
-from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.preprocess import (
+from internvl_edge.runtime.decoding.embedding import EmbeddingTable
+from internvl_edge.runtime.decoding.finite import FiniteCheck
+from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.decoding.passes import Engine
+from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
+from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.decoding.shelf import Shelf
+from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
+from internvl_edge.runtime.images.folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
+from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.preprocess import (
     ImageLike,
     Tiler,
     check_tiles,
     tile_on_host,
     tiles_on_host,
 )
+from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.process import HomeProcess, NotCopied
-from internvl_edge.runtime.prompt import place_images
-from internvl_edge.runtime.quoting import quoted
-from internvl_edge.runtime.reuse import ImageStore, PrefixStore
-from internvl_edge.runtime.sampling import Sampling
-from internvl_edge.runtime.shelf import Shelf
-from internvl_edge.runtime.specs import ModelSpec
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 #: Memory for what later prompts may share with earlier ones, unless told otherwise.
 REUSE_BYTES = 1 << 30
@@ -104,7 +104,7 @@ class InternVL(NotCopied):
         image_folder_bytes: int = FOLDER_BYTES,
         image_folder_days: float = FOLDER_DAYS,
         low_memory: bool = False,
-        auto_build: bool = False,
+        build_engines: EngineBuilder | None = None,
     ) -> InternVL:
         """Load a bundle.
 
@@ -124,7 +124,8 @@ class InternVL(NotCopied):
             image_folder_bytes: most bytes there; what was used longest ago is removed first.
             image_folder_days: rows not used for so long are removed.
             low_memory: on the CPU, hold one of the two graphs at a time.
-            auto_build: build TensorRT engines where the bundle has none that fit this machine.
+            build_engines: builds TensorRT engines where the bundle has none that fit this machine:
+                `internvl_edge.export.tensorrt.engines.build_for_machine`.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
@@ -150,7 +151,7 @@ class InternVL(NotCopied):
             stream,
             low_memory=low_memory,
             context=max_context,
-            auto_build=auto_build,
+            build_engines=build_engines,
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
@@ -234,7 +235,7 @@ class InternVL(NotCopied):
     def chat(self, *, system_message: str | None = None, max_tiles: int | None = None) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again."""
         self.home.check()
-        return Chat(self, system_message=system_message, max_tiles=max_tiles)
+        return Chat(self.answering, system_message=system_message, max_tiles=max_tiles)
 
     def tile(self, image: ImageLike, max_tiles: int | None = None) -> NDArray[np.uint8]:
         """Cut an image into uint8 tiles `(tiles, S, S, 3)`, thumbnail last.

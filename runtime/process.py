@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from internvl_edge.runtime.errors import ProcessError
+from internvl_edge.bundle.errors import ProcessError
 
 
 class HomeProcess:

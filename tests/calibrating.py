@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from internvl_edge.export import calibration_run
+from internvl_edge.export.calibration import run as calibration_run
 
 #: Pictures that scales are taken from.
 ITEMS = 2

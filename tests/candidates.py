@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from internvl_edge.runtime.backends import Cache
-from internvl_edge.runtime.engine import Engine
+from internvl_edge.runtime.decoding.passes import Engine
 
 
 def check_candidates(

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from internvl_edge.export.config import parse_config
-from internvl_edge.export.mapping import expected_shapes
-from internvl_edge.runtime.int8_cache import takes_int8_cache
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.runtime.backends.int8_cache import takes_int8_cache
 
 GOLDEN = Path(__file__).with_name("golden")
 #: The newest onnxruntime for Python 3.10 has no int8 cache: nothing to ask for there.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from checkpoints import GOLDEN
 
+from internvl_edge.cli.main import main
 from internvl_edge.kernels import build, ops
-from internvl_edge.runtime.cli import main
 
 CHECKPOINT = GOLDEN / "model"
 IMAGE = str(GOLDEN / "images" / "img0.png")
@@ -20,7 +20,7 @@ CHAT = ("--device", "cpu", "--threads", "1", "--max-new-tokens", "8")
 #: The command line, with a hook before it. Shells start background jobs deaf to Ctrl-C.
 RUN = """
 import signal, sys, time
-from internvl_edge.runtime.cli import main
+from internvl_edge.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 {hook}
 sys.exit(main(sys.argv[1:]))

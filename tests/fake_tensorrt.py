@@ -20,10 +20,10 @@ import onnx
 from host_driver import HostDriver
 from onnx import helper
 
-from internvl_edge.export.dialects.engine_form import engine_form
-from internvl_edge.export.engine_builder import Built, Progress, Request
+from internvl_edge.export.graphs.dialects.engine_form import engine_form
+from internvl_edge.export.tensorrt.builder import Built, Progress, Request
 from internvl_edge.runtime.backends.sessions import Provider, open_session
-from internvl_edge.runtime.trt import Library
+from internvl_edge.runtime.backends.tensorrt_library import Library
 
 SCRATCH = 4096
 VERSION = "10.16.2"

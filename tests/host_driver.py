@@ -45,7 +45,7 @@ class Mark:
 
 @dataclass
 class HostDriver:
-    """The calls `kernels/device.py`, `kernels/cuda.py` and `runtime/cuda.py` make, by name.
+    """The calls `device` and `cuda` of kernels/ and `cuda` of the backends make, by name.
 
     Attributes:
         calls: every call in order, name first.

@@ -6,7 +6,7 @@ from os import PathLike
 
 import onnxruntime as ort
 
-from internvl_edge.runtime.products import use_exact_products
+from internvl_edge.runtime.backends.products import use_exact_products
 
 
 def cpu_session(model: bytes | str | PathLike[str]) -> ort.InferenceSession:

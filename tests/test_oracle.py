@@ -19,7 +19,7 @@ from oracle import load_reference, reference_logits, reference_rows
 
 from internvl_edge.examples.tiny_ocr.reference import hf_model, load_v15, to_v15
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.weights import resample_positions
+from internvl_edge.export.checkpoint.weights import resample_positions
 from internvl_edge.runtime import ExportError, InternVL
 
 # Activations and logits are of order one to ten; float32 has 24 bits and the sums here have at

@@ -10,11 +10,11 @@ from pathlib import Path
 from internvl_edge.bench.peers.backend import load_with_llamacpp
 from internvl_edge.bench.peers.gguf_writer import write_gguf
 from internvl_edge.bench.peers.llamacpp import quantize_gguf
+from internvl_edge.bundle.manifest import read_manifest
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.bundle import read_manifest
 
 KINDS = ("Q8_0", "Q4_K_M", "Q4_0")
 NAMES = {f"fp32 + llama.cpp {kind}": kind for kind in KINDS}

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.peers.llamacpp import LlamaCpp
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 
 @dataclass

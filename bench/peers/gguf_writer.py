@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from internvl_edge.bench.peers.layout import GGUF, Tensor, llama_tensors, read_tensor
-from internvl_edge.export.checkpoint import WeightSource
-from internvl_edge.runtime.specs import LanguageSpec
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
 
 GgufDtype = Literal["float32", "float16"]
 

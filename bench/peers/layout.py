@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.export.checkpoint import WeightSource
-from internvl_edge.export.mapping import LANGUAGE, TOK_EMBEDDINGS
-from internvl_edge.export.weights import WeightReader, wqkv_rows
-from internvl_edge.runtime.specs import LanguageSpec
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
+from internvl_edge.export.checkpoint.mapping import LANGUAGE, TOK_EMBEDDINGS
+from internvl_edge.export.checkpoint.weights import WeightReader, wqkv_rows
 
 
 @dataclass(frozen=True)

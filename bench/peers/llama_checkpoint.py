@@ -9,8 +9,8 @@ import ml_dtypes
 from safetensors.numpy import save_file
 
 from internvl_edge.bench.peers.layout import TRANSFORMERS, llama_tensors, read_tensor
-from internvl_edge.export.checkpoint import INDEX, WeightSource
-from internvl_edge.runtime.specs import LanguageSpec
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.export.checkpoint.checkpoint import INDEX, WeightSource
 
 
 def write_llama(source: WeightSource, directory: Path) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.errors import BundleError, LimitError
-from internvl_edge.runtime.quoting import named
+from internvl_edge.bundle.errors import BundleError, LimitError
+from internvl_edge.bundle.quoting import named
 
 #: llama.cpp's file types by the name people know them by.
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from internvl_edge.bench.machine import busy_note, describe_machine
+from internvl_edge.bench.common.machine import busy_note, describe_machine
+from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.peers.systems import (
     Files,
     Peer,
@@ -31,17 +32,16 @@ from internvl_edge.bench.peers.systems import (
     obstacle,
 )
 from internvl_edge.bench.peers.worker import Round, Worker, versions
-from internvl_edge.bench.scale import synthetic_spec
-from internvl_edge.bench.stored import check_writable, write_result
-from internvl_edge.bench.synthetic import SyntheticWeights
+from internvl_edge.bench.scale.run import synthetic_spec
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
+from internvl_edge.bundle.contract import LanguagePrecision
+from internvl_edge.bundle.errors import DeviceError, LimitError
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint, ModelSource
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.marker import scratch_folder
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
+from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.ops import available_cores
-from internvl_edge.runtime.contract import LanguagePrecision
-from internvl_edge.runtime.errors import DeviceError, LimitError
 
 OWN = "internvl-edge"
 SYNTHETIC = "internvl-chat-v1-5"

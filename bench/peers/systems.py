@@ -11,13 +11,13 @@ from pathlib import Path
 from internvl_edge.bench.peers.gguf_writer import write_gguf
 from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import quantize_gguf
-from internvl_edge.export.checkpoint import WeightSource
-from internvl_edge.export.mapping import LANGUAGE, expected_shapes
-from internvl_edge.export.work import check_space
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
+from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
+from internvl_edge.export.output.work import check_space
 from internvl_edge.runtime.free_memory import available_memory
-from internvl_edge.runtime.quoting import quoted
-from internvl_edge.runtime.specs import ModelSpec
 
 
 @dataclass(frozen=True)

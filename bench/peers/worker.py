@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.runtime.errors import DeviceError
+from internvl_edge.bundle.errors import DeviceError
 
 MODULE = "internvl_edge.bench.peers.worker"
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from internvl_edge.examples.tiny_ocr.tokenizer import KEYS
-from internvl_edge.runtime.preprocess import select_grid
+from internvl_edge.runtime.images.preprocess import select_grid
 
 SIDE = 112  # pixels per tile
 MAX_TILES = 6

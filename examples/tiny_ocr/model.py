@@ -11,7 +11,7 @@ from transformers import InternVLForConditionalGeneration
 
 from internvl_edge.examples.tiny_ocr.data import MAX_TILES, SIDE
 from internvl_edge.examples.tiny_ocr.tokenizer import APPENDED, PIECES, Tokenizer
-from internvl_edge.runtime.preprocess import tile_image
+from internvl_edge.runtime.images.preprocess import tile_image
 
 SYSTEM = "You read receipts."
 TILE_TOKENS = (SIDE // 14 // 2) ** 2  # 16

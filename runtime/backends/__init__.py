@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.sampling import Candidates
+from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.decoding.sampling import Candidates
 
 
 class Cache(Protocol):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.ort import load_onnxruntime
+from internvl_edge.runtime.backends.ort import load_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime import contract
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.chain import Chain, ChainBinding
-from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.errors import LimitError
-from internvl_edge.runtime.int8_cache import check_int8_cache
-from internvl_edge.runtime.kv_cache import (
+from internvl_edge.runtime.backends.int8_cache import check_int8_cache
+from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
     CACHE_BYTES,
     CacheState,
     committed_bytes,
     lazy_zeros,
 )
-from internvl_edge.runtime.machine import machine_key
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.rope import CacheRope, RopeTable
+from internvl_edge.runtime.backends.machine import machine_key
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
+from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 
 
 @dataclass

@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quoting import reason
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.backends.sessions import Provider, open_graphs
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
-from internvl_edge.runtime.errors import DeviceError, LimitError
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.quoting import reason
-from internvl_edge.runtime.rope import RopeTable
-from internvl_edge.runtime.sampling import Candidates
+from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
+from internvl_edge.runtime.decoding.sampling import Candidates
 
 
 def cuda_provider(cuda: Cuda) -> Provider:

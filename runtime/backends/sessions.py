@@ -13,23 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from internvl_edge.runtime import contract
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.errors import BundleError, DeviceError, PreparedWarning
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
 from internvl_edge.runtime.backends.chain import Chain
 from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.errors import BundleError, DeviceError, PreparedWarning
-from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.prepared import (
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.prepared import (
     PREPARE_AGAIN,
     part_count,
     part_names,
     verified_prepared,
     why_none,
 )
-from internvl_edge.runtime.products import AS_STORED, Form, bundle_form
-from internvl_edge.runtime.quoting import named, quoted, reason
-from internvl_edge.runtime.verified import HeldFiles, VerifiedFiles
+from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
+from internvl_edge.runtime.memory import MemoryGuard
 
 if TYPE_CHECKING:
     import onnxruntime as ort

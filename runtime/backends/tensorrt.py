@@ -20,20 +20,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime import contract
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends.cuda import Cuda, Graph
+from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.backends.plans import PLANS, Engines
+from internvl_edge.runtime.backends.rope_table import RopeTable
+from internvl_edge.runtime.backends.tensorrt_library import Context, Library, Plan
 from internvl_edge.runtime.backends.tensorrt_memory import Buffers, Storage, key_bucket, pieces
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.cuda import Cuda, Graph
-from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
-from internvl_edge.runtime.engines import PLANS, Engines
-from internvl_edge.runtime.errors import DeviceError, LimitError
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.quoting import named, reason
-from internvl_edge.runtime.rope import RopeTable
-from internvl_edge.runtime.sampling import Candidates
-from internvl_edge.runtime.trt import Context, Library, Plan
+from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
+from internvl_edge.runtime.decoding.sampling import Candidates
 
 
 class CapturedStep:

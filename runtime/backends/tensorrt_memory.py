@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime import contract
-from internvl_edge.runtime.bundle import Bundle
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.engines import Limits
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.plans import Limits
 
 #: The cache is read in multiples of this, or of more where that gives over `MOST_BUCKETS`.
 LEAST_BUCKET = 256

@@ -12,10 +12,10 @@ import pytest
 from calibrating import few_items
 from checkpoints import KV8, small_config, write_checkpoint
 
-from internvl_edge.bench import ceilings
-from internvl_edge.bench.latency_run import run_latency
+from internvl_edge.bench.common import ceilings
+from internvl_edge.bench.latency.run import run_latency
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.calibration.decisions import QuantOptions
 
 
 @pytest.fixture(scope="session", autouse=True)

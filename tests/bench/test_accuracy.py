@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from checkpoints import KV8
 
-from internvl_edge.bench import accuracy
-from internvl_edge.bench.intervals import Estimate
-from internvl_edge.runtime.cli import main
+from internvl_edge.bench.answers import accuracy
+from internvl_edge.bench.common.intervals import Estimate
+from internvl_edge.cli.main import main
 
 
 def test_rows_of_the_table(

@@ -13,11 +13,11 @@ import pytest
 from command_line import error_line
 from scipy.stats import t
 
-from internvl_edge.bench.compare import _notes, compare, difference, holm
-from internvl_edge.bench.statistics import summarise
-from internvl_edge.bench.stored import write_result
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.bench.common.stored import write_result
+from internvl_edge.bench.common.summaries import summarise
+from internvl_edge.bench.latency.compare import _notes, compare, difference, holm
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.cli.main import main
 
 RUNS = 30
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from internvl_edge.bench.converters import convert, layouts
-from internvl_edge.bench.datasets import DataError, Question, load_dataset
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.cli_accuracy import DATASETS
+from internvl_edge.bench.answers.datasets import DataError, Question, load_dataset
+from internvl_edge.bench.peers.converters import convert, layouts
+from internvl_edge.cli.accuracy import DATASETS
+from internvl_edge.cli.main import main
 
 TEN = ["nokia"] * 7 + ["Nokia", "toshiba", "phone"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.bench.datasets import DataError, load_dataset
+from internvl_edge.bench.answers.datasets import DataError, load_dataset
 
 LINE: dict[str, Any] = {"id": "q1", "image": "a.png", "question": "What?", "answers": ["4"]}
 CHOICES = {"metric": "mc", "choices": ["red", "blue"]}

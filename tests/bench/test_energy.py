@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_edge.bench.energy import CounterMeter, Meter, PowerMeter, open_meter
+from internvl_edge.bench.latency.energy import CounterMeter, Meter, PowerMeter, open_meter
 
 
 def write(folder: Path, files: dict[str, object]) -> None:
@@ -19,7 +19,7 @@ def write(folder: Path, files: dict[str, object]) -> None:
 @pytest.fixture(autouse=True)
 def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card in the machine that tests would come before the files."""
-    monkeypatch.setattr("internvl_edge.bench.energy._nvml", lambda: None)
+    monkeypatch.setattr("internvl_edge.bench.latency.energy._nvml", lambda: None)
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

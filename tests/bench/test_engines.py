@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from internvl_edge.bench.engines import (
+from internvl_edge.bench.gpu.engines import (
     extrapolate,
     integer_plan,
     render_builds,
@@ -14,8 +14,8 @@ from internvl_edge.bench.engines import (
     true_width,
     verdict,
 )
-from internvl_edge.export.gate import GraphReport
-from internvl_edge.export.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.checkpoint.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.tensorrt.gate import GraphReport
 
 GIB = 1 << 30
 ONE = GraphReport(

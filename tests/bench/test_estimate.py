@@ -11,7 +11,7 @@ import pytest
 from checkpoints import small_config, write_config
 from command_line import error_line
 
-from internvl_edge.bench.estimate import (
+from internvl_edge.bench.estimate.model import (
     Device,
     Efficiency,
     Request,
@@ -20,12 +20,12 @@ from internvl_edge.bench.estimate import (
     remedies,
     weights_of,
 )
-from internvl_edge.bench.published import FIGURES, Figure, published_error
-from internvl_edge.bench.synthetic import internvl_1_5
-from internvl_edge.export.targets import GIB, TARGETS, get_target
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.errors import LimitError
+from internvl_edge.bench.estimate.published import FIGURES, Figure, published_error
+from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
+from internvl_edge.export.tensorrt.targets import GIB, TARGETS, get_target
 
 #: What the README states: the worst of the published figures of each kind.
 STATED = {"decode": 0.25, "prefill": 0.20}

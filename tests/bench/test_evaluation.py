@@ -12,12 +12,12 @@ from checkpoints import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.bench import evaluation
-from internvl_edge.bench.datasets import DataError, Question, load_dataset
-from internvl_edge.bench.evaluation import Engine, RunOptions, answer_questions, ask
-from internvl_edge.bench.journal import Answer, Journal
+from internvl_edge.bench.answers import evaluation
+from internvl_edge.bench.answers.datasets import DataError, Question, load_dataset
+from internvl_edge.bench.answers.evaluation import Engine, RunOptions, answer_questions, ask
+from internvl_edge.bench.answers.journal import Answer, Journal
+from internvl_edge.cli.main import main
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.cli import main
 
 IMAGE = GOLDEN / "images" / "img0.png"
 SETTINGS = {"bundle": "b", "data": "d"}

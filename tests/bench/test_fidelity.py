@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.special import log_softmax as scipy_log_softmax
 from scipy.stats import entropy
 
-from internvl_edge.bench.fidelity import (
+from internvl_edge.bench.answers.fidelity import (
     Fidelity,
     Item,
     Tokens,
@@ -27,10 +27,11 @@ from internvl_edge.bench.fidelity import (
     compare_logits,
     log_softmax,
 )
+from internvl_edge.bundle.seal import sealed
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime import InternVL, engine
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.seal import sealed
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.decoding import passes as engine
 
 IMAGE = GOLDEN / "images" / "img0.png"
 
@@ -105,7 +106,7 @@ def test_chunks_are_the_whole(
     whole = compare_logits(expected, actual, np.asarray(ids[first:]))
     assert len(whole.loss) == len(ids) - first > (16 if answers == "given" else 0)
     monkeypatch.setattr(engine, "MAX_CHUNK", 16)
-    monkeypatch.setattr("internvl_edge.bench.fidelity.ROWS", 5)
+    monkeypatch.setattr("internvl_edge.bench.answers.fidelity.ROWS", 5)
     got = compare(golden_model, other, ids, first, item.images, 2)
     for field in fields(Tokens):
         # Float32 sums of another order: 1e-5 of logits of magnitude 10.

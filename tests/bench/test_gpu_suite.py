@@ -15,17 +15,19 @@ from checkpoints import small_config
 from fake_tensorrt import FakeTensorRt, fake_build
 from host_driver import HostDriver
 
-from internvl_edge.bench import gpu_parts, gpu_suite
-from internvl_edge.bench.gpu_model import Workshop, cut
-from internvl_edge.bench.gpu_parts import PARTS, cosine, decoder, true_width, vision
-from internvl_edge.bench.gpu_suite import SUITES, Part, add_shares, main, run_part, run_suite
-from internvl_edge.export.config import parse_config
+from internvl_edge.bench.gpu import parts as gpu_parts
+from internvl_edge.bench.gpu import suite as gpu_suite
+from internvl_edge.bench.gpu.model import Workshop, cut
+from internvl_edge.bench.gpu.parts import PARTS, cosine, decoder, true_width, vision
+from internvl_edge.bench.gpu.suite import SUITES, Part, add_shares, main, run_part, run_suite
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.kernels import cuda as cuda_kernels
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime import DeviceError, LimitError, device_sampling
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.specs import ModelSpec
+from internvl_edge.runtime import DeviceError, LimitError
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.decoding import device_sampling
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_decoding_is_timed(
 
 
 def test_every_part_is_documented() -> None:
-    text = (Path(gpu_parts.__file__).parent / "GPU.md").read_text(encoding="utf-8")
+    text = (Path(gpu_parts.__file__).parent / "README.md").read_text(encoding="utf-8")
     for parts in SUITES.values():
         for part in parts:
             assert part.name in text
@@ -141,7 +143,7 @@ def test_cosine(a: Any, b: Any, wanted: float) -> None:
 def test_torch_beside(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, and without compiling, which takes minutes."""
     torch = pytest.importorskip("torch")
-    from internvl_edge.bench.gpu_torch import product_rates, time_decoder, time_vision
+    from internvl_edge.bench.gpu.torch_peer import product_rates, time_decoder, time_vision
 
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     rows = time_vision(spec, "cpu", 1)

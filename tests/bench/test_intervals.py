@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from internvl_edge.bench.intervals import Comparison, Estimate, bootstrap, mcnemar, wilson
+from internvl_edge.bench.common.intervals import Comparison, Estimate, bootstrap, mcnemar, wilson
 
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=30)
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from command_line import BLOCK, error_line, run
 
-from internvl_edge.bench.latency import (
+from internvl_edge.bench.common.machine import busy_note, cache_note, command_line, describe_machine
+from internvl_edge.bench.common.stored import read_result, violation, write_result
+from internvl_edge.bench.common.tables import PHASES, render_text
+from internvl_edge.bench.latency.measure import (
     bundle_name,
     check_tiles,
     grid,
@@ -18,13 +21,10 @@ from internvl_edge.bench.latency import (
     picture,
     question,
 )
-from internvl_edge.bench.machine import busy_note, cache_note, command_line, describe_machine
-from internvl_edge.bench.stored import read_result, violation, write_result
-from internvl_edge.bench.tables import PHASES, render_text
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.errors import LimitError
 
 WITH_PICTURE = {"decode_image", "tile", "vision", "vision_per_tile"}
 

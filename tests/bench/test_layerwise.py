@@ -9,12 +9,12 @@ import pytest
 from calibrating import few_items
 from checkpoints import KV8, small_config, write_checkpoint
 
-from internvl_edge.bench import layerwise
-from internvl_edge.bench.layerwise import run_layerwise
+from internvl_edge.bench.answers import layerwise
+from internvl_edge.bench.answers.layerwise import run_layerwise
+from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.runtime import BundleError
-from internvl_edge.runtime.contract import CachePrecision, LanguagePrecision
 
 
 def write_bundle(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from command_line import error_line
 
-from internvl_edge.bench import memory
-from internvl_edge.bench.limits import Weights
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
+from internvl_edge.bench.common.limits import Weights
+from internvl_edge.bench.latency import memory
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 
 READ = 2e9
 

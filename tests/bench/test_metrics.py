@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-from internvl_edge.bench import metrics
-from internvl_edge.bench.metrics import (
+from internvl_edge.bench.answers import metrics
+from internvl_edge.bench.answers.metrics import (
     anls,
     edit_distance,
     exact_match,
@@ -21,8 +21,8 @@ from internvl_edge.bench.metrics import (
     read_letter,
     relaxed_accuracy,
 )
-from internvl_edge.bench.vqa import normalise_answer, vqa_accuracy
-from internvl_edge.runtime.cli_accuracy import METRICS
+from internvl_edge.bench.answers.vqa import normalise_answer, vqa_accuracy
+from internvl_edge.cli.accuracy import METRICS
 
 TEXTS = st.text(st.sampled_from("aAbB 12.,%'é中\n"), max_size=12)
 ANSWERS = st.lists(TEXTS, min_size=1, max_size=4)

@@ -22,13 +22,13 @@ from internvl_edge.bench.peers.llamacpp import LlamaCpp, quantize_gguf
 from internvl_edge.bench.peers.run import compare
 from internvl_edge.bench.peers.systems import PEERS, choose_peers, language_parameters, obstacle
 from internvl_edge.bench.peers.worker import Round, Worker, versions
+from internvl_edge.bundle.errors import BundleError, DeviceError, LimitError
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.demo import example_room
-from internvl_edge.runtime.engine import TokenSequence
-from internvl_edge.runtime.errors import BundleError, DeviceError, LimitError
+from internvl_edge.runtime.decoding.passes import TokenSequence
 
 needs_llama = pytest.mark.skipif(
     find_spec("llama_cpp") is None or find_spec("gguf") is None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from internvl_edge.bench import products as measured
-from internvl_edge.bench.products import measure_forms
-from internvl_edge.runtime.products import AS_STORED, UNSIGNED, exact_form
+from internvl_edge.bench.kernels import products as measured
+from internvl_edge.bench.kernels.products import measure_forms
+from internvl_edge.runtime.backends.products import AS_STORED, UNSIGNED, exact_form
 
 
 def test_one_form_is_in_use_and_exact() -> None:

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import small_config, write_checkpoint
 from command_line import error_line
 
-from internvl_edge.bench.profile import (
+from internvl_edge.bench.latency.operators import (
     Node,
     Phase,
     _profile_language,
@@ -19,9 +19,9 @@ from internvl_edge.bench.profile import (
     profile_bundle,
     shares,
 )
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
 
 
 def node(name: str, operator: str = "Gemm", dtype: str = "float", seconds: float = 1.0) -> Node:

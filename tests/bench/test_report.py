@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_edge.bench.plots import COLOURS, FIRST_TOKEN, Bar
-from internvl_edge.bench.report import render_html
-from internvl_edge.bench.svg import distributions, stacked_bars
-from internvl_edge.bench.tables import PHASES
-from internvl_edge.runtime.cli import main
+from internvl_edge.bench.common.plots import COLOURS, FIRST_TOKEN, Bar
+from internvl_edge.bench.common.svg import distributions, stacked_bars
+from internvl_edge.bench.common.tables import PHASES
+from internvl_edge.bench.latency.report import render_html
+from internvl_edge.cli.main import main
 
 VOID = {"meta", "br"}
 #: What makes a browser fetch something, in attributes and in styles.
@@ -185,7 +185,7 @@ def test_a_picture_without_matplotlib(
 ) -> None:
     """Said before anything is measured."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "internvl_edge.bench.png", raising=False)
+    monkeypatch.delitem(sys.modules, "internvl_edge.bench.common.png", raising=False)
     picture = tmp_path / "plots.png"
     assert main(["bench", "latency", str(integer_bundle), "--png", str(picture)]) == 2
     assert "pip install 'internvl-edge[bench]'" in capsys.readouterr().err

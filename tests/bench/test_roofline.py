@@ -17,16 +17,16 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from internvl_edge.bench.ceilings import Ceilings
-from internvl_edge.bench.limits import Weights, phase_limits
-from internvl_edge.bench.profile import Phase, profile_bundle
-from internvl_edge.bench.roofline import Ceiling, Work
-from internvl_edge.bench.synthetic import internvl_1_5
-from internvl_edge.export.decisions import QuantOptions, Recipe
+from internvl_edge.bench.common.ceilings import Ceilings
+from internvl_edge.bench.common.limits import Weights, phase_limits
+from internvl_edge.bench.common.roofline import Ceiling, Work
+from internvl_edge.bench.latency.operators import Phase, profile_bundle
+from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.manifest import Bundle, open_bundle
+from internvl_edge.bundle.rope import rope_rows
+from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
 from internvl_edge.export.sizes import bundle_bytes
-from internvl_edge.runtime import contract
-from internvl_edge.runtime.bundle import Bundle, open_bundle
-from internvl_edge.runtime.rope import rope_rows
 
 WITHIN = 0.01
 #: Inputs of each product that hold its weight: values, scales, zero points, integer bias.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.bench.machine import MOST_DRIFT
-from internvl_edge.bench.rounds import MOST_ROUNDS, Rounds, measure_rounds, steady_rounds
+from internvl_edge.bench.common.machine import MOST_DRIFT
+from internvl_edge.bench.common.rounds import MOST_ROUNDS, Rounds, measure_rounds, steady_rounds
 
 bandwidths = st.lists(st.integers(30, 80).map(float), min_size=2, max_size=7)
 

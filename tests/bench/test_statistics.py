@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.bench.latency import Point, Run, collect
-from internvl_edge.bench.statistics import percentile, repeat, summarise, timed
+from internvl_edge.bench.common.summaries import percentile, repeat, summarise, timed
+from internvl_edge.bench.latency.measure import Point, Run, collect
 
 SAMPLES = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_edge.runtime.cli import main
+from internvl_edge.cli.main import main
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from checkpoints import small_config, write_checkpoint
 
+from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.bundle.json_reader import JsonError, as_object, parse_json
+from internvl_edge.bundle.manifest import Manifest, parse_manifest
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import InternVL, InternVLEdgeError
-from internvl_edge.runtime.bundle import Manifest, parse_manifest
-from internvl_edge.runtime.contract import MANIFEST
 from internvl_edge.runtime.inspection import inspect_bundle
-from internvl_edge.runtime.json_reader import JsonError, as_object, parse_json
 
 #: Seconds after which a try is taken to wait for something.
 PATIENCE = 120

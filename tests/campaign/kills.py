@@ -27,20 +27,20 @@ from pathlib import Path
 from checkpoints import small_config, write_checkpoint
 from disks import NoDiskError, small_disk
 
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.runtime import BundleError
-from internvl_edge.runtime.bundle import open_bundle
 
 #: The command line, calibrating on two pictures; `build` with the tests' stand-in for a builder.
 COMMAND = """
 import signal, sys
-from internvl_edge.export import calibration_run
-from internvl_edge.runtime.cli import main
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 calibration_run.DEFAULT_ITEMS = 2
 if sys.argv[1] == "build":
     import test_build_engines
-    from internvl_edge.runtime.bundle import open_bundle
-    from internvl_edge.runtime.errors import InternVLEdgeError
+    from internvl_edge.bundle.manifest import open_bundle
+    from internvl_edge.bundle.errors import InternVLEdgeError
     try:
         test_build_engines.build(open_bundle(sys.argv[2]), overwrite=True)
     except InternVLEdgeError as error:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from oracle import load_reference, reference_logits, reference_rows
 
-from internvl_edge.bench.accuracy import evaluate, held_out
+from internvl_edge.bench.answers.accuracy import evaluate, held_out
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.cli.main import main
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.demo import example_room
 
 CHECKPOINT = example_room() / "checkpoint"
 PICTURES = 100

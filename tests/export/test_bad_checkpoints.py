@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import CheckpointError, ExportError, InternVLEdgeError
 
 WEIGHTS = "model.safetensors"

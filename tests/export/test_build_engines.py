@@ -20,18 +20,21 @@ from checkpoints import GOLDEN, small_config, write_checkpoint
 from fake_tensorrt import FakeTensorRt, fake_build
 from host_driver import HostDriver
 
-from internvl_edge.export import engine_builder, profiles
-from internvl_edge.export import engines as engines_module
+from internvl_edge.bundle.manifest import Bundle, open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.config import parse_config
-from internvl_edge.export.dialects.engine_form import engine_form
-from internvl_edge.export.engine_builder import Built, Progress, Request
-from internvl_edge.export.engines import (
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.graphs.dialects.engine_form import engine_form
+from internvl_edge.export.tensorrt import builder as engine_builder
+from internvl_edge.export.tensorrt import engines as engines_module
+from internvl_edge.export.tensorrt import profiles
+from internvl_edge.export.tensorrt.builder import Built, Progress, Request
+from internvl_edge.export.tensorrt.engines import (
     build_engines,
     render_layers,
     timing_cache_path,
 )
-from internvl_edge.export.profiles import (
+from internvl_edge.export.tensorrt.profiles import (
     GIB,
     MemoryNeed,
     Place,
@@ -42,10 +45,8 @@ from internvl_edge.export.profiles import (
 )
 from internvl_edge.kernels.device import Driver
 from internvl_edge.runtime import DeviceError, ExportError, LeftoverWarning, LimitError
-from internvl_edge.runtime.bundle import Bundle, open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.engines import (
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.plans import (
     FOLDER,
     PLANS,
     Limits,
@@ -53,7 +54,7 @@ from internvl_edge.runtime.engines import (
     built_engines,
     find_engines,
 )
-from internvl_edge.runtime.trt import APIS, Library
+from internvl_edge.runtime.backends.tensorrt_library import APIS, Library
 
 ORIN = Machine(87, "tensorrt", "10.16.2", "Orin (nvgpu)", 13020)
 PLACE = Place("Orin", ORIN, 60 * GIB, shared=True)
@@ -271,7 +272,7 @@ KILLED = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import test_build_engines
-    from internvl_edge.runtime.bundle import open_bundle
+    from internvl_edge.bundle.manifest import open_bundle
 
     def slow(request, form, progress):
         built = test_build_engines.fake_build(request, form, progress)

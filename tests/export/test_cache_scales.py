@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from internvl_edge.bench.synthetic import internvl_1_5
+from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.bundle.rope import rope_base, rope_rows
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime import InternVL, contract
-from internvl_edge.runtime.demo import example_room
-from internvl_edge.runtime.engine import EncodedImage, TokenSequence
-from internvl_edge.runtime.rope import rope_base, rope_rows
-from internvl_edge.runtime.specs import LanguageSpec
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.decoding.passes import EncodedImage, TokenSequence
 
 Keys = NDArray[np.float64]  # (kv_heads, tokens, head_dim)
 PICTURES = 24

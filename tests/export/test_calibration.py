@@ -13,33 +13,34 @@ from checkpoints import GOLDEN, KV8, small_config, write_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
 from internvl_edge.export import bundle as bundle_module
-from internvl_edge.export import calibration_run, writer
+from internvl_edge.export import writer
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.export.decisions import QuantOptions, record
-from internvl_edge.export.gptq import error_factors, gptq_blocks, moments
-from internvl_edge.export.groups import (
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import QuantOptions, record
+from internvl_edge.export.calibration.gptq import error_factors, gptq_blocks, moments
+from internvl_edge.export.calibration.groups import (
     head_groups,
     language_groups,
     projector_groups,
     vision_groups,
 )
-from internvl_edge.export.plan import LinearPlan, QuantPlan
-from internvl_edge.export.quantize import (
+from internvl_edge.export.calibration.samples import DEFAULT_ITEMS
+from internvl_edge.export.calibration.search import InputStats, full_scale, search
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import (
     BlockFormat,
     dequantize_blocks,
     quantize_blocks,
     quantize_channels,
 )
-from internvl_edge.export.samples import DEFAULT_ITEMS
-from internvl_edge.export.search import InputStats, full_scale, search
 from internvl_edge.runtime import ExportError, InternVL, LeftoverWarning
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
-from internvl_edge.runtime.products import use_exact_products
+from internvl_edge.runtime.backends.products import use_exact_products
 
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}

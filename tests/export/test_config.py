@@ -13,10 +13,10 @@ from checkpoints import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.export.config import parse_config
-from internvl_edge.export.mapping import expected_shapes
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.mapping import expected_shapes
 from internvl_edge.runtime import CheckpointError
-from internvl_edge.runtime.specs import ModelSpec
 
 #: Only what has no default.
 MINIMAL: dict[str, Any] = {

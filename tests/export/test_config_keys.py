@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from checkpoints import small_config, write_checkpoint
 
-from internvl_edge.bench.synthetic import CONFIGS
+from internvl_edge.bench.scale.synthetic import CONFIGS
+from internvl_edge.bundle.quoting import LONGEST, quoted
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.config import parse_config
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.runtime import CheckpointError
-from internvl_edge.runtime.quoting import LONGEST, quoted
 
 #: What transformers 4.37 writes of any model beside what it computes with.
 GENERIC: dict[str, Any] = {

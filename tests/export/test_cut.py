@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.cut import cut_graph
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.prepare.cut import cut_graph
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime import prepared as prepared_module
+from internvl_edge.runtime.backends import prepared as prepared_module
 from internvl_edge.runtime.backends.chain import Chain
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
-from internvl_edge.runtime.prepared import find_prepared, part_count, part_names
+from internvl_edge.runtime.backends.prepared import find_prepared, part_count, part_names
 
 WIDTH = 8
 LAYERS = 4

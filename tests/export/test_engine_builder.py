@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from builder import needs_builder
 
-from internvl_edge.export import engine_builder
-from internvl_edge.export.engine_builder import Request, build_in_process
+from internvl_edge.export.tensorrt import builder as engine_builder
+from internvl_edge.export.tensorrt.builder import Request, build_in_process
 from internvl_edge.runtime import ExportError
 
 

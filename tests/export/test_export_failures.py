@@ -19,16 +19,16 @@ from checkpoints import small_config, write_checkpoint
 from numpy.lib import format as npy_format
 from safetensors.numpy import load_file, save_file
 
+from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import BundleError, CheckpointError, ExportError
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.contract import MANIFEST
 
 #: Runs `internvl-edge export` with files limited to argv[3] bytes.
 LIMITED = """
 import resource, sys
-from internvl_edge.runtime.cli import main
+from internvl_edge.cli.main import main
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main(["export", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]]))
@@ -37,8 +37,8 @@ sys.exit(main(["export", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]]))
 #: Runs `internvl-edge export` and stops for a minute after the first block of the weights.
 SLOW = """
 import signal, sys, time
-from internvl_edge.export.weights import Weight
-from internvl_edge.runtime.cli import main
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.cli.main import main
 
 def slowly(self, cast_blocks=Weight.cast_blocks):
     for block in cast_blocks(self):

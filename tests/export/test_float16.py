@@ -12,11 +12,11 @@ import pytest
 from checkpoints import small_config, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from internvl_edge.export import calibration_run
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import Recipe
-from internvl_edge.export.float16 import check_ranges
-from internvl_edge.export.ranges import RangeCollector, ValueRange
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import Recipe
+from internvl_edge.export.calibration.float16 import check_ranges
+from internvl_edge.export.calibration.ranges import RangeCollector, ValueRange
 from internvl_edge.runtime import ExportError, InternVL, InternVLEdgeWarning
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"

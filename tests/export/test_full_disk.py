@@ -16,23 +16,25 @@ import pytest
 from checkpoints import small_config, write_checkpoint
 from disks import Disk, NoDiskError, small_disk
 
+from internvl_edge.bundle.disk import size_text
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export import bundle as bundle_module
-from internvl_edge.export import calibration_run, prepack, writer
-from internvl_edge.export import prepare as prepare_module
+from internvl_edge.export import writer
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.calibrate import Calibration
-from internvl_edge.export.calibration_run import load_calibration
-from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.export.decisions import QuantOptions, Recipe
-from internvl_edge.export.marker import scratch_folder
-from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.calibrate import Calibration
+from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
+from internvl_edge.export.calibration.run import load_calibration
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.output.marker import scratch_folder
+from internvl_edge.export.output.work import tree_bytes
+from internvl_edge.export.prepare import prepack
+from internvl_edge.export.prepare import prepare as prepare_module
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.export.room import room_for_export
-from internvl_edge.export.work import tree_bytes
 from internvl_edge.export.writer import planned_layout
 from internvl_edge.runtime import ExportError
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.disk import size_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::internvl_edge.runtime.LeftoverWarning")
 KIB = 1 << 10
@@ -45,8 +47,8 @@ RECIPE: dict[str, Any] = {
 #: Runs the command line with files limited to argv[1] bytes.
 LIMITED = """
 import resource, sys
-from internvl_edge.export import calibration_run
-from internvl_edge.runtime.cli import main
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.cli.main import main
 calibration_run.DEFAULT_ITEMS = 2
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

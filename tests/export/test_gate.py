@@ -15,11 +15,16 @@ from calibrating import few_items
 from checkpoints import small_config, write_checkpoint
 from onnx import TensorProto, helper
 
-from internvl_edge.bench.engines import DEPTHS, build_layers, extrapolate, true_width
+from internvl_edge.bench.gpu.engines import DEPTHS, build_layers, extrapolate, true_width
+from internvl_edge.bundle.contract import DialectName
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.dialects.tensorrt_modern import ModernDialect, Step
-from internvl_edge.export.gate import (
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.formats.plan import QuantPlan
+from internvl_edge.export.graphs.dialects.tensorrt_modern import ModernDialect, Step
+from internvl_edge.export.graphs.graph import ALIGNMENT, GraphBuilder
+from internvl_edge.export.tensorrt.gate import (
     EngineShapes,
     GateReport,
     GraphReport,
@@ -28,13 +33,8 @@ from internvl_edge.export.gate import (
     profile_of,
     render_gate,
 )
-from internvl_edge.export.graph import ALIGNMENT, GraphBuilder
-from internvl_edge.export.plan import QuantPlan
-from internvl_edge.export.trt import CAPABILITIES, ShapeRange
+from internvl_edge.export.tensorrt.rtx import CAPABILITIES, ShapeRange
 from internvl_edge.runtime import BundleError
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import DialectName
 
 #: Small, so that building is quick; the shapes of real engines are the default's business.
 SHAPES = EngineShapes(context=256, tokens=64)
@@ -216,7 +216,7 @@ def test_the_command_prints_and_tells_by_its_status(
     assert main(["inspect", "--check", path]) == 0
     assert capsys.readouterr().out.endswith("\npasses\n")
     twice = replace(RIGHT, weight_bytes=2 * RIGHT.weight_bytes)
-    monkeypatch.setattr("internvl_edge.export.gate.build_graph", lambda *_: twice)
+    monkeypatch.setattr("internvl_edge.export.tensorrt.gate.build_graph", lambda *_: twice)
     assert main(["inspect", "--check", path, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["passed"]

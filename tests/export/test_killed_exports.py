@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from checkpoints import KV8, small_config, write_checkpoint
 
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.runtime import BundleError
-from internvl_edge.runtime.bundle import open_bundle
 
 KILLS = 20
 EXPORT = [str(Path(sys.executable).with_name("internvl-edge")), "export"]

@@ -12,12 +12,12 @@ from checkpoints import GOLDEN, small_config, write_checkpoint
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from internvl_edge.bundle.quoting import LONGEST
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import BundleError, CheckpointError, ImageError
-from internvl_edge.runtime.quoting import LONGEST
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from sessions import cpu_session
 
-from internvl_edge.export.dialects import Linear, onnxruntime
-from internvl_edge.export.dialects.onnxruntime import OnnxRuntimeDialect
-from internvl_edge.export.graph import GraphBuilder
-from internvl_edge.export.plan import LinearPlan, QuantPlan
-from internvl_edge.export.quantize import Floats, quantize_channels
-from internvl_edge.export.weights import Weight
-from internvl_edge.runtime.contract import Tensor
+from internvl_edge.bundle.contract import Tensor
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import Floats, quantize_channels
+from internvl_edge.export.graphs.dialects import Linear, onnxruntime
+from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graphs.graph import GraphBuilder
 
 ROWS, WIDTH, WIDE = 5, 12, 50
 UP_SCALE, DOWN_SCALE = 0.03, 0.1

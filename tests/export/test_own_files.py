@@ -15,14 +15,14 @@ import pytest
 from checkpoints import small_config, write_checkpoint
 from PIL import Image
 
-from internvl_edge.export import calibration_run
+from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import ExportError, InternVLEdgeWarning
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import MANIFEST
-from internvl_edge.runtime.prepared import find_prepared
+from internvl_edge.runtime.backends.prepared import find_prepared
 
 pytestmark = pytest.mark.filterwarnings("error::internvl_edge.runtime.InternVLEdgeWarning")
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 from packaging.version import Version
 
-from internvl_edge.export.prepack import PREPACKED, compares_packed, prepack_graph
-from internvl_edge.runtime import products
+from internvl_edge.export.prepare.prepack import PREPACKED, compares_packed, prepack_graph
+from internvl_edge.runtime.backends import products
 
 PROBES = Path(products.__file__).parent / "probes"
 
@@ -26,7 +26,7 @@ def compared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     compared: bool = request.param
     if compares_packed() and not compared:
         pytest.skip(f"onnxruntime {ort.__version__} compares packed forms")
-    monkeypatch.setattr("internvl_edge.export.prepack.compares_packed", lambda: compared)
+    monkeypatch.setattr("internvl_edge.export.prepare.prepack.compares_packed", lambda: compared)
     return compared
 
 
@@ -40,7 +40,7 @@ def test_an_onnxruntime_that_compares_is_noticed(monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object, **__: object) -> None:
         raise ort.capi.onnxruntime_pybind11_state.Fail("do not match the buffers generated")
 
-    monkeypatch.setattr("internvl_edge.export.prepack._Probe.open_with", refuse)
+    monkeypatch.setattr("internvl_edge.export.prepare.prepack._Probe.open_with", refuse)
     assert compares_packed.__wrapped__()
 
 
@@ -49,7 +49,7 @@ def test_the_same_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: bool, product: str
 ) -> None:
     """Where forms are compared, a packed weight says it is itself, and elsewhere other bytes."""
-    monkeypatch.setattr("internvl_edge.export.prepack.LEAST_BYTES", 1 << 12)
+    monkeypatch.setattr("internvl_edge.export.prepare.prepack.LEAST_BYTES", 1 << 12)
     model = onnx.load(str(PROBES / f"{product}.onnx"))
     weights = {t.name: numpy_helper.to_array(t).tobytes() for t in model.graph.initializer}
     plain, packed = both(model, tmp_path)

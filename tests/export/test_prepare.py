@@ -18,23 +18,17 @@ from checkpoints import small_config, write_checkpoint
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.bundle.manifest import file_entry, open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.prepack import compares_packed, prepack_graph
-from internvl_edge.export.prepare import prepare_bundle
-from internvl_edge.runtime import (
-    BundleError,
-    ExportError,
-    InternVL,
-    PreparedWarning,
-    machine,
-    products,
-)
-from internvl_edge.runtime.bundle import file_entry, open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import LANGUAGE_GRAPH, VISION_GRAPH
-from internvl_edge.runtime.prepared import find_prepared
-from internvl_edge.runtime.products import UNPACKED, UNSIGNED
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.prepare.prepack import compares_packed, prepack_graph
+from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.runtime import BundleError, ExportError, InternVL, PreparedWarning
+from internvl_edge.runtime.backends import machine, products
+from internvl_edge.runtime.backends.prepared import find_prepared
+from internvl_edge.runtime.backends.products import UNPACKED, UNSIGNED
 
 IDS = [1, 5, 9, 200, 17, 3]
 PRECISIONS = [
@@ -47,7 +41,7 @@ PRECISIONS = [
 LOADED = """
 import sys
 from internvl_edge.runtime.backends.sessions import CpuGraphs
-from internvl_edge.runtime.bundle import file_entry, open_bundle
+from internvl_edge.bundle.manifest import file_entry, open_bundle
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -317,7 +311,7 @@ def test_what_was_written_is_tried_before_it_is_done(
         else:
             spoil_packed(targets[0])
 
-    monkeypatch.setattr("internvl_edge.export.prepare.prepack_graph", spoiled)
+    monkeypatch.setattr("internvl_edge.export.prepare.prepare.prepack_graph", spoiled)
     with pytest.raises(ExportError, match="does not load" if compares_packed() else fault):
         prepare_bundle(bundle)
     assert not list((bundle / "prepared").iterdir())
@@ -367,7 +361,7 @@ def test_nothing_is_left_of_an_interrupted_run(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("internvl_edge.export.prepare.file_entry", fail)
+    monkeypatch.setattr("internvl_edge.export.prepare.prepare.file_entry", fail)
     with pytest.raises(ExportError, match="no space"):
         prepare_bundle(bundle)
     assert not list((bundle / "prepared").iterdir())

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from sessions import cpu_session
 
-from internvl_edge.export.packing import Channels, pack_blocks, pack_channels, pack_table
-from internvl_edge.export.plan import LinearPlan
-from internvl_edge.export.quantize import (
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.packing import Channels, pack_blocks, pack_channels, pack_table
+from internvl_edge.export.formats.plan import LinearPlan
+from internvl_edge.export.formats.quantize import (
     BlockFormat,
     Blocks,
     block_bytes,
@@ -25,7 +26,6 @@ from internvl_edge.export.quantize import (
     quantize_channels,
     unpack,
 )
-from internvl_edge.export.weights import Weight
 from internvl_edge.runtime import CheckpointError
 
 forms = st.builds(

@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
-from internvl_edge.export import calibration_run
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import QUANTISATION_REPORT, Tensor
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.rope import rope_base, rope_rows
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions, Recipe
-from internvl_edge.export.float16 import check_ranges
-from internvl_edge.export.graph import GraphBuilder
-from internvl_edge.export.oracle import run_bundle
-from internvl_edge.export.ranges import (
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
+from internvl_edge.export.calibration.float16 import check_ranges
+from internvl_edge.export.calibration.ranges import (
     LARGEST,
     RangeCollector,
     RangeProbes,
@@ -32,11 +35,9 @@ from internvl_edge.export.ranges import (
     sqnr_db,
     wide_linears,
 )
-from internvl_edge.runtime import ExportError, contract
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import QUANTISATION_REPORT, Tensor
-from internvl_edge.runtime.rope import rope_base, rope_rows
+from internvl_edge.export.graphs.graph import GraphBuilder
+from internvl_edge.export.tensorrt.oracle import run_bundle
+from internvl_edge.runtime import ExportError
 
 NORM2 = "vision_model.encoder.layers.0.norm2.weight"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -105,7 +106,9 @@ def test_without_the_analysis_they_overflow(
     """
     exact = _evaluate(export_bundle(loud, tmp_path / "exact", dialect=dialect))
     guarded = _evaluate(export_bundle(loud, tmp_path / "guarded", dialect=dialect, **HALF))
-    monkeypatch.setattr("internvl_edge.export.decisions.wide_linears", lambda _: frozenset())
+    monkeypatch.setattr(
+        "internvl_edge.export.calibration.decisions.wide_linears", lambda _: frozenset()
+    )
     bare = _evaluate(export_bundle(loud, tmp_path / "bare", dialect=dialect, **HALF))
     for expected, good, bad in zip(exact, guarded, bare, strict=True):
         assert _sqnr(expected, good) > 45

@@ -17,25 +17,32 @@ from checkpoints import KV8, small_config, write_checkpoint
 from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
-from internvl_edge.bench.synthetic import internvl_1_5
-from internvl_edge.export import calibration_run, sensitivity, writer
+from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bundle.contract import QUANTISATION_PLOT, QUANTISATION_REPORT
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.tokenizer import tokenizer_files
+from internvl_edge.cli.main import main
+from internvl_edge.export import writer
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.calibrate import Sample
-from internvl_edge.export.calibration_run import calibrate, load_calibration
-from internvl_edge.export.checkpoint import Checkpoint
-from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe, make_plan
-from internvl_edge.export.observe import HERE
-from internvl_edge.export.plan import QuantPlan
-from internvl_edge.export.plot import KEPT, QUANTISED, cost_plot
-from internvl_edge.export.report import UnitCost, most_sensitive, render_report, tensor_prefix
-from internvl_edge.export.sensitivity import chosen_samples, divergence, multiply_adds
-from internvl_edge.export.units import HEAD_ROWS
-from internvl_edge.export.workspace import Workspace
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration import sensitivity
+from internvl_edge.export.calibration.calibrate import Sample
+from internvl_edge.export.calibration.decisions import Decisions, QuantOptions, Recipe, make_plan
+from internvl_edge.export.calibration.observe import HERE
+from internvl_edge.export.calibration.plot import KEPT, QUANTISED, cost_plot
+from internvl_edge.export.calibration.report import (
+    UnitCost,
+    most_sensitive,
+    render_report,
+    tensor_prefix,
+)
+from internvl_edge.export.calibration.run import calibrate, load_calibration
+from internvl_edge.export.calibration.sensitivity import chosen_samples, divergence, multiply_adds
+from internvl_edge.export.calibration.units import HEAD_ROWS
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.formats.plan import QuantPlan
+from internvl_edge.export.output.workspace import Workspace
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import QUANTISATION_PLOT, QUANTISATION_REPORT
-from internvl_edge.runtime.tokenizer import tokenizer_files
 
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.runtime import CheckpointError, InternVLEdgeWarning
 
 RECIPE: dict[str, Any] = {
@@ -166,7 +166,7 @@ def test_another_version_of_the_code_begins_anew(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         export(room, "resumed", stop_after=4)
-    monkeypatch.setattr("internvl_edge.export.calibration_run._code_digest", lambda: "newer")
+    monkeypatch.setattr("internvl_edge.export.calibration.run._code_digest", lambda: "newer")
     with pytest.warns(InternVLEdgeWarning, match="it is of other weights, data, options or vers"):
         export(room, "resumed")
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import GOLDEN, small_config, write_config
 
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.config import parse_config
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.runtime import CheckpointError, InternVL
 
 SPELLINGS: dict[str, dict[str, Any]] = {

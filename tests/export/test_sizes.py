@@ -12,19 +12,19 @@ from checkpoints import KV8, small_config, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.bench.synthetic import SyntheticWeights, internvl_1_5
-from internvl_edge.export import calibration_run
+from internvl_edge.bench.scale.synthetic import SyntheticWeights, internvl_1_5
+from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.bundle.manifest import open_bundle, read_manifest
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.config import parse_config
-from internvl_edge.export.decisions import Decisions, QuantOptions, Recipe, make_plan
-from internvl_edge.export.mapping import expected_shapes
-from internvl_edge.export.plan import QuantPlan
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import Decisions, QuantOptions, Recipe, make_plan
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.sizes import OTHER, PARTS, bundle_bytes, part_entries, part_of
 from internvl_edge.export.writer import Layout, plan_export
-from internvl_edge.runtime.bundle import open_bundle, read_manifest
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import MANIFEST
-from internvl_edge.runtime.specs import ModelSpec
 
 GB = 1e9
 W8_W4 = Recipe("int8", "int4", "int8")

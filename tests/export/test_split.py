@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.export.split import split_outputs
+from internvl_edge.export.prepare.split import split_outputs
 
 INNER, BLOCK = 64, 32
 Inputs = dict[str, NDArray[Any]]

@@ -18,21 +18,21 @@ from checkpoints import GOLDEN, KV8
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.bundle.contract import DialectName
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.rope import rope_base
+from internvl_edge.cli.main import main
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.dialects import registry
-from internvl_edge.export.dialects.engine_form import engine_form
-from internvl_edge.export.dialects.tensorrt_modern import ModernDialect, Step
-from internvl_edge.export.dialects.tensorrt_operators import refusals
-from internvl_edge.export.graph import GraphBuilder
-from internvl_edge.export.plan import QuantPlan
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.formats.plan import QuantPlan
+from internvl_edge.export.graphs.dialects import registry
+from internvl_edge.export.graphs.dialects.engine_form import engine_form
+from internvl_edge.export.graphs.dialects.tensorrt_modern import ModernDialect, Step
+from internvl_edge.export.graphs.dialects.tensorrt_operators import refusals
+from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
 from internvl_edge.runtime.backends.reference import KEY_BUCKET, ReferenceBackend
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.contract import DialectName
-from internvl_edge.runtime.rope import rope_base
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
 TENSORRT: tuple[DialectName, ...] = ("tensorrt", "tensorrt-portable")

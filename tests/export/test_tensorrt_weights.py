@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.export.dialects.registry import new_dialect
-from internvl_edge.export.dialects.tensorrt_operators import OPERATORS, refusals
-from internvl_edge.export.dialects.tensorrt_weights import pack_columns, pack_rows
-from internvl_edge.export.plan import LinearPlan, QuantPlan
-from internvl_edge.export.quantize import BlockFormat, dequantize_blocks, quantize_blocks
-from internvl_edge.export.weights import Weight
+from internvl_edge.bundle.contract import DialectName, Tensor
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import BlockFormat, dequantize_blocks, quantize_blocks
+from internvl_edge.export.graphs.dialects.registry import new_dialect
+from internvl_edge.export.graphs.dialects.tensorrt_operators import OPERATORS, refusals
+from internvl_edge.export.graphs.dialects.tensorrt_weights import pack_columns, pack_rows
 from internvl_edge.runtime import ExportError
-from internvl_edge.runtime.contract import DialectName, Tensor
 
 NAME = "some.weight"
 PLANS = {

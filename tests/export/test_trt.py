@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.export import trt
-from internvl_edge.export.built import Product, as_built, products, weight_bytes
-from internvl_edge.export.trt import Operand, ShapeRange, build, parse_layers
+from internvl_edge.export.tensorrt import rtx as trt
+from internvl_edge.export.tensorrt.built import Product, as_built, products, weight_bytes
+from internvl_edge.export.tensorrt.rtx import Operand, ShapeRange, build, parse_layers
 from internvl_edge.runtime import DeviceError, ExportError
 
 pytestmark = needs_builder

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from checkpoints import small_config, write_checkpoint
 
-from internvl_edge.export import calibration_run
+from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.marker import MARKER, claim, is_marked, scratch_folder
-from internvl_edge.export.prepare import prepare_bundle
-from internvl_edge.export.work import NEW, SCRATCH, work_folder
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.output.marker import MARKER, claim, is_marked, scratch_folder
+from internvl_edge.export.output.work import NEW, SCRATCH, work_folder
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import BusyError, ExportError, LeftoverWarning
-from internvl_edge.runtime.bundle import open_bundle
 
 #: Runs some code, says so, and waits to be killed.
 WAITING = """
@@ -36,7 +36,7 @@ def wait():
     time.sleep(60)
 """
 HOLD = """
-from internvl_edge.export.work import NEW, SCRATCH, work_folder
+from internvl_edge.export.output.work import NEW, SCRATCH, work_folder
 with work_folder(target) as work:
     (work.fresh(NEW) / "vision.data").write_bytes(bytes(3000))
     (work.fresh(SCRATCH) / "unit.data").write_bytes(bytes(10))
@@ -63,7 +63,7 @@ Path.unlink = unlink
 export_bundle(target.with_name("checkpoint"), target, overwrite=True)
 """
 SCRATCHING = """
-from internvl_edge.export.marker import scratch_folder
+from internvl_edge.export.output.marker import scratch_folder
 with scratch_folder(target) as folder:
     (folder / "unit.data").write_bytes(bytes(10))
     wait()

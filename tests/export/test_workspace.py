@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from internvl_edge.export.workspace import Workspace
+from internvl_edge.export.output.workspace import Workspace
 
 UNITS = ("vision.0", "vision.1", "projector")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from host_driver import ELAPSED_MS, open_driver
 
-from internvl_edge.bench import kernels as bench
-from internvl_edge.bench import kernels_cuda as cuda_bench
+from internvl_edge.bench.kernels import cpu as bench
+from internvl_edge.bench.kernels import cuda as cuda_bench
+from internvl_edge.cli.main import main
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime.cli import main
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_a_named_compiler_must_exist(
 FALLBACK = """
 import numpy as np
 from internvl_edge.kernels import ops
-from internvl_edge.runtime.preprocess import tile_image
+from internvl_edge.runtime.images.preprocess import tile_image
 from PIL import Image
 pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
 tiles = ops.tile(pixels, columns=2, rows=3, tile_size=28)
@@ -190,7 +190,7 @@ def test_without_a_compiler_one_line_and_the_same_bits(tmp_path: Path) -> None:
 
 def test_importing_the_runtime_builds_and_loads_nothing(tmp_path: Path) -> None:
     script = (
-        "import internvl_edge.runtime, internvl_edge.runtime.preprocess, pathlib;"
+        "import internvl_edge.runtime, internvl_edge.runtime.images.preprocess, pathlib;"
         "from internvl_edge.kernels import ops;"
         "assert ops.cpu_kernels.cache_info().misses == 0;"
         "assert 'libinternvl_edge_cpu' not in pathlib.Path('/proc/self/maps').read_text()"
@@ -263,7 +263,7 @@ def test_ptxas_log_is_read() -> None:
 def test_resources_are_of_these_sources_and_nothing_spills() -> None:
     report = resources.REPORT.read_text()
     assert f"sources: sha256 {build.source_hash()}" in report, (
-        "sources changed: run `python -m internvl_edge.kernels.build --resources`"
+        "sources changed: run `python -m internvl_edge.kernels.resources`"
     )
     cells = re.findall(r"(\d+) / (\d+) / (\d+)", report)
     kernels = re.findall(r"^\| (ive_\w+) \|", report, re.MULTILINE)

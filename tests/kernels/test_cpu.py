@@ -127,7 +127,7 @@ def test_kernels_compiled_in_an_emulated_process_run_there(tmp_path: Path) -> No
     """They were made for the host's CPU, and died of an illegal instruction."""
     tree = tmp_path / "tree"
     (tree / "internvl_edge").mkdir(parents=True)
-    for room in ("kernels", "runtime"):
+    for room in ("bundle", "kernels", "runtime"):
         (tree / "internvl_edge" / room).symlink_to(build.SOURCES.parent / room)
     # One cache for both: neither takes what the other has compiled.
     native, emulated = (

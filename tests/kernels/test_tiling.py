@@ -25,7 +25,7 @@ from internvl_edge.kernels import ops, reference
 from internvl_edge.kernels.images import planes_of
 from internvl_edge.kernels.jobs import TilePlan
 from internvl_edge.kernels.weights import FRACTION_BITS, axis_weights
-from internvl_edge.runtime.preprocess import resize, select_grid
+from internvl_edge.runtime.images.preprocess import resize, select_grid
 
 GRIDS = [(c, r) for c in range(1, 41) for r in range(1, 41) if c * r <= 40]
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)

@@ -34,6 +34,7 @@ from matrix.pinned import write_pinned
 
 HERE = Path(__file__).parent
 ROOMS = Path(__file__).parents[2]
+PACKAGES = ("bench", "bundle", "calib_data", "cli", "examples", "export", "kernels", "runtime")
 EXAMPLE = ROOMS / "examples" / "tiny_ocr"
 #: All kinds together, in seconds: what is not done by then is skipped.
 BOUND_S = 600
@@ -173,7 +174,7 @@ def _write_inputs(folder: Path) -> None:
     write_pinned(bundle, folder / "bundles" / "pinned", tiles)
     links = folder / "tree" / "internvl_edge"
     links.mkdir(parents=True, exist_ok=True)
-    for room in ("bench", "calib_data", "examples", "export", "kernels", "runtime"):
+    for room in PACKAGES:
         (links / room).unlink(missing_ok=True)
         (links / room).symlink_to(ROOMS / room)
 
@@ -223,8 +224,9 @@ def _place_demo(cache: Path) -> None:
 
 _DEMO = """
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime import demo
-demo._bundle(demo.example_room() / "checkpoint", export_bundle)
+from internvl_edge.cli import demo
+from internvl_edge.bundle.extras import example_room
+demo._bundle(example_room() / "checkpoint", export_bundle)
 """
 
 

@@ -18,11 +18,11 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.cli.main import main as command_line
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.cli import main as command_line
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.products import (
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.products import (
     FORMS,
     Product,
     exact_form,

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.contract import TILES, VISION_FILES, VISION_GRAPH
+from internvl_edge.bundle.contract import TILES, VISION_FILES, VISION_GRAPH
 from matrix.on_cpu import PINNED, PINNED_INPUTS, open_exact
 
 

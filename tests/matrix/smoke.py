@@ -68,7 +68,7 @@ PRECISIONS: Mapping[str, Precision] = {
 
 def tokenizer(folder: Path) -> str:
     """Compare token ids and text with the reference's."""
-    from internvl_edge.runtime.tokenizer import Tokenizer
+    from internvl_edge.bundle.tokenizer import Tokenizer
 
     vectors = json.loads((GOLDEN / "tokenizer_vectors.json").read_text(encoding="utf-8"))
     loaded = Tokenizer.load(GOLDEN / "model")
@@ -84,7 +84,7 @@ def images(folder: Path) -> str:
     import numpy as np
     from PIL import Image
 
-    from internvl_edge.runtime.preprocess import load_pixels
+    from internvl_edge.runtime.images.preprocess import load_pixels
 
     picture = Image.open(EXAMPLE / "receipt.png").convert("RGB")
     wanted = np.asarray(picture)
@@ -129,7 +129,7 @@ def tiles(folder: Path) -> str:
     from PIL import Image
 
     from internvl_edge.kernels import ops
-    from internvl_edge.runtime.preprocess import load_pixels, tile_image
+    from internvl_edge.runtime.images.preprocess import load_pixels, tile_image
 
     golden = np.load(GOLDEN / "tiles.npz")
     kernel = ops.cpu_kernels() is not None
@@ -180,7 +180,7 @@ def export(name: str, folder: Path) -> str:
     from packaging.version import Version
 
     from internvl_edge.runtime import BundleError
-    from internvl_edge.runtime.ort import load_onnxruntime
+    from internvl_edge.runtime.backends.ort import load_onnxruntime
 
     precision = PRECISIONS[name]
     options = [word for key, value in precision.options.items() for word in (f"--{key}", value)]
@@ -252,7 +252,7 @@ NEEDS: Mapping[str, str] = {
 
 def _has_cache(name: str) -> bool:
     """Whether the installed ONNX Runtime has the KV cache of a precision."""
-    from internvl_edge.runtime.int8_cache import takes_int8_cache
+    from internvl_edge.runtime.backends.int8_cache import takes_int8_cache
 
     return takes_int8_cache() or PRECISIONS[name].options.get("kv") != "int8"
 
@@ -287,7 +287,7 @@ class _Terminal(io.StringIO):
 
 def _command_line(*arguments: str) -> tuple[int, str, str]:
     """Return exit status, and what is written to stdout and stderr."""
-    from internvl_edge.runtime.cli import main as command_line
+    from internvl_edge.cli.main import main as command_line
 
     printed, told = io.StringIO(), _Terminal()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from internvl_edge.runtime.ort import TRIED
+from internvl_edge.runtime.backends.ort import TRIED
 
 versions = pytest.importorskip("matrix.versions", reason="tomllib came with Python 3.11")
 

@@ -34,6 +34,7 @@ from matrix.smoke import NEEDS, STEPS
 
 HERE = Path(__file__).parent
 ROOMS = Path(__file__).parents[2]
+PACKAGES = ("bench", "bundle", "calib_data", "cli", "examples", "export", "kernels", "runtime")
 CONSTRAINTS = ROOMS / "constraints.txt"
 KINDS = ("lowest", "pinned", "newest")
 #: Required by one of ours, with a range of its own that is tried as well.
@@ -309,7 +310,7 @@ def _link_rooms(folder: Path) -> None:
     """Make a tree that is imported as it stands: installing would write into the source."""
     links = folder / "tree" / "internvl_edge"
     links.mkdir(parents=True, exist_ok=True)
-    for room in ("bench", "calib_data", "examples", "export", "kernels", "runtime"):
+    for room in PACKAGES:
         (links / room).unlink(missing_ok=True)
         (links / room).symlink_to(ROOMS / room)
 

@@ -13,9 +13,10 @@ from host_driver import HostDriver
 from internvl_edge.kernels import cuda as cuda_kernels
 from internvl_edge.kernels import ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime import device_sampling, device_tiling
 from internvl_edge.runtime.backends import onnxruntime_cuda, sessions
 from internvl_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from internvl_edge.runtime.decoding import device_sampling
+from internvl_edge.runtime.images import device_tiling
 
 
 @pytest.fixture

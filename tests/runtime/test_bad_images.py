@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.runtime import ImageError, InternVL
-from internvl_edge.runtime.preprocess import MAX_PIXELS, MAX_SIDE, load_image, tile_image
+from internvl_edge.runtime.images.preprocess import MAX_PIXELS, MAX_SIDE, load_image, tile_image
 
 TILE = 56
 

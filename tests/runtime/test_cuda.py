@@ -1,4 +1,4 @@
-"""`runtime/cuda.py` with a stand-in whose streams do their work when they are waited for."""
+"""The backends' `cuda` with a stand-in whose streams do their work when they are waited for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from host_driver import CONTEXT, FOREIGN_CONTEXT, HostDriver
 from internvl_edge.kernels.device import DeviceArray, Driver
 from internvl_edge.kernels.jobs import ShuffleJob
 from internvl_edge.runtime import DeviceError
-from internvl_edge.runtime.cuda import Cuda
+from internvl_edge.runtime.backends.cuda import Cuda
 
 VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
 

@@ -22,8 +22,9 @@ from host_driver import FOREIGN_CONTEXT, HostDriver, on_device
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
+from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.kernels.device import Driver
 from internvl_edge.runtime import (
     DeviceError,
@@ -33,8 +34,7 @@ from internvl_edge.runtime import (
 )
 from internvl_edge.runtime.backends import onnxruntime_cuda, sessions
 from internvl_edge.runtime.backends.onnxruntime_cuda import CudaCache
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.sampling import Sampling
+from internvl_edge.runtime.decoding.sampling import Sampling
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), dtype=np.uint8)

@@ -23,10 +23,10 @@ from internvl_edge.kernels.build import BuildError, cuda_binary
 from internvl_edge.kernels.cuda import TILING_SOURCE
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime import DeviceError, ImageError, InternVL
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.device_sampling import LargestLogits, selection_kernels
-from internvl_edge.runtime.device_tiling import DeviceTiler
-from internvl_edge.runtime.preprocess import Tiling, tile_on_host
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
+from internvl_edge.runtime.images.device_tiling import DeviceTiler
+from internvl_edge.runtime.images.preprocess import Tiling, tile_on_host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 

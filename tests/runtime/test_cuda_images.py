@@ -11,7 +11,9 @@ from host_driver import HostDriver, on_device
 from PIL import Image
 
 from internvl_edge.kernels.build import BuildError
-from internvl_edge.runtime import ImageError, InternVL, device_sampling, device_tiling
+from internvl_edge.runtime import ImageError, InternVL
+from internvl_edge.runtime.decoding import device_sampling
+from internvl_edge.runtime.images import device_tiling
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), dtype=np.uint8)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from internvl_edge.kernels import cuda as kernels
 from internvl_edge.kernels.cuda import SELECT_MOST, CudaKernels
 from internvl_edge.kernels.device import DeviceArray, Driver
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.device_sampling import LargestLogits
-from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.decoding.device_sampling import LargestLogits
+from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, Sampling
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ import onnxruntime
 import PIL
 import pytest
 
+from internvl_edge.cli.main import main
 from internvl_edge.kernels.build import BuildError
-from internvl_edge.runtime import doctor, products
-from internvl_edge.runtime.cli import main
+from internvl_edge.runtime import doctor
+from internvl_edge.runtime.backends import products
+from internvl_edge.runtime.backends.products import AS_STORED, Form, Product, exact_form
 from internvl_edge.runtime.doctor import examine
-from internvl_edge.runtime.products import AS_STORED, Form, Product, exact_form
 
 
 def test_versions_are_the_installed_ones() -> None:

@@ -15,9 +15,10 @@ from builder import needs_builder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
+from internvl_edge.bundle.seal import sealed
 from internvl_edge.runtime import BundleError, DeviceError
-from internvl_edge.runtime.bundle import Bundle, file_entry, open_bundle
-from internvl_edge.runtime.engines import (
+from internvl_edge.runtime.backends.plans import (
     FOLDER,
     MANIFEST,
     PLANS,
@@ -32,8 +33,14 @@ from internvl_edge.runtime.engines import (
     source_hashes,
     why_none,
 )
-from internvl_edge.runtime.seal import sealed
-from internvl_edge.runtime.trt import APIS, LIBRARIES, Api, Library, api_of, error_logger
+from internvl_edge.runtime.backends.tensorrt_library import (
+    APIS,
+    LIBRARIES,
+    Api,
+    Library,
+    api_of,
+    error_logger,
+)
 
 ORIN = Machine(87, "tensorrt", "10.16.2", "Orin (nvgpu)", 13020)
 
@@ -100,7 +107,7 @@ def test_another_machine(opened: Bundle, field: str) -> None:
     said = why_none(opened, MACHINES[field])
     assert SAID[field] in said
     assert f"internvl-edge build {opened.path}" in said
-    assert "auto_build" in said
+    assert "build_engines" in said
 
 
 @pytest.mark.parametrize(
@@ -313,7 +320,7 @@ def test_the_table_says_what_rtx_has(column: str) -> None:
 
 @needs_builder
 def test_rtx_has_every_name_that_is_called() -> None:
-    """What `runtime/trt.py` and `export/engine_builder.py` call without asking the table."""
+    """What `tensorrt_library` and `export.tensorrt.builder` call without asking the table."""
     trt = Library.open("tensorrt_rtx").module
     names = {
         trt.Runtime: ["deserialize_cuda_engine"],

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.manifest import Manifest, read_manifest
 from internvl_edge.runtime import InternVL, PrecisionError, Sampling
+from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.reference import ReferenceCache
-from internvl_edge.runtime.bundle import Manifest, read_manifest
-from internvl_edge.runtime.finite import FiniteCheck
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.ort import load_onnxruntime
-from internvl_edge.runtime.rope import RopeTable
+from internvl_edge.runtime.backends.rope_table import RopeTable
+from internvl_edge.runtime.decoding.finite import FiniteCheck
 
 QUESTION = "How many lanterns are there?"
 WAYS = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvl_edge.runtime import InternVL, Sampling, engine
-from internvl_edge.runtime.generation import StopStrings
+from internvl_edge.runtime import InternVL, Sampling
+from internvl_edge.runtime.decoding import passes as engine
+from internvl_edge.runtime.decoding.generation import StopStrings
 
 QUESTION = "How many lanterns are there?"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from internvl_edge.bundle.extras import example_room
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime.demo import example_room
 
 LIMIT = 32 << 20
 

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from internvl_edge.runtime import InternVL, LimitError
-from internvl_edge.runtime.image_folder import ImageFolder
-from internvl_edge.runtime.images import ImageIdentity
-from internvl_edge.runtime.reuse import ImageStore, Shelf
+from internvl_edge.runtime.decoding.reuse import ImageStore, Shelf
+from internvl_edge.runtime.images.folder import ImageFolder
+from internvl_edge.runtime.images.identity import ImageIdentity
 
 QUESTION = "<image>\nWhat is written here, line by line?"
 IMAGE = ImageIdentity(b"p" * 32, None, 1, "model")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.bundle.rope import rope_base
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import ImageError, InternVL
 from internvl_edge.runtime.backends import onnxruntime as onnxruntime_backend
-from internvl_edge.runtime.demo import example_room
-from internvl_edge.runtime.generation import Timings
-from internvl_edge.runtime.images import ImageIdentity
-from internvl_edge.runtime.preprocess import Tiling
-from internvl_edge.runtime.rope import rope_base
+from internvl_edge.runtime.decoding.generation import Timings
+from internvl_edge.runtime.images.identity import ImageIdentity
+from internvl_edge.runtime.images.preprocess import Tiling
 
 QUESTION = "<image>\nWhat is written here, line by line?"
 TILING = Tiling(tile_size=56, min_tiles=1, max_tiles=6, thumbnail=True)

@@ -13,10 +13,11 @@ from onnx import numpy_helper
 from packaging.version import Version
 
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.decisions import QuantOptions
-from internvl_edge.export.probes import cache_probe
-from internvl_edge.runtime import DeviceError, InternVL, int8_cache
-from internvl_edge.runtime.int8_cache import takes_int8_cache
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.graphs.dialects.probes import cache_probe
+from internvl_edge.runtime import DeviceError, InternVL
+from internvl_edge.runtime.backends import int8_cache
+from internvl_edge.runtime.backends.int8_cache import takes_int8_cache
 
 PROBE = Path(int8_cache.__file__).with_name("probes") / "cache.onnx"
 

@@ -13,9 +13,10 @@ from campaign.interrupts import Moments
 from host_driver import HostDriver
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.rope import rope_base, rope_rows
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends.onnxruntime_cuda import LogitsOutput, StagedInput
-from internvl_edge.runtime.rope import CacheRope, RopeTable, rope_base, rope_rows
+from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
 
 QUESTION = "What is written here, line by line?"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from internvl_edge.bundle.extras import example_room
 from internvl_edge.examples.tiny_ocr.data import sample
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime.demo import example_room
 
 #: Ten turns fill a third of the context; then the next conversation begins.
 CONVERSE = """

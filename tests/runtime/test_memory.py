@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl_edge.bundle.manifest import Manifest, open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.runtime import InternVL, LimitError, memory
-from internvl_edge.runtime import prepared as prepared_module
-from internvl_edge.runtime.bundle import Manifest, open_bundle
-from internvl_edge.runtime.cli import main
+from internvl_edge.runtime.backends import prepared as prepared_module
 from internvl_edge.runtime.memory import (
     MemoryGuard,
     MemoryPlan,

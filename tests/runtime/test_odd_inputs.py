@@ -13,11 +13,14 @@ import pytest
 from checkpoints import small_config, write_checkpoint
 from PIL import Image
 
-from internvl_edge.bench.datasets import DataError, load_dataset
-from internvl_edge.bench.journal import Journal
-from internvl_edge.bench.stored import read_result
+from internvl_edge.bench.answers.datasets import DataError, load_dataset
+from internvl_edge.bench.answers.journal import Journal
+from internvl_edge.bench.common.stored import read_result
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.quoting import LONGEST
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.prepare import prepare_bundle
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import (
     BundleError,
     ImageError,
@@ -28,14 +31,11 @@ from internvl_edge.runtime import (
     PromptError,
     Sampling,
 )
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.engines import FOLDER as ENGINES
-from internvl_edge.runtime.engines import built_engines
-from internvl_edge.runtime.prepared import MANIFEST as PREPARED
-from internvl_edge.runtime.prepared import find_prepared, prepared_folder
-from internvl_edge.runtime.preprocess import MAX_BYTES, load_image
-from internvl_edge.runtime.quoting import LONGEST
+from internvl_edge.runtime.backends.plans import FOLDER as ENGINES
+from internvl_edge.runtime.backends.plans import built_engines
+from internvl_edge.runtime.backends.prepared import MANIFEST as PREPARED
+from internvl_edge.runtime.backends.prepared import find_prepared, prepared_folder
+from internvl_edge.runtime.images.preprocess import MAX_BYTES, load_image
 
 
 def replaced(path: Path, by: str) -> Path:

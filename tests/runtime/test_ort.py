@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 
 from internvl_edge.runtime import VersionWarning
-from internvl_edge.runtime import ort as ort_module
-from internvl_edge.runtime.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
+from internvl_edge.runtime.backends import ort as ort_module
+from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def home_of(tmp_path: Path, code: str, **variables: str) -> tuple[list[str], str
 #: The demo, then the sockets this process holds: native code's too.
 DEMO_AND_SOCKETS = """
 import os
-from internvl_edge.runtime.cli import main
+from internvl_edge.cli.main import main
 assert main(["demo", "--device", "cpu", "--threads", "1"]) == 0
 for fd in os.listdir("/proc/self/fd"):
     try:
@@ -65,7 +65,7 @@ def test_a_demo_leaves_no_telemetry_and_opens_no_socket(tmp_path: Path) -> None:
 
 def test_a_variable_that_the_user_has_set_stays(tmp_path: Path) -> None:
     code = (
-        "import os; from internvl_edge.runtime.ort import load_onnxruntime;"
+        "import os; from internvl_edge.runtime.backends.ort import load_onnxruntime;"
         f" load_onnxruntime(); print(os.environ['{TELEMETRY_OFF}'])"
     )
     assert home_of(tmp_path, code)[1].strip() == "1"
@@ -75,11 +75,11 @@ def test_a_variable_that_the_user_has_set_stays(tmp_path: Path) -> None:
 def test_there_is_one_import_of_onnxruntime() -> None:
     """Elsewhere only for type checkers: any other could come first, with telemetry on."""
     importing = set()
-    for room in ("runtime", "export", "bench", "calib_data", "kernels"):
+    for room in ("bundle", "runtime", "export", "bench", "calib_data", "kernels", "cli"):
         for path in (ROOT / room).rglob("*.py"):
             if _imports_onnxruntime(path):
                 importing.add(str(path.relative_to(ROOT)))
-    assert importing == {"runtime/ort.py"}
+    assert importing == {"runtime/backends/ort.py"}
 
 
 def _imports_onnxruntime(path: Path) -> bool:

@@ -18,12 +18,12 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from internvl_edge.export.probes import probe
-from internvl_edge.runtime import products
-from internvl_edge.runtime.bundle import FileEntry, Manifest, read_manifest
-from internvl_edge.runtime.contract import VISION_GRAPH
-from internvl_edge.runtime.errors import DeviceError
-from internvl_edge.runtime.products import (
+from internvl_edge.bundle.contract import VISION_GRAPH
+from internvl_edge.bundle.errors import DeviceError
+from internvl_edge.bundle.manifest import FileEntry, Manifest, read_manifest
+from internvl_edge.export.graphs.dialects.probes import probe
+from internvl_edge.runtime.backends import products
+from internvl_edge.runtime.backends.products import (
     AS_STORED,
     COLUMNS,
     FORMS,
@@ -216,7 +216,7 @@ def test_sessions_get_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 #: The forms in which W8A8 is wrong, on the CPU that runs this.
 TRY = """
 import json
-from internvl_edge.runtime.products import FORMS, exact_form, wrong_products
+from internvl_edge.runtime.backends.products import FORMS, exact_form, wrong_products
 wrong = {form.name: wrong_products(form, ("w8a8", "int8", "int4")) for form in FORMS}
 print(json.dumps([wrong, exact_form(("w8a8", "int8", "int4")).name]))
 """
@@ -230,8 +230,8 @@ def test_a_cpu_without_vnni_takes_unsigned_weights(tmp_path: Path) -> None:
     """The fault itself, on any machine: VPMADDUBSW saturates there."""
     tree = tmp_path / "internvl_edge"  # the emulated Python knows no environment
     tree.mkdir()
-    for room in ("kernels", "runtime"):
-        (tree / room).symlink_to(Path(products.__file__).parents[1] / room)
+    for room in ("bundle", "kernels", "runtime"):
+        (tree / room).symlink_to(Path(products.__file__).parents[2] / room)
     paths = [str(tmp_path), *(path for path in sys.path if path)]
     done = subprocess.run(
         ["qemu-x86_64-static", "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", TRY],

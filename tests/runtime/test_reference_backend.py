@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from internvl_edge.bundle.contract import DialectName
+from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.manifest import Bundle, read_manifest
 from internvl_edge.runtime.backends import reference
 from internvl_edge.runtime.backends.reference import ReferenceBackend
-from internvl_edge.runtime.bundle import Bundle, read_manifest
-from internvl_edge.runtime.contract import DialectName
-from internvl_edge.runtime.errors import BundleError
 
 
 @pytest.mark.parametrize(("dialect", "named"), [("tensorrt", True), ("tensorrt-portable", False)])

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.kv_cache import CacheState
-from internvl_edge.runtime.reuse import PrefixStore
-from internvl_edge.runtime.shelf import Shelf
+from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.decoding.reuse import PrefixStore
+from internvl_edge.runtime.decoding.shelf import Shelf
 
 QUESTION = "<image>\nWhat is written here, line by line?"
 

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from internvl_edge.runtime.sampling import Candidates, Sampler, Sampling, filter_logits
+from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, Sampling, filter_logits
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,7 +10,7 @@ from campaign.interrupts import Moments
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.runtime.shelf import ITEM_BYTES, Shelf, common_bytes
+from internvl_edge.runtime.decoding.shelf import ITEM_BYTES, Shelf, common_bytes
 
 
 @given(

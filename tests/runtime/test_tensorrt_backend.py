@@ -26,18 +26,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvl_edge.export import engines as export_engines
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.engines import build_engines
-from internvl_edge.export.profiles import plan_build, this_place
+from internvl_edge.export.tensorrt import engines as export_engines
+from internvl_edge.export.tensorrt.engines import build_engines
+from internvl_edge.export.tensorrt.profiles import plan_build, this_place
 from internvl_edge.runtime import BundleError, DeviceError, InternVL, LimitError, devices
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.plans import Engines, Limits
 from internvl_edge.runtime.backends.tensorrt import TensorRtCache
+from internvl_edge.runtime.backends.tensorrt_library import APIS, Library
 from internvl_edge.runtime.backends.tensorrt_memory import MOST_BUCKETS, key_bucket, pieces
-from internvl_edge.runtime.bundle import open_bundle
-from internvl_edge.runtime.cli import main
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.engines import Engines, Limits
-from internvl_edge.runtime.trt import APIS, Library
 
 QUESTION = "How many lanterns are there?"
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), dtype=np.uint8)
@@ -373,17 +373,13 @@ def test_auto_says_once_why_it_is_the_cpu(
     assert "internvl-edge build" in models[1].engine.backend.description
 
 
-def test_auto_build(portable: Path, trt: FakeTensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_are_built_when_asked_for(portable: Path, trt: FakeTensorRt) -> None:
     """Another version of TensorRT: refused with the command, or built there and then."""
     trt.__version__ = "10.18.1"
-    with pytest.raises(DeviceError, match=r"run 'internvl-edge build .*auto_build=True"):
+    with pytest.raises(DeviceError, match=r"run 'internvl-edge build .*build_engines="):
         InternVL.load(portable, device="tensorrt")
-    monkeypatch.setattr(
-        export_engines,
-        "build_for_machine",
-        partial(export_engines.build_for_machine, build=fake_build),
-    )
-    InternVL.load(portable, device="tensorrt", auto_build=True, max_context=300)
+    builder = partial(export_engines.build_for_machine, build=fake_build)
+    InternVL.load(portable, device="tensorrt", build_engines=builder, max_context=300)
     assert InternVL.load(portable, device="tensorrt", max_context=300).max_context == 300
 
 

@@ -18,11 +18,12 @@ from cuda_callers import QUESTION, TOKENS, answer_in_pycuda, answer_in_torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.bundle.contract import DialectName
 from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.tensorrt.engines import build_for_machine
 from internvl_edge.runtime import DeviceError, InternVL
-from internvl_edge.runtime.contract import DialectName
-from internvl_edge.runtime.cuda import Cuda
-from internvl_edge.runtime.trt import Library
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.tensorrt_library import Library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("the_gpu")]
 
@@ -50,7 +51,7 @@ def test_golden_answers(
     if dialect == "tensorrt" and not library.api.modern:
         pytest.skip(f"{library.name} {library.version} does not parse this dialect")
     path = export_bundle(GOLDEN / "model", tmp_path / "bundle", dialect=dialect)
-    model = InternVL.load(path, device="tensorrt", auto_build=True, reuse_bytes=0)
+    model = InternVL.load(path, device="tensorrt", build_engines=build_for_machine, reuse_bytes=0)
     wanted = chat_arrays["single_generated"][0].tolist()
     question = golden_chats["single"]["question"]
     for _ in range(2):  # the second time over captured steps
@@ -66,7 +67,7 @@ def built(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dialect: DialectName = "tensorrt" if library.api.modern else "tensorrt-portable"
     folder = tmp_path_factory.mktemp("engines")
     path = export_bundle(GOLDEN / "model", folder / "bundle", dialect=dialect)
-    InternVL.load(path, device="tensorrt", auto_build=True)
+    InternVL.load(path, device="tensorrt", build_engines=build_for_machine)
     return path
 
 

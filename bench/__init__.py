@@ -1,0 +1,1 @@
+"""Measuring: every figure beside its limit."""

@@ -1,0 +1,1 @@
+"""Times of devices that are not here."""

@@ -1,0 +1,1 @@
+"""True sizes with random weights."""

@@ -1,0 +1,191 @@
+"""Members of the family without their weights: true shapes, values drawn on demand from a seed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from scipy.special import ndtri
+
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.bundle.tokenizer import tokenizer_files
+from internvl_edge.export.checkpoint.checkpoint import INDEX
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.mapping import expected_shapes
+
+#: Values drawn at a time.
+BLOCK_VALUES = 1 << 24
+#: Loud channels of a norm: one in so many, so many times as large.
+OUTLIER_EVERY, OUTLIER_GAIN = 512, 20
+#: Bytes of a shard that `write_checkpoint` holds in memory.
+SHARD_BYTES = 1 << 30
+
+_COMMON = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "force_image_size": 448,
+    "dynamic_image_size": True,
+    "max_dynamic_patch": 12,
+    "use_thumbnail": True,
+    "ps_version": "v2",
+    "template": "internlm2-chat",
+}
+_LANGUAGE = {
+    "architectures": ["InternLM2ForCausalLM"],
+    "bias": False,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "vocab_size": 92553,
+}
+#: config.json of released members, by name: what their weights' shapes follow from.
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    # 934 tensors, 25.5 B parameters
+    "internvl-chat-v1-5": _COMMON
+    | {
+        "vision_config": {"num_hidden_layers": 45, "image_size": 448},
+        "llm_config": _LANGUAGE
+        | {
+            "hidden_size": 6144,
+            "intermediate_size": 16384,
+            "num_attention_heads": 48,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"type": "dynamic", "factor": 3.0},
+        },
+    },
+    # InternViT-300M and InternLM2-1.8B
+    "mini-internvl-chat-2b-v1-5": _COMMON
+    | {
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 448,
+            "intermediate_size": 4096,
+            "layer_norm_eps": 1e-6,
+            "norm_type": "layer_norm",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "qk_normalization": False,
+            "qkv_bias": True,
+        },
+        "llm_config": _LANGUAGE
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        },
+    },
+}
+
+
+def internvl_1_5() -> ModelSpec:
+    """InternViT-6B and InternLM2-20B as released."""
+    return parse_config(CONFIGS["internvl-chat-v1-5"])
+
+
+class SyntheticWeights:
+    """A weight source: matrices normal by fan-in, norms around one, the same for the same seed.
+
+    Every `OUTLIER_EVERY`-th channel of a norm is `OUTLIER_GAIN` times as large, which gives the
+    linear layers behind it the loud input channels that InternViT-6B is known for. The tokenizer
+    is the bundled example's: a small vocabulary whose ids all exist in the large one.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        self.spec = spec
+        self.directory = example_room() / "checkpoint"
+        self._seed = seed
+        self._shapes = expected_shapes(spec)
+        # Drawing 16 random bits and looking the quantile up takes 3 ns a value, a normal draw 10.
+        levels = 1 << 16
+        self._normal = ndtri((np.arange(levels) + 0.5) / levels).astype(np.float32)
+
+    @property
+    def identity(self) -> list[str]:
+        return [f"synthetic, seed {self._seed}"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
+        shape = self._shapes[name]
+        step = max(1, BLOCK_VALUES // int(np.prod(shape[1:])))
+        starts = range(0, shape[0], step)
+        draw = partial(self._draw, name)
+        with ThreadPoolExecutor(1) as pool:  # draws the next block while this one is used
+            following = pool.submit(draw, 0, min(step, shape[0]))
+            for start in starts:
+                block = following.result()
+                if start + step < shape[0]:
+                    following = pool.submit(draw, start + step, min(start + 2 * step, shape[0]))
+                yield block
+
+    def _draw(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        shape = (stop - start, *self._shapes[name][1:])
+        random = np.random.default_rng([self._seed, zlib.crc32(name.encode()), start])
+        values: NDArray[np.float32] = self._normal[
+            random.integers(0, len(self._normal), shape, np.uint16)
+        ]
+        if len(shape) > 1:
+            values *= np.float32(np.prod(shape[1:]) ** -0.5)
+            return values
+        if not name.endswith("weight"):
+            return np.asarray(np.float32(0.1) * values)
+        gains: NDArray[np.float32] = 1 + np.float32(0.1) * values
+        gains[(start + np.arange(len(gains))) % OUTLIER_EVERY == 0] *= OUTLIER_GAIN
+        return gains
+
+
+def write_checkpoint(name: str, directory: Path, seed: int = 0) -> Path:
+    """Write a member of `CONFIGS` as a checkpoint directory: bfloat16 shards, index, tokenizer.
+
+    Args:
+        directory: to create.
+    """
+    config = CONFIGS[name]
+    source = SyntheticWeights(parse_config(config), seed)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for path in tokenizer_files(source.directory):
+        shutil.copyfile(path, directory / path.name)
+    shards = _shards(source)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            key: np.concatenate([block.astype(ml_dtypes.bfloat16) for block in source.blocks(key)])
+            for key in names
+        }
+        save_file(tensors, directory / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return directory
+
+
+def _shards(source: SyntheticWeights) -> list[list[str]]:
+    """Tensor names in order, cut where a shard is full."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in expected_shapes(source.spec).items():
+        size = 2 * int(np.prod(shape))
+        if held and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards

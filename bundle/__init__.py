@@ -1,0 +1,1 @@
+"""The ground floor: the bundle's format and what every other room speaks."""

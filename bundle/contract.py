@@ -1,0 +1,189 @@
+"""The contract between `export`, which writes graphs, and the backends, which run them.
+
+Every tensor name, shape and dtype that crosses the boundary is defined here and nowhere else.
+A dimension given as a string is symbolic (any size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from internvl_edge.bundle.specs import LanguageSpec, VisionSpec
+
+VisionPrecision = Literal["fp32", "fp16", "int8"]
+LanguagePrecision = Literal["fp32", "fp16", "int8", "int4"]
+CachePrecision = Literal["fp32", "fp16", "int8"]
+
+#: Who the graphs are written for: ONNX Runtime; TensorRT 10.15 and later (RTX, JetPack 7.2);
+#: TensorRT 10.3 (JetPack 6.1 and 6.2).
+DialectName = Literal["onnxruntime", "tensorrt", "tensorrt-portable"]
+
+#: NumPy dtype name of stored keys and values.
+CACHE_DTYPE: dict[CachePrecision, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+
+VISION_GRAPH = "vision.onnx"
+LANGUAGE_GRAPH = "language.onnx"
+VISION_FILES = (VISION_GRAPH, "vision.data")
+LANGUAGE_FILES = (LANGUAGE_GRAPH, "language.data")
+EMBEDDING_TABLE = "embedding.npy"
+EMBEDDING_SCALES = "embedding.scales.npy"
+MANIFEST = "bundle.json"
+#: Values of an int8 table's row that share a scale, where a row is whole runs of them.
+EMBEDDING_RUN = 128
+QUANTISATION_REPORT = "quantisation.json"
+QUANTISATION_PLOT = "quantisation.svg"
+
+TILES = "tiles"
+IMAGE_EMBEDDINGS = "image_embeddings"
+
+EMBEDDINGS = "embeddings"
+ROPE_COS = "rope.cos"
+ROPE_SIN = "rope.sin"
+LAST_POSITION = "last_position"
+TOTAL_LENGTH = "total_length"
+POSITIONS = "positions"
+KEY_POSITIONS = "key_positions"
+LOGIT_ROWS = "logit_rows"
+LOGITS = "logits"
+
+
+def past_key(layer: int) -> str:
+    return f"past.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    return f"past.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    return f"present.{layer}.value"
+
+
+def cache_pairs(spec: LanguageSpec) -> list[tuple[str, str]]:
+    """Names of past and present of every cache: layer by layer, keys before values."""
+    return [
+        pair
+        for layer in range(spec.num_hidden_layers)
+        for pair in (
+            (past_key(layer), present_key(layer)),
+            (past_value(layer), present_value(layer)),
+        )
+    ]
+
+
+def embedding_runs(hidden_size: int) -> int:
+    """Return the number of scales of one row of an int8 embedding table."""
+    return hidden_size // EMBEDDING_RUN if hidden_size % EMBEDDING_RUN == 0 else 1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def vision_inputs(spec: VisionSpec) -> list[Tensor]:
+    """RGB tiles as they were cut; normalisation is part of the graph."""
+    return [Tensor(TILES, "uint8", ("tiles", spec.tile_size, spec.tile_size, 3))]
+
+
+def compute_dtype(precision: LanguagePrecision, dialect: DialectName = "onnxruntime") -> str:
+    """NumPy dtype name of the activations of a graph whose linear weights have this precision.
+
+    ONNX Runtime's integer kernels take and give float32, TensorRT's float16.
+    """
+    half = precision == "fp16" or (precision != "fp32" and dialect != "onnxruntime")
+    return "float16" if half else "float32"
+
+
+def vision_outputs(
+    spec: VisionSpec,
+    language: LanguageSpec,
+    precision: VisionPrecision,
+    dialect: DialectName = "onnxruntime",
+) -> list[Tensor]:
+    shape = ("tiles", spec.tokens_per_tile, language.hidden_size)
+    return [Tensor(IMAGE_EMBEDDINGS, compute_dtype(precision, dialect), shape)]
+
+
+def default_cache(
+    language: LanguagePrecision, dialect: DialectName = "onnxruntime"
+) -> CachePrecision:
+    """Keys and values as they are computed."""
+    return "fp16" if compute_dtype(language, dialect) == "float16" else "fp32"
+
+
+def rope_dtype(
+    precision: LanguagePrecision, cache: CachePrecision, dialect: DialectName = "onnxruntime"
+) -> str:
+    """NumPy dtype name of the rotary tables: attention's, which is that of a float16 cache."""
+    return "float16" if cache == "fp16" else compute_dtype(precision, dialect)
+
+
+def language_inputs(
+    spec: LanguageSpec,
+    precision: LanguagePrecision,
+    cache: CachePrecision,
+    dialect: DialectName = "onnxruntime",
+) -> list[Tensor]:
+    """Batch 1. `tokens` rows are appended behind the positions that are cached already.
+
+    The KV cache has a fixed `context` length. The rotary tables are inputs because dynamic NTK
+    scaling makes them depend on the total length. Where the rows stand is told in the dialect's
+    way: ONNX Runtime's attention takes the total length; TensorRT's graphs take `positions`, and
+    with `key_positions` (0, 1, ... up to any number that is enough) how far the cache is read.
+    """
+    rope = rope_dtype(precision, cache, dialect)
+    tensors = [
+        Tensor(EMBEDDINGS, compute_dtype(precision, dialect), ("tokens", spec.hidden_size)),
+        Tensor(ROPE_COS, rope, ("context", spec.head_dim // 2)),
+        Tensor(ROPE_SIN, rope, ("context", spec.head_dim // 2)),
+        *_place(dialect),
+        Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
+    ]
+    for layer in range(spec.num_hidden_layers):
+        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache, "context")
+    return tensors
+
+
+def language_outputs(
+    spec: LanguageSpec, cache: CachePrecision, dialect: DialectName = "onnxruntime"
+) -> list[Tensor]:
+    """Logits and the cache: whole, in the buffer of the past, so that a step writes its own rows
+    and copies nothing; from the tensorrt-portable dialect only the new rows, to be put there.
+    """
+    length = "tokens" if dialect == "tensorrt-portable" else "context"
+    tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
+    for layer in range(spec.num_hidden_layers):
+        tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache, length)
+    return tensors
+
+
+def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
+    """Shape of one layer's keys (or values): `(1, kv_heads, capacity, head_dim)`."""
+    return (1, spec.num_key_value_heads, capacity, spec.head_dim)
+
+
+def _place(dialect: DialectName) -> list[Tensor]:
+    if dialect == "onnxruntime":
+        return [
+            Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
+            Tensor(TOTAL_LENGTH, "int32", ()),
+        ]
+    return [Tensor(POSITIONS, "int64", ("tokens",)), Tensor(KEY_POSITIONS, "int64", ("keys",))]
+
+
+def _cache_pair(
+    key: str, value: str, spec: LanguageSpec, cache: CachePrecision, length: str
+) -> list[Tensor]:
+    dtype = CACHE_DTYPE[cache]
+    shape = (1, spec.num_key_value_heads, length, spec.head_dim)
+    return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

@@ -1,0 +1,143 @@
+"""Conversations to prompt text: templates, image slots, stop tokens.
+
+Strings are the reference's to the letter: no newline between turns before InternVL 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from internvl_edge.bundle.errors import PromptError
+from internvl_edge.bundle.quoting import quoted
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START = "<img>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+IMAGE_END = "</img>"
+
+_INTERNVL = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How one family of checkpoints writes a conversation.
+
+    `system`, `user` and `assistant` open a turn, `separator` closes the first two; a finished
+    answer stands between `answer_start` and `answer_end`.
+    """
+
+    system: str
+    user: str
+    assistant: str
+    separator: str
+    answer_end: str
+    stop: str
+    system_message: str
+    answer_start: str = ""
+
+    def render(self, turns: Sequence[tuple[str, str | None]], system_message: str | None) -> str:
+        """Prompt of a conversation; an answer of None (or empty) is the one to be generated."""
+        message = self.system_message if system_message is None else system_message
+        text = f"{self.system}{message}{self.separator}"
+        for question, answer in turns:
+            text += f"{self.user}{question}{self.separator}{self.assistant}"
+            if answer:
+                text += f"{self.answer_start}{answer}{self.answer_end}"
+        return text
+
+
+def _chatml(system_message: str, newline: str = "") -> Template:
+    end = f"<|im_end|>{newline}"
+    return Template(
+        system="<|im_start|>system\n",
+        user="<|im_start|>user\n",
+        assistant="<|im_start|>assistant\n",
+        separator=end,
+        answer_end=end,
+        stop="<|im_end|>",
+        system_message=system_message,
+    )
+
+
+_TEMPLATES = {
+    "internlm2-chat": _chatml(_INTERNVL),
+    "Hermes-2": _chatml(_INTERNVL),
+    "internvl2_5": _chatml(_INTERNVL_2_5, newline="\n"),
+    "phi3-chat": Template(
+        system="<|system|>\n",
+        user="<|user|>\n",
+        assistant="<|assistant|>\n",
+        separator="<|end|>",
+        answer_end="<|end|>",
+        stop="<|end|>",
+        system_message=_INTERNVL,
+    ),
+    "internvl_zh": Template(
+        system="",
+        user="<human>: ",
+        assistant="<bot>:",
+        separator=" ",
+        answer_end="</s>",
+        stop="</s>",
+        system_message="",
+        answer_start=" ",
+    ),
+}
+
+
+def get_template(name: str) -> Template:
+    """Template by the name in config.json.
+
+    Raises:
+        PromptError: unknown name.
+    """
+    try:
+        return _TEMPLATES[name]
+    except KeyError:
+        raise PromptError(
+            f"unknown prompt template {quoted(name)}; known: {', '.join(_TEMPLATES)}"
+        ) from None
+
+
+def place_images(question: str, new_images: int, earlier_images: int) -> str:
+    """Give a question one `<image>` per new image, unless its author placed them.
+
+    One image alone is written `<image>` on a line of its own; several are numbered
+    `Image-1: <image>` ... through the whole conversation, the convention of the training data.
+
+    Raises:
+        PromptError: empty question, or another number of `<image>` than of images.
+    """
+    if not question.strip():
+        raise PromptError("the prompt is empty; ask something about the image or the text")
+    placed = question.count(IMAGE_PLACEHOLDER)
+    if placed == new_images:
+        return question
+    if placed:
+        raise PromptError(
+            f"the prompt has {placed} {IMAGE_PLACEHOLDER} for {new_images} images; write one per"
+            " image, or none to have them put first"
+        )
+    if earlier_images + new_images == 1:
+        return f"{IMAGE_PLACEHOLDER}\n{question}"
+    numbers = range(earlier_images + 1, earlier_images + new_images + 1)
+    return "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in numbers) + question
+
+
+def expand_images(question: str, rows: Iterator[int]) -> str:
+    """Replace each `<image>`, left to right, by its slots.
+
+    Args:
+        rows: image rows of the conversation's images; one number is taken per `<image>`.
+    """
+    parts = question.split(IMAGE_PLACEHOLDER)
+    slots = (f"{IMAGE_START}{IMAGE_CONTEXT * next(rows)}{IMAGE_END}{part}" for part in parts[1:])
+    return parts[0] + "".join(slots)

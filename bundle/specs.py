@@ -1,0 +1,279 @@
+"""Frozen descriptions of a model: everything a graph or a loop needs to know, derived once.
+
+`export` fills these from a checkpoint's config.json and writes them into bundle.json; the runtime
+reads them back. Field names are the checkpoint's own where it has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.quoting import quoted
+
+NormType = Literal["rms_norm", "layer_norm"]
+PixelShuffleVersion = Literal["v1", "v2"]
+RopeType = Literal["default", "linear", "dynamic"]
+
+_Spec = TypeVar("_Spec")
+
+#: Largest size or position: they are int32 in the graphs' contract.
+MAX_INTEGER = 2**31 - 1
+#: More layers than any known tower or decoder has.
+MAX_LAYERS = 1024
+#: Longest side of a tile: at 14-pixel patches one head's attention scores take 1.8 GB there.
+MAX_TILE_SIZE = 2048
+#: Most tiles of one image; more would not fit the context of any model of the family.
+MAX_TILES = 1024
+#: Side of the square of patches that pixel shuffle merges into one token (downsample_ratio 0.5).
+SHUFFLE = 2
+#: The projector's LayerNorm is built with PyTorch's default epsilon, whatever the tower uses.
+PROJECTOR_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """InternViT with pixel shuffle: tiles in, `tokens_per_tile` rows of `shuffled_size` out."""
+
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_hidden_layers: int
+    image_size: int  # side the stored position table was trained at
+    tile_size: int  # side of the tiles fed to the tower
+    patch_size: int
+    norm_type: NormType
+    layer_norm_eps: float
+    qk_normalization: bool
+    qkv_bias: bool
+    select_layer: int
+    ps_version: PixelShuffleVersion
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile: 448 / 14 = 32."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def trained_grid(self) -> int:
+        """Patches along one side of the stored position table."""
+        return self.image_size // self.patch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """Class token and patches: 1 + 32 * 32 = 1025."""
+        return 1 + self.grid**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Rows a tile takes in the language model: (32 / 2) ** 2 = 256."""
+        return (self.grid // SHUFFLE) ** 2
+
+    @property
+    def shuffled_size(self) -> int:
+        """Width of a token after pixel shuffle: 4 * 3200 = 12800."""
+        return SHUFFLE**2 * self.hidden_size
+
+    @property
+    def layers_run(self) -> int:
+        """Layers needed for `select_layer`: entry k of [embeddings, layer 1, ..., layer L]."""
+        if self.select_layer >= 0:
+            return self.select_layer
+        return self.num_hidden_layers + 1 + self.select_layer
+
+
+@dataclass(frozen=True)
+class LanguageSpec:
+    """InternLM2: a LLaMA-like decoder with grouped-query attention."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    bias: bool
+    max_position_embeddings: int
+    rope_theta: float
+    rope_type: RopeType
+    rope_factor: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def max_context(self) -> int:
+        """Longest sequence offered: dynamic and linear scaling stretch the trained length."""
+        if self.rope_type == "default":
+            return self.max_position_embeddings
+        return int(self.max_position_embeddings * self.rope_factor)
+
+
+@dataclass(frozen=True)
+class TilingSpec:
+    """How an image is cut when the caller does not say."""
+
+    dynamic: bool
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """Template name and, where the checkpoint overrides it, the system message."""
+
+    template: str
+    system_message: str | None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole InternVL model."""
+
+    vision: VisionSpec
+    language: LanguageSpec
+    tiling: TilingSpec
+    prompt: PromptSpec
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Inverse of `to_dict`.
+
+        Raises:
+            BundleError: a field is missing, unknown or of another type, or does not go with others.
+        """
+        spec = cls(
+            vision=_read(VisionSpec, data, "vision"),
+            language=_read(LanguageSpec, data, "language"),
+            tiling=_read(TilingSpec, data, "tiling"),
+            prompt=_read(PromptSpec, data, "prompt"),
+        )
+        if (problem := inconsistency(spec)) is not None:
+            raise BundleError(f"bundle.json: {problem}; export the checkpoint again")
+        return spec
+
+
+def inconsistency(spec: ModelSpec) -> str | None:
+    """Return what contradicts itself in a model, or is beyond what is supported; None: nothing.
+
+    Fields are called as in `ModelSpec`, with the checkpoint's name in brackets where it differs.
+    """
+    return next(_inconsistencies(spec), None)
+
+
+def _inconsistencies(spec: ModelSpec) -> Iterator[str]:
+    """One after the other: later ones are computed from what earlier ones let pass."""
+    yield from _of_vision(spec.vision)
+    yield from _of_language(spec.language)
+    yield from _of_tiling(spec.tiling)
+    rows, context = spec.vision.tokens_per_tile, spec.language.max_context
+    if rows > context:
+        yield f"one tile takes {rows} positions of the decoder, the context has {context}"
+
+
+def _of_vision(vision: VisionSpec) -> Iterator[str]:
+    yield from _indivisible("vision.hidden_size", vision.hidden_size, vision.num_attention_heads)
+    yield from _too_large("vision.num_hidden_layers", vision.num_hidden_layers, MAX_LAYERS)
+    side = "vision.tile_size (force_image_size)"
+    yield from _too_large(side, vision.tile_size, MAX_TILE_SIZE)
+    yield from _too_large("vision.image_size", vision.image_size, MAX_TILE_SIZE)
+    yield from _indivisible(side, vision.tile_size, vision.patch_size * SHUFFLE)
+    if vision.image_size < vision.patch_size:
+        yield f"vision: image_size {vision.image_size} < patch_size {vision.patch_size}"
+    if not 0 <= vision.layers_run <= vision.num_hidden_layers:
+        yield (
+            f"vision.select_layer is {vision.select_layer}, the tower has"
+            f" {vision.num_hidden_layers} layers"
+        )
+
+
+def _of_language(language: LanguageSpec) -> Iterator[str]:
+    heads = language.num_attention_heads
+    yield from _indivisible("language.hidden_size", language.hidden_size, heads)
+    yield from _indivisible("language.num_attention_heads", heads, language.num_key_value_heads)
+    yield from _indivisible("the size of a language head", language.head_dim, 2)
+    yield from _too_large("language.num_hidden_layers", language.num_hidden_layers, MAX_LAYERS)
+    factor = language.rope_factor
+    if factor < 1 or (language.rope_type == "default" and factor != 1):
+        expected = "1" if language.rope_type == "default" else "1 or more"
+        yield (
+            f"the rotary embedding's factor is {factor:.6g}, expected {expected} with the type"
+            f" {language.rope_type}"
+        )
+    if (longest := language.max_position_embeddings * factor) > MAX_INTEGER:
+        yield f"the context is {longest:.6g} tokens, the longest context supported {MAX_INTEGER}"
+
+
+def _of_tiling(tiling: TilingSpec) -> Iterator[str]:
+    most = "tiling.max_tiles (max_dynamic_patch)"
+    yield from _too_large(most, tiling.max_tiles, MAX_TILES)
+    if tiling.min_tiles > tiling.max_tiles:
+        yield (
+            f"tiling.min_tiles (min_dynamic_patch) is {tiling.min_tiles}, expected at most"
+            f" {tiling.max_tiles}, which is {most}"
+        )
+
+
+def _indivisible(name: str, value: int, divisor: int) -> Iterator[str]:
+    if value % divisor:
+        yield f"{name} {value} is not a multiple of {divisor}"
+
+
+def _too_large(name: str, value: int, limit: int) -> Iterator[str]:
+    if value > limit:
+        yield f"{name} is {value}, at most {limit} is supported"
+
+
+_EXPECTED: dict[Any, str] = {
+    int: "a positive integer",
+    float: "a positive number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
+    values = data.get(part)
+    if not isinstance(values, Mapping):
+        raise BundleError(f"bundle.json: spec has no object '{part}'")
+    hints = get_type_hints(kind)
+    if values.keys() != hints.keys():
+        odd = sorted(values.keys() ^ hints.keys())
+        raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {quoted(odd)}")
+    for name, hint in hints.items():
+        if not _fits(values[name], hint, signed=name == "select_layer"):
+            expected = _EXPECTED.get(hint, hint)
+            raise BundleError(
+                f"bundle.json: spec.{part}.{name} is {quoted(values[name])}, expected {expected}"
+            )
+    return kind(**values)
+
+
+def _fits(value: object, hint: Any, *, signed: bool) -> bool:
+    if hint in (int, float):
+        kinds = (int, float) if hint is float else int
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return False
+        return signed or 0 < value <= (MAX_INTEGER if hint is int else sys.float_info.max)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    options = get_args(hint)  # Literal[...] or str | None
+    return value in options or (str in options and (value is None or isinstance(value, str)))

@@ -1,0 +1,161 @@
+"""The `demo` command: the bundled tiny model, from checkpoint to two answered questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.bundle.errors import CheckpointError, ExportError, LimitError
+from internvl_edge.bundle.extras import example_room, room
+from internvl_edge.bundle.quoting import named, reason
+from internvl_edge.cli.terminal import summary
+from internvl_edge.kernels.build import locked, user_cache
+from internvl_edge.runtime.decoding.generation import Reply
+from internvl_edge.runtime.devices import Device
+from internvl_edge.runtime.images.preprocess import load_image
+from internvl_edge.runtime.model import InternVL
+
+Export = Callable[[Path, Path], Path]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question about the demo picture and what is written there."""
+
+    question: str
+    answer: str
+
+
+def run_demo(*, export: Export, device: Device, threads: int | None, repeat: int) -> bool:
+    """Export on first use, ask, stream, report; True when every answer is right.
+
+    Args:
+        export: called with (checkpoint, bundle) when the bundle is not there yet.
+        repeat: conversations to hold; with more than one, medians are printed at the end.
+    """
+    if repeat < 1:
+        raise LimitError(f"--repeat is {repeat}, it must be at least 1")
+    room = example_room()
+    checkpoint = room / "checkpoint"
+    picture, turns = _questions(room)
+    bundle = _bundle(checkpoint, export)
+    started = time.perf_counter()
+    # Nothing is kept between conversations: every repetition does the whole work.
+    model = InternVL.load(bundle, device=device, threads=threads, reuse_bytes=0)
+    _say("load", f"{time.perf_counter() - started:.2f} s; {model.engine.backend.description}")
+    image = load_image(picture)
+    tiles = model.tile(picture)
+    rows = len(tiles) * model.spec.vision.tokens_per_tile
+    _say(
+        "image",
+        f"{picture.name}, {image.width} x {image.height} px -> {len(tiles)} tiles of"
+        f" {tiles.shape[1]} px, thumbnail included -> {rows} image tokens",
+    )
+    replies: list[list[Reply]] = []
+    right = True
+    for run in range(repeat):
+        if repeat > 1:
+            print(f"\nrun {run + 1} of {repeat}")
+        run_replies, run_right = _conversation(model, picture, turns)
+        replies.append(run_replies)
+        right &= run_right
+    if repeat > 1:
+        _print_medians(replies)
+    print("\nall answers are right" if right else "\nNOT all answers are right")
+    return right
+
+
+def _conversation(model: InternVL, picture: Path, turns: list[Turn]) -> tuple[list[Reply], bool]:
+    chat = model.chat()
+    replies = []
+    right = True
+    for number, turn in enumerate(turns):
+        print(f"\n> {turn.question}")
+        stream = chat.stream(turn.question, [picture] if number == 0 else [], max_new_tokens=64)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        reply = stream.close()
+        correct = reply.text == turn.answer
+        right &= correct
+        print("   (right)" if correct else f"   (WRONG: the picture says {turn.answer!r})")
+        print(f"  {summary(reply.timings, len(reply.token_ids))}")
+        replies.append(reply)
+    return replies, right
+
+
+def _print_medians(runs: list[list[Reply]]) -> None:
+    print(f"\nmedian of {len(runs)} runs (lowest to highest)")
+    for number, replies in enumerate(zip(*runs, strict=True), start=1):
+        ttft = [reply.timings.ttft_s * 1e3 for reply in replies]
+        rate = [reply.timings.decode_tokens_per_s for reply in replies]
+        print(
+            f"  turn {number}: TTFT {statistics.median(ttft):.2f} ms"
+            f" ({min(ttft):.2f} to {max(ttft):.2f}), decode {statistics.median(rate):.0f} tok/s"
+            f" ({min(rate):.0f} to {max(rate):.0f})"
+        )
+
+
+def _bundle(checkpoint: Path, export: Export) -> Path:
+    """The exported model in the user's cache, made when this checkpoint is met first."""
+    try:
+        size = (checkpoint / "model.safetensors").stat().st_size / 1e6
+        bundle = user_cache() / f"tiny-ocr-{_bundle_key(checkpoint)}"
+    except OSError as error:
+        raise CheckpointError(f"the demo checkpoint is incomplete: {reason(error)}") from error
+    _say("checkpoint", f"tiny_ocr, {size:.1f} MB of weights: InternViT (RMSNorm) + InternLM2 (GQA)")
+    if not (bundle / MANIFEST).exists():
+        try:
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            # Of two first runs one exports, the other waits.
+            with locked(bundle.with_name(f"{bundle.name}.lock")):
+                _export_once(checkpoint, bundle, export)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {named(bundle)}: {reason(error)}; set XDG_CACHE_HOME to a"
+                " directory that can be written"
+            ) from error
+    else:
+        _say("export", f"already done: {bundle}")
+    return bundle
+
+
+def _export_once(checkpoint: Path, bundle: Path, export: Export) -> None:
+    if (bundle / MANIFEST).exists():
+        _say("export", f"done by another run meanwhile: {bundle}")
+        return
+    started = time.perf_counter()
+    export(checkpoint, bundle)
+    _say("export", f"{time.perf_counter() - started:.2f} s -> {bundle}")
+
+
+def _bundle_key(checkpoint: Path) -> str:
+    """Name what the bundle is made of: every file of the checkpoint, and what exports them."""
+    digest = hashlib.sha256()
+    for name in ("bundle", "export", "runtime"):
+        folder = room(name)
+        if folder is not None:
+            _add_files(digest, sorted(folder.rglob("*.py")))
+    _add_files(digest, sorted(path for path in checkpoint.iterdir() if path.is_file()))
+    return digest.hexdigest()[:32]
+
+
+def _add_files(digest: hashlib._Hash, paths: Sequence[Path]) -> None:
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+
+
+def _questions(room: Path) -> tuple[Path, list[Turn]]:
+    script = json.loads((room / "receipt.json").read_text(encoding="utf-8"))
+    turns = [Turn(turn["question"], turn["answer"]) for turn in script["turns"]]
+    return room / script["image"], turns
+
+
+def _say(step: str, text: str) -> None:
+    print(f"{step:>10}  {text}", flush=True)

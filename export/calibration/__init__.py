@@ -1,0 +1,1 @@
+"""Which precision each layer gets, from pictures shown to the model."""

@@ -1,0 +1,77 @@
+"""What float16 cannot hold: refused by name where no layer can be kept in float32 instead.
+
+TensorRT's graphs run single linear layers in float32 and keep what lies between them in it, so that
+only what attention gives can overflow there. ONNX Runtime's compute a whole part in one type.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from internvl_edge.bundle.errors import ExportError, RangeWarning
+from internvl_edge.export.calibration.decisions import Recipe
+from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
+from internvl_edge.export.checkpoint.mapping import LANGUAGE
+
+#: Linear layers that read what attention gives; in the decoder, one that makes what is cached.
+_ATTENDED = (".attn.proj.weight", ".attention.wo.weight")
+_CACHED = ".attention.wqkv.weight"
+_PHRASES = {INPUT: "what {} reads", OUTPUT: "what {} gives", NORM: "what {} reads"}
+
+
+def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
+    """Refuse values that overflow in a recipe's graphs.
+
+    Args:
+        found: the values that float16 does not hold, as calibration saw them.
+
+    Raises:
+        ExportError: one overflows that is computed or cached in float16.
+
+    Warns:
+        RangeWarning: values come near an end, or lose precision; other pictures may go further.
+    """
+    exposed = [value for value in found if _is_exposed(value, recipe)]
+    for value in exposed:
+        if value.overflows:
+            raise ExportError(f"{_describe(value)}; {_remedy(value, recipe)}")
+    if exposed and recipe.dialect == "onnxruntime":
+        worst = max(exposed, key=lambda value: value.largest)
+        warnings.warn(
+            f"{len(exposed)} values come near the ends of float16 or lose precision in it:"
+            f" {_describe(worst)}; if answers are refused or poor, {_remedy(worst, recipe)}",
+            RangeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_exposed(value: ValueRange, recipe: Recipe) -> bool:
+    """Whether nothing keeps a value out of float16."""
+    decoder, attended = value.weight.startswith(LANGUAGE), _is_attended(value)
+    cached = value.place == OUTPUT and value.weight.endswith(_CACHED)
+    if decoder and recipe.kv == "fp16" and (attended or cached):
+        return True
+    if not recipe.computes_in_float16(value.weight):
+        return False
+    return recipe.dialect == "onnxruntime" or attended
+
+
+def _is_attended(value: ValueRange) -> bool:
+    return value.place == INPUT and value.weight.endswith(_ATTENDED)
+
+
+def _describe(value: ValueRange) -> str:
+    phrase = "attention in front of {}" if _is_attended(value) else _PHRASES[value.place]
+    subject = phrase.format(value.weight)
+    return f"{subject} reaches {value.largest:.3g}, float16 ends at {END:.0f}"
+
+
+def _remedy(value: ValueRange, recipe: Recipe) -> str:
+    part = "language" if value.weight.startswith(LANGUAGE) else "vision"
+    if part == "language" and not recipe.computes_in_float16(value.weight):
+        return "export with --kv fp32"
+    whole = f"export this part as fp32 (--{part} fp32)"
+    if recipe.dialect != "onnxruntime":
+        return whole
+    return f"{whole} or int8, or --for tensorrt, whose graphs keep single layers in float32"

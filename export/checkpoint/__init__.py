@@ -1,0 +1,1 @@
+"""A checkpoint's configuration, tensors and their names."""

@@ -1,0 +1,197 @@
+"""Reading a Hugging Face checkpoint: config and safetensors, lazily, refusing what is unsafe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from internvl_edge.bundle.errors import CheckpointError
+from internvl_edge.bundle.files import FileIdentity, check_regular
+from internvl_edge.bundle.json_reader import JsonError, read_object
+from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.mapping import check_names, check_shapes, expected_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+#: Bytes read at a time. Keeps the resident part of a memory-mapped shard small: the output head
+#: of the 26B model alone is 1.1 GB.
+BLOCK_BYTES = 64 << 20
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class WeightSource(Protocol):
+    """Where `export` takes weights from: a checkpoint directory, or anything of this shape."""
+
+    spec: ModelSpec
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """The tensor in order, as runs of rows of its first axis."""
+
+
+class ModelSource(WeightSource, Protocol):
+    """A whole model to export: weights, and where its tokenizer is."""
+
+    directory: Path
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells it from another: an interrupted calibration goes on with the same only."""
+
+
+class Checkpoint:
+    """A checkpoint directory in the InternVL-Chat-V1-5 layout, checked against its own config.
+
+    Args:
+        directory: holds config.json and one or many safetensors files.
+
+    Raises:
+        CheckpointError: not readable, unsafe, of an unknown kind, or tensors that are missing,
+            unmapped or of the wrong shape.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.spec = parse_config(_read_json(self.directory / "config.json"))
+        self._files = _tensor_files(self.directory)
+        self._identities = {path: FileIdentity.at(path) for path in set(self._files.values())}
+        expected = expected_shapes(self.spec)
+        check_names(self._files, expected)
+        self._shapes = self._read_shapes()
+        check_shapes(self._shapes, expected)
+
+    @property
+    def identity(self) -> list[str]:
+        """Which tensor lies where, and of each file what changes when it is written or replaced."""
+        files = sorted(set(self._files.values()))
+        return [*(f"{name} {path.name}" for name, path in self._files.items()), *map(_state, files)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """The tensor in order, as runs of rows of at most about `BLOCK_BYTES` bytes."""
+        shape = self._shapes[name]
+        row_bytes = max(1, int(np.prod(shape[1:]))) * 4
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            yield self._read(name, start, min(start + step, shape[0]))
+
+    def _read(self, name: str, start: int, stop: int) -> NDArray[np.generic]:
+        # The shard is mapped anew for every block: closing it is what returns its pages.
+        path = self._files[name]
+        try:
+            with safe_open(path, "numpy") as shard:
+                values = np.array(shard.get_slice(name)[start:stop])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path.name}: cannot read {name}: {reason(error)}") from error
+        if FileIdentity.at(path) != self._identities[path]:
+            raise CheckpointError(
+                f"{named(path)} was replaced or changed while it was read; export it again"
+            )
+        return values
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for path in sorted(set(self._files.values())):
+            with _open(path) as shard:
+                held = set(shard.keys())
+                for name in [name for name, file in self._files.items() if file == path]:
+                    if name not in held:
+                        raise CheckpointError(
+                            f"{path.name} lacks {named(name)}, which {INDEX} puts there"
+                        )
+                    view = shard.get_slice(name)
+                    if view.get_dtype() not in _FLOATS:
+                        raise CheckpointError(
+                            f"{path.name}: {named(name)} is {view.get_dtype()}; supported:"
+                            f" {_FLOATS}"
+                        )
+                    shapes[name] = tuple(view.get_shape())
+        return shapes
+
+
+def _state(path: Path) -> str:
+    status = path.stat()
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{path.name} {status.st_size} {times} {status.st_dev} {status.st_ino}"
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    single = directory / SINGLE
+    if (directory / INDEX).exists():
+        files = _indexed_files(directory)
+        # transformers takes the single file then, other tools the shards: one of both is stale.
+        if single.exists() and single not in files.values():
+            raise CheckpointError(
+                f"{named(directory)} holds both {SINGLE} and {INDEX} with other files, such as"
+                f" {next(iter(files.values())).name}; remove what an earlier save left"
+            )
+        return files
+    if not single.exists():
+        raise CheckpointError(_no_weights(directory))
+    with _open(single) as shard:
+        return dict.fromkeys(shard.keys(), single)
+
+
+def _indexed_files(directory: Path) -> dict[str, Path]:
+    weight_map = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX} has no 'weight_map'")
+    files = {}
+    for name, file in weight_map.items():
+        place = f"{INDEX} puts {named(name)} into {quoted(file)}"
+        if not isinstance(file, str) or Path(file).name != file or {"\\", "\0"} & set(file):
+            raise CheckpointError(f"{place}; a shard must be a file of the same directory")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{place}, not a .safetensors file")
+        files[name] = directory / file
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        check_regular(path)
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{named(path)} is not a complete safetensors file: {reason(error)}; download it again"
+        ) from error
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for p in directory.glob("*.bin")) or sorted(
+        p.name for suffix in ("*.pt", "*.pth", "*.ckpt") for p in directory.glob(suffix)
+    )
+    if pickles:
+        return (
+            f"{named(directory)} holds only pickled weights ({pickles[0]}); loading a pickle can"
+            " run any code, so it is refused: convert to safetensors first"
+        )
+    if (directory / "adapter_config.json").exists():
+        return f"{named(directory)} is a LoRA adapter; merge it into its base model and export that"
+    return f"{named(directory)} has neither {SINGLE} nor {INDEX}"
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{named(path.parent)} is not a checkpoint directory: it has no {path.name}; give the"
+            " folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
+        ) from None
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"cannot read {named(path)}: {reason(error)}") from error

@@ -1,0 +1,146 @@
+"""Weights on their way from checkpoint to bundle: lazy, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.bundle.errors import CheckpointError, ExportError
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
+
+Blocks = Callable[[], Iterator[NDArray[np.generic]]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor to be written: `blocks` yields its values in order, a run of rows at a time.
+
+    Of dtype "int4" they are bytes of two values, the first one in the low nibble.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Blocks
+    order: NDArray[np.int64] | None = None  # of the stored rows, where it is not theirs
+
+    @classmethod
+    def held(cls, name: str, values: NDArray[np.generic]) -> Weight:
+        """A small tensor that is in memory already."""
+        return cls(name, str(values.dtype), values.shape, lambda: iter([values]))
+
+    @property
+    def nbytes(self) -> int:
+        count = int(np.prod(self.shape))
+        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
+
+    def cast_blocks(self) -> Iterator[NDArray[np.generic]]:
+        """The blocks in `dtype`.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+            ExportError: a finite value does not fit `dtype`.
+        """
+        if self.dtype not in ("float32", "float16"):  # packed already
+            yield from self.blocks()
+            return
+        for block in self.blocks():
+            wide = block.astype(np.float32)
+            if not np.isfinite(wide).all():
+                raise CheckpointError(
+                    f"{self.name} holds NaN or infinite values; the checkpoint is damaged, download"
+                    " it again"
+                )
+            with np.errstate(over="ignore"):  # the overflow is looked for right below
+                cast = wide.astype(self.dtype, copy=False)
+            if not np.isfinite(cast).all():
+                largest = float(np.abs(wide).max())
+                raise ExportError(
+                    f"{self.name} reaches {largest:.6g}, {self.dtype} ends at"
+                    f" {np.finfo(self.dtype).max}; export this part as fp32"
+                )
+            yield cast
+
+
+class WeightReader:
+    """Makes `Weight`s of one dtype from a source, under the checkpoint's names."""
+
+    def __init__(self, source: WeightSource, dtype: str) -> None:
+        self._source = source
+        self.dtype = dtype
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Weight:
+        """A tensor as it is, or viewed in another shape of the same size."""
+        stored = self._source.shape(name)
+        return Weight(name, self.dtype, shape or stored, lambda: self._source.blocks(name))
+
+    def whole(self, name: str) -> NDArray[np.float32]:
+        """A small tensor, read at once, in float32."""
+        parts = [block.astype(np.float32) for block in self._source.blocks(name)]
+        return np.concatenate(parts)
+
+    def computed(self, name: str, values: NDArray[np.generic]) -> Weight:
+        """A tensor derived during export, small enough to be held."""
+        return Weight(name, self.dtype, values.shape, lambda: iter([values]))
+
+    def reordered(self, name: str, rows: NDArray[np.int64]) -> Weight:
+        """A tensor with its rows in another order; one whole tensor is held while it is written."""
+
+        def blocks() -> Iterator[NDArray[np.generic]]:
+            yield np.concatenate(list(self._source.blocks(name)))[rows]
+
+        return Weight(name, self.dtype, self._source.shape(name), blocks, rows)
+
+
+def wqkv_rows(spec: LanguageSpec) -> NDArray[np.int64]:
+    """Row order that turns InternLM2's interleaved `wqkv` into all Q, all K, all V.
+
+    Stored: per KV group g query heads, one key head, one value head, `head_dim` rows each.
+    """
+    group = spec.num_attention_heads // spec.num_key_value_heads
+    rows = np.arange(spec.query_size + 2 * spec.key_value_size)
+    # (kv_heads * (group + 2) * head_dim) -> (kv_heads, group + 2, head_dim)
+    blocks = rows.reshape(spec.num_key_value_heads, group + 2, spec.head_dim)
+    query, key, value = blocks[:, :group], blocks[:, group], blocks[:, group + 1]
+    return np.concatenate([query.reshape(-1), key.reshape(-1), value.reshape(-1)])
+
+
+def resample_positions(table: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
+    """Resample a position table to another patch grid.
+
+    Bicubic with a = -0.75, half-pixel centres, clamped edges, no antialiasing: what PyTorch's
+    `interpolate(mode="bicubic", align_corners=False)` computes.
+
+    Args:
+        table: float32 `(1 + grid * grid, hidden)`, class token first.
+
+    Returns:
+        float32 `(1 + rows * columns, hidden)`.
+    """
+    grid = round((len(table) - 1) ** 0.5)
+    if (rows, columns) == (grid, grid):
+        return table
+    patches = table[1:].reshape(grid, grid, -1).astype(np.float64)
+    patches = np.einsum("or,rch->och", _bicubic(grid, rows), patches)
+    patches = np.einsum("oc,rch->roh", _bicubic(grid, columns), patches)
+    resampled = patches.reshape(rows * columns, -1).astype(np.float32)
+    return np.concatenate([table[:1], resampled])
+
+
+def _bicubic(size: int, target: int) -> NDArray[np.float64]:
+    """Interpolation matrix `(target, size)`."""
+    matrix = np.zeros((target, size))
+    a = -0.75
+    for out in range(target):
+        centre = (out + 0.5) * size / target - 0.5
+        left = int(np.floor(centre))
+        for tap in range(left - 1, left + 3):
+            x = abs(centre - tap)
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+            matrix[out, min(max(tap, 0), size - 1)] += near if x <= 1 else far
+    return matrix

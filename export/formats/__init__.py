@@ -1,0 +1,1 @@
+"""Number formats of weights: quantising, packing, the plan of a graph."""

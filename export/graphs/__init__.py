@@ -1,0 +1,1 @@
+"""Graphs built directly as ONNX."""

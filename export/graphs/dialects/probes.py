@@ -1,0 +1,111 @@
+"""The graphs by which a machine is tried, as `export` writes them; see `runtime.products` and
+`runtime.int8_cache`.
+
+    python -m internvl_edge.export.graphs.dialects.probes FOLDER
+
+writes them; those in runtime/backends/probes/ are the ones in use.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import Tensor
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import BlockFormat, Blocks
+from internvl_edge.export.graphs.dialects import CacheNames
+from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graphs.graph import GraphBuilder
+from internvl_edge.export.output.marker import scratch_folder
+from internvl_edge.runtime.backends import int8_cache
+from internvl_edge.runtime.backends.products import (
+    BLOCKS,
+    COLUMNS,
+    LIMITS,
+    WIDTH,
+    Product,
+    full_range,
+)
+
+
+def write_probes(folder: Path) -> None:
+    """Write `<product>.onnx` for every product, and cache.onnx, their weights inside."""
+    for product in get_args(Product):
+        onnx.save(probe(product), folder / f"{product}.onnx")
+    onnx.save(cache_probe(), folder / "cache.onnx")
+
+
+def probe(product: Product) -> onnx.ModelProto:
+    """Build the graph of one product: float32 `(rows, WIDTH)` to `(rows, COLUMNS)`, for each block
+    size where there are blocks."""
+    plans = _plans(product)
+    values = full_range(COLUMNS, WIDTH, *LIMITS[product]).astype(np.float32)
+    graph = GraphBuilder("probe")
+    dialect = OnnxRuntimeDialect(graph, QuantPlan(plans))
+    x = graph.input(Tensor("x", "float32", ("rows", WIDTH)))
+    for name in plans:
+        y = dialect.linear(x, Weight.held(name, values), None, name)
+        graph.output(y, Tensor(f"y.{name}", "float32", ("rows", COLUMNS)))
+    return _whole(graph)
+
+
+def cache_probe() -> onnx.ModelProto:
+    """Build the graph of one attention over an int8 cache whose scales are one."""
+    spec = int8_cache.SPEC
+    ones = np.ones((spec.num_key_value_heads, spec.head_dim), np.float32)
+    graph = GraphBuilder("probe")
+    dialect = OnnxRuntimeDialect(graph, QuantPlan(cache={0: CacheScales(ones, ones)}))
+    width = spec.query_size + 2 * spec.key_value_size
+    qkv = graph.input(Tensor(int8_cache.QKV, "float32", ("rows", width)))
+    for tensor in contract.language_inputs(spec, "fp32", "int8"):
+        if tensor.name not in (contract.EMBEDDINGS, contract.LOGIT_ROWS):
+            graph.input(tensor)
+    names = CacheNames(0, contract.past_key(0), contract.past_value(0))
+    attended, key, value = dialect.cached_attention(qkv, names, spec, "attend")
+    graph.output(attended, Tensor(int8_cache.ATTENDED, "float32", ("rows", spec.query_size)))
+    shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
+    graph.output(key, Tensor(int8_cache.KEY, "int8", shape))
+    graph.output(value, Tensor(int8_cache.VALUE, "int8", shape))
+    return _whole(graph)
+
+
+def _whole(graph: GraphBuilder) -> onnx.ModelProto:
+    """Return a graph with its weights inside."""
+    with scratch_folder() as folder:
+        graph.save(folder, lambda _: None)
+        model = onnx.load(str(folder / "probe.onnx"), load_external_data=False)
+        load_external_data_for_model(model, str(folder))
+    return model
+
+
+def _plans(product: Product) -> dict[str, LinearPlan]:
+    """Return a plan by the name of each weight; all scales are one."""
+    if product == "w8a8":
+        # Two, as in a real graph: what they might share must not matter.
+        return {name: LinearPlan("int8", input_scale=1.0) for name in ("w0", "w1")}
+    forms = [BlockFormat(8 if product == "int8" else 4, block) for block in BLOCKS]
+    return {
+        f"w{form.block}": LinearPlan("blocks", form=form, packed=_blocks(form)) for form in forms
+    }
+
+
+def _blocks(form: BlockFormat) -> Blocks:
+    low, high = -form.middle, form.levels - form.middle
+    codes = full_range(COLUMNS, WIDTH, low, high) + form.middle
+    if form.bits == 4:  # the earlier input in the lower half of each byte
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    count = form.blocks(WIDTH)
+    packed = codes.astype(np.uint8).reshape(COLUMNS, count, -1)
+    return Blocks(packed, np.ones((COLUMNS, count), np.float32), None)
+
+
+if __name__ == "__main__":
+    write_probes(Path(sys.argv[1]))

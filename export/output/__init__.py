@@ -1,0 +1,1 @@
+"""Where exports work and what they may replace."""

@@ -1,0 +1,1 @@
+"""Weights packed for one CPU."""

@@ -1,0 +1,1 @@
+"""TensorRT engines: building, targets, the gate without a GPU."""

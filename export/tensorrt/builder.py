@@ -1,0 +1,260 @@
+"""One TensorRT build, in a process of its own: its memory goes back whole, a crash is one error.
+
+The parent writes the graph to the child's stdin and reads JSON lines: phases as they go on, then
+the result. The plan goes straight to its file. A child whose parent is gone cannot tell it so and
+ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.bundle.errors import ExportError
+from internvl_edge.export.tensorrt.rtx import EngineLayer, ShapeRange, parse_layers
+from internvl_edge.runtime.backends.tensorrt_library import Library, error_logger
+
+#: Called with the phase's name, steps done and steps in all.
+Progress = Callable[[str, int, int], None]
+
+#: Beginning of the message that lists an engine's layers, at verbose level.
+LAYERS = "Layers:"
+SHOWN_ERRORS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build, and with what.
+
+    Attributes:
+        library: module to build with.
+        graph: the ONNX file; weights lie beside it.
+        profile: a range for each input that has a symbolic dimension.
+        capability: compute capability without the dot; None is the GPU that is here.
+        workspace: most bytes of scratch memory a layer may take.
+        flags: names of builder flags.
+        timing_cache: file to begin with and to update; None: the library has none.
+        plan: file to write.
+    """
+
+    library: str
+    graph: str
+    profile: Mapping[str, ShapeRange]
+    capability: int | None
+    workspace: int
+    flags: tuple[str, ...]
+    timing_cache: str | None
+    plan: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gave, beside the plan.
+
+    Attributes:
+        layers: of the engine; empty where the builder lists them in a way not known here.
+        peak_bytes: the process's largest resident memory, mapped weights included.
+    """
+
+    layers: tuple[EngineLayer, ...]
+    peak_bytes: int
+    seconds: float
+
+
+def build_in_process(request: Request, model: bytes, progress: Progress) -> Built:
+    """Parse and build a graph.
+
+    Args:
+        model: the graph in the form TensorRT takes, weights outside.
+
+    Raises:
+        ExportError: the builder does not take the graph, or died.
+        OSError: the plan cannot be written.
+    """
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        )
+        try:
+            result = _converse(process, model, progress)
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        tail = errors.read().decode(errors="replace").strip().splitlines()[-SHOWN_ERRORS:]
+    if result is None:
+        raise ExportError(
+            f"{request.graph}: {request.library} ended with status {process.returncode}"
+            f" (-9: killed, most often for memory): {' | '.join(tail)}"
+        )
+    if (code := result.get("errno")) is not None:
+        raise OSError(code, os.strerror(code), request.plan)
+    if result["errors"]:
+        raise ExportError(
+            f"{request.graph}: {request.library} does not build it:"
+            f" {' | '.join(result['errors'][:SHOWN_ERRORS])}"
+        )
+    return Built(parse_layers(result["layers"]), result["peak_bytes"], result["seconds"])
+
+
+def _converse(
+    process: subprocess.Popen[bytes], model: bytes, progress: Progress
+) -> dict[str, Any] | None:
+    """Hand the model over and follow the build; the result, or None where there is none."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(model)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it died: its exit status says how
+    for line in process.stdout:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue  # a library that prints
+        if "phase" in said:
+            progress(said["phase"], said["done"], said["steps"])
+        elif "errors" in said or "errno" in said:
+            process.wait()
+            return dict(said)
+    process.wait()
+    return None
+
+
+def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
+    """What the child does; a result ready for JSON."""
+    library = Library.open(request["library"])
+    trt, start, listed = library.module, time.monotonic(), [""]
+
+    def listen(message: str) -> None:
+        if message.startswith(LAYERS):
+            listed[0] = message
+
+    log = error_logger(trt, listen)
+    builder = trt.Builder(log)
+    strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strong if library.api.strong_flag else 0)
+    parser = trt.OnnxParser(network, log)
+    plan = None
+    if parser.parse(model, path=request["graph"]):
+        config = _config(library, builder, request)
+        cache = _timing_cache(config, request["timing_cache"])
+        plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            try:
+                Path(request["plan"]).write_bytes(plan)
+            except OSError as error:  # the parent raises it: it knows what that means
+                return {"errno": error.errno}
+            _keep(cache, request["timing_cache"])
+    parse_errors = [str(parser.get_error(i).desc()).strip() for i in range(parser.num_errors)]
+    return {
+        "errors": [] if plan is not None else parse_errors or log.errors or ["no reason given"],
+        "layers": listed[0],
+        "peak_bytes": _peak_bytes(),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _config(library: Library, builder: Any, request: Mapping[str, Any]) -> Any:
+    """One profile for all shapes: with two, RTX stores FP16 and INT8 weights twice."""
+    trt, config = library.module, builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names layers and their types
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
+    config.progress_monitor = _monitor(trt)
+    for flag in request["flags"]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if library.api.names_gpu:
+        name = "CURRENT" if request["capability"] is None else f"SM{request['capability']}"
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    profile = builder.create_optimization_profile()
+    for name, shapes in request["profile"].items():
+        profile.set_shape(name, shapes["smallest"], shapes["typical"], shapes["largest"])
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _timing_cache(config: Any, path: str | None) -> Any:
+    """A cache from a file, or a new one: a file from elsewhere is no reason to fail."""
+    if path is None:
+        return None
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    if not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _keep(cache: Any, path: str | None) -> None:
+    if cache is None or path is None:
+        return
+    aside = Path(f"{path}.{secrets.token_hex(4)}.partial")
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(cache.serialize())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError:  # timings only save the next build some time
+        return
+
+
+def _monitor(trt: Any) -> Any:
+    """Reports the phases that have no parent; ends the build when nobody listens."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+                self.step_complete(phase_name, 0)
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.steps:
+                self.step_complete(phase_name, self.steps[phase_name])
+                del self.steps[phase_name]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name not in self.steps:
+                return True
+            said = {"phase": phase_name, "done": step, "steps": self.steps[phase_name]}
+            return _say(said)
+
+    return Monitor()
+
+
+def _say(message: Mapping[str, Any]) -> bool:
+    """One line to the parent; False: it is gone."""
+    try:
+        os.write(1, json.dumps(message).encode() + b"\n")
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _peak_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    _say(_build_here(json.loads(sys.argv[1]), sys.stdin.buffer.read()))

@@ -1,0 +1,1 @@
+"""Kernels of ours, beside their references; they know no framework."""

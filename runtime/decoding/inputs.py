@@ -1,0 +1,125 @@
+"""What the decoder is given: token ids and tiled images, checked before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.bundle.errors import LimitError, PromptError
+from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
+from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.runtime.decoding.passes import check_slots, shortening
+from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.preprocess import (
+    EncodedBytes,
+    ImageLike,
+    Tiler,
+    Tiling,
+    check_tiles,
+    encoded_image,
+)
+
+
+class Inputs:
+    """Makes a model's inputs.
+
+    Args:
+        spec: the model.
+        tokenizer: its tokenizer.
+        tiler: cuts images where the backend takes them.
+        max_context: most tokens of a prompt.
+        encoder: names what encodes images; see `ImageIdentity`.
+
+    Attributes:
+        context_id: token id of image slots.
+        stop_id: token id that ends an answer.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, tokenizer: Tokenizer, tiler: Tiler, max_context: int, encoder: str
+    ) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._tiler = tiler
+        self._max_context = max_context
+        self._encoder = encoder
+        self._template = get_template(spec.prompt.template)
+        self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
+        self.stop_id = tokenizer.token_id(self._template.stop)
+
+    def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
+        """Decode, hash and cut an image; see `InternVL.tile`."""
+        tiling = self._tiling(max_tiles)
+        given = encoded_image(image)
+        encoded = len(given.data) if isinstance(given, EncodedBytes) else None
+        return TiledImage(partial(self._tiler, given, tiling), tiling, self._encoder, encoded)
+
+    def tiles(self, tiles: NDArray[np.uint8]) -> TiledImage:
+        """Take pictures that are cut already, as if they were one; see `InternVL.tile`.
+
+        Raises:
+            ImageError: other than uint8 `(tiles, S, S, 3)`.
+        """
+        check_tiles(tiles, self._spec.vision.tile_size)
+        held = np.ascontiguousarray(tiles)
+        pixels = hashlib.sha256(held.data).digest()
+        return TiledImage(lambda: (held, pixels), None, self._encoder)
+
+    def _tiling(self, max_tiles: int | None) -> Tiling:
+        told = self._spec.tiling
+        limit = told.max_tiles if max_tiles is None else max_tiles
+        if not 1 <= limit <= MAX_TILES:
+            raise LimitError(f"max_tiles is {quoted(limit)}, it must be in 1..{MAX_TILES}")
+        return Tiling(
+            tile_size=self._spec.vision.tile_size,
+            min_tiles=min(told.min_tiles, limit) if told.dynamic else 1,
+            max_tiles=limit if told.dynamic else 1,
+            thumbnail=told.thumbnail,
+        )
+
+    def conversation(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        tiled: Sequence[TiledImage],
+        system_message: str | None,
+    ) -> list[int]:
+        """Token ids of a conversation whose `<image>` markers stand for `tiled`, in order."""
+        if system_message is None:
+            system_message = self._spec.prompt.system_message
+        rows = iter([self.rows(image) for image in tiled])
+        # Question by question, so that an answer which happens to contain "<image>" stays text.
+        expanded = [(expand_images(question, rows), answer) for question, answer in turns]
+        return self._tokenizer.encode(self._template.render(expanded, system_message))
+
+    def rows(self, image: TiledImage) -> int:
+        """Positions an image takes in a prompt."""
+        return image.tiles * self._spec.vision.tokens_per_tile
+
+    def checked(self, ids: Sequence[int], tiled: Sequence[TiledImage]) -> list[int]:
+        """Token ids that the model can run with these images.
+
+        Raises:
+            PromptError: no ids, ids the vocabulary lacks, or not one slot for each image row.
+            LimitError: more than the context holds.
+        """
+        checked, vocab = [int(token) for token in ids], self._spec.language.vocab_size
+        if not checked:
+            raise PromptError("the prompt has no tokens")
+        if not 0 <= min(checked) <= max(checked) < vocab:
+            raise PromptError(
+                f"token ids must be in 0..{vocab - 1}, got {quoted(min(checked))} to"
+                f" {quoted(max(checked))}"
+            )
+        if len(checked) > self._max_context:
+            raise LimitError(
+                f"the prompt has {len(checked)} tokens, the context holds {self._max_context};"
+                f" {shortening(self._spec.language, self._max_context)}"
+            )
+        check_slots(checked.count(self.context_id), sum(map(self.rows, tiled)))
+        return checked

@@ -1,0 +1,113 @@
+"""What outlives an answer: rows of images, and KV caches that other prompts may begin with.
+
+Both lie on one shelf that is bounded in bytes; what was used longest ago goes first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.shelf import Shelf
+from internvl_edge.runtime.images.folder import ImageFolder
+from internvl_edge.runtime.images.identity import ImageIdentity
+
+Rows = NDArray[np.floating]
+
+#: Shared positions below which nothing is copied: the template alone is not worth it.
+LEAST_SHARED = 16
+
+
+class ImageStore:
+    """Rows of encoded images by the identity of the image.
+
+    Args:
+        shelf: memory.
+        folder: where rows are kept beyond the process, too; None keeps none.
+    """
+
+    def __init__(self, shelf: Shelf, folder: ImageFolder | None = None) -> None:
+        self._shelf = shelf
+        self._folder = folder
+
+    def rows(self, image: ImageIdentity, encode: Callable[[], Rows]) -> Rows:
+        """Rows `(tiles * tokens_per_tile, hidden)` of an image, encoded only where not known."""
+        key = f"rows {image.digest.hex()}"
+        if (held := self._shelf.get(key)) is not None:
+            return np.asarray(held)
+        rows = self._folder.load(image) if self._folder else None
+        if rows is None:
+            rows = encode()
+            if self._folder:
+                self._folder.save(image, rows)
+        rows.flags.writeable = False
+        self._shelf.put(key, rows, rows.nbytes)
+        return rows
+
+
+class PrefixStore:
+    """KV caches of earlier answers, for prompts that begin as theirs did.
+
+    A cache stays its owner's, who may go on writing to it: its lock is held while rows are copied.
+    """
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+
+    def keep(self, cache: Cache) -> None:
+        """Offer what a cache holds to later prompts, instead of caches that hold less of it."""
+        with cache.state.lock:
+            signatures, base = cache.state.content()
+            cache.trim()
+            nbytes = cache.held_bytes
+        if base is None or not len(signatures):
+            self._shelf.drop(_key(cache))
+            return
+        prompt = _prompt(signatures, base)
+        for key in self._shelf.beginnings(prompt):
+            self._shelf.drop(key)
+        self._shelf.put(_key(cache), cache, nbytes, prompt)
+
+    def fill(self, cache: Cache, signatures: NDArray[np.int64], base: float) -> int:
+        """Copy into `cache` the longest prefix any kept cache has, if it beats its own.
+
+        Args:
+            cache: to be brought to `signatures (tokens,)` under rotary `base`.
+
+        Returns:
+            How many leading positions it now shares.
+        """
+        own = cache.state.common_prefix(signatures, base)
+        shared = own + LEAST_SHARED
+        donor: Cache | None = None
+        for _, value in self._shelf.nearest(_prompt(signatures, base)):
+            if value is not cache:
+                length = value.state.common_prefix(signatures, base)
+                if length > shared:
+                    shared, donor = length, value
+        if donor is None:
+            return own
+        first, second = sorted((cache, donor), key=id)  # one order everywhere: no deadlock
+        with first.state.lock, second.state.lock:
+            shared = donor.state.common_prefix(signatures, base)  # it may have moved on
+            if shared <= own:
+                return own
+            cache.state.truncate(own)
+            cache.state.reserve(shared - own)
+            cache.copy_rows(donor, own, shared)
+            cache.state.extend(signatures[own:shared], base)
+        self._shelf.get(_key(donor))
+        return shared
+
+
+def _key(cache: Cache) -> str:
+    return f"cache {id(cache)}"
+
+
+def _prompt(signatures: NDArray[np.int64], base: float) -> bytes:
+    """What cached rows depend on, so that equal beginnings are equal rows."""
+    return struct.pack("<d", base) + signatures.tobytes()

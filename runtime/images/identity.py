@@ -1,0 +1,117 @@
+"""Images on their way into a prompt: cut into tiles, identified, encoded when needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime.images.preprocess import Tiling, tiles_on_host
+
+#: Makes the tiles of an image, and the 32 bytes that name its pixels.
+Cut = Callable[[], tuple[Any, bytes]]
+
+_SIGN = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """All that the rows of an image depend on: whatever is kept of an image is kept under it.
+
+    Attributes:
+        pixels: 32 bytes that name them.
+        tiling: how they were cut; None: they are tiles already.
+        tiles: how many there are.
+        model: names what encodes them.
+    """
+
+    pixels: bytes
+    tiling: Tiling | None
+    tiles: int
+    model: str
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes in which every field is."""
+        return hashlib.sha256(repr(self).encode()).digest()
+
+    def signatures(self, rows: int) -> NDArray[np.int64]:
+        """One number `(rows,)` for each row, which names the image and the row's place in it.
+
+        63 bits of a hash each, and others for each row: were two images ever to agree in one, they
+        would not in the next. Token ids are not negative, so a negative number can never be one.
+        """
+        bits = hashlib.shake_256(self.digest).digest(8 * rows)
+        return np.frombuffer(bits, "<i8") | _SIGN
+
+
+class TiledImage:
+    """An image cut into tiles, which can be had again whatever becomes of what the caller gave.
+
+    Args:
+        cut: makes the tiles.
+        tiling: how it cuts.
+        model: names what will encode them.
+        encoded: bytes that `cut` holds and reads; None: it reads what is the caller's.
+
+    Attributes:
+        tiles: how many there are.
+        identity: of the image, in every cache.
+    """
+
+    def __init__(
+        self, cut: Cut, tiling: Tiling | None, model: str, encoded: int | None = None
+    ) -> None:
+        self._cut: Cut | None = cut
+        self._encoded = encoded
+        self._held, pixels = cut()
+        self.tiles = len(self._held)
+        self.identity = ImageIdentity(pixels, tiling, self.tiles, model)
+
+    def pixels(self) -> Any:
+        """uint8 `(tiles, S, S, 3)` where the tiler made them; after `release`, the same again.
+
+        Raises:
+            ImageError: there is no memory to decode the image again.
+        """
+        held = self._held
+        if held is None:
+            assert self._cut is not None  # one of the two is always there
+            held, _ = self._cut()
+            self._held = held
+        return held
+
+    def release(self) -> None:
+        """Keep only the encoded picture or its tiles on the host, whichever is smaller."""
+        if self._held is None:
+            return
+        if self._cut and self._encoded is not None and self._encoded < self._held.nbytes:
+            self._held = None
+        else:
+            self._held = tiles_on_host(self._held)
+            self._cut = None
+
+
+@dataclass(frozen=True)
+class LazyImage:
+    """An image of a prompt whose rows are made when the engine asks; see `PromptImage`."""
+
+    identity: ImageIdentity
+    count: int
+    load: Callable[[], NDArray[np.floating]]
+
+    @property
+    def signatures(self) -> NDArray[np.int64]:
+        return self.identity.signatures(self.count)
+
+    @property
+    def rows(self) -> NDArray[np.floating]:
+        return self.load()
+
+    def __len__(self) -> int:
+        return self.count
