@@ -67,3 +67,7 @@ class LeftoverWarning(InternVLEdgeWarning):
 
 class PreparedWarning(InternVLEdgeWarning):
     """Prepared weights do not fit and were left out: loading is slower and takes more memory."""
+
+
+class FrameWarning(InternVLEdgeWarning):
+    """A picture has several frames or pages, and none was chosen."""

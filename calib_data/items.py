@@ -12,7 +12,7 @@ from internvl_edge.bundle.errors import ImageError, InternVLEdgeError
 from internvl_edge.bundle.files import DATA_BYTES, read_bytes
 from internvl_edge.bundle.json_reader import JsonError, parse_json
 from internvl_edge.bundle.quoting import named, reason
-from internvl_edge.runtime.images.preprocess import load_image
+from internvl_edge.runtime.images.decode import load_image
 
 #: Asked of pictures that come without a question.
 DEFAULT_PROMPT = "Please describe the image in detail."

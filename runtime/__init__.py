@@ -12,6 +12,7 @@ from internvl_edge.bundle.errors import (
     CheckpointError,
     DeviceError,
     ExportError,
+    FrameWarning,
     ImageError,
     InternVLEdgeError,
     InternVLEdgeWarning,
@@ -27,6 +28,7 @@ from internvl_edge.bundle.errors import (
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.images.sources import Picture
 from internvl_edge.runtime.model import InternVL
 
 __all__ = [
@@ -36,12 +38,14 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "ExportError",
+    "FrameWarning",
     "ImageError",
     "InternVL",
     "InternVLEdgeError",
     "InternVLEdgeWarning",
     "LeftoverWarning",
     "LimitError",
+    "Picture",
     "PrecisionError",
     "PreparedWarning",
     "ProcessError",

@@ -11,7 +11,7 @@ from internvl_edge.runtime.answering import Answering, Request
 from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import ImageLike
+from internvl_edge.runtime.images.sources import ImageLike
 from internvl_edge.runtime.process import NotCopied
 
 

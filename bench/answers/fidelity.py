@@ -28,7 +28,7 @@ from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import named
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.images.preprocess import ImageLike
+from internvl_edge.runtime.images.sources import ImageLike
 
 Answers = Literal["greedy", "given"]
 

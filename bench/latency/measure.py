@@ -29,7 +29,8 @@ from internvl_edge.bench.latency.energy import Meter, Reading
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.images.preprocess import load_image, select_grid
+from internvl_edge.runtime.images.decode import load_image
+from internvl_edge.runtime.images.preprocess import select_grid
 
 #: No token has this id, so nothing ends an answer early.
 NEVER = -1

@@ -16,14 +16,8 @@ from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.decoding.passes import check_slots, shortening
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import (
-    EncodedBytes,
-    ImageLike,
-    Tiler,
-    Tiling,
-    check_tiles,
-    encoded_image,
-)
+from internvl_edge.runtime.images.preprocess import Tiler, Tiling, check_tiles
+from internvl_edge.runtime.images.sources import EncodedBytes, ImageLike, encoded_image
 
 
 class Inputs:

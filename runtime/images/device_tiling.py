@@ -19,14 +19,9 @@ from internvl_edge.kernels.cuda import TILING_SOURCE, CudaKernels
 from internvl_edge.kernels.device import DeviceArray, describe, producer_stream
 from internvl_edge.kernels.images import planes_of
 from internvl_edge.runtime.backends.cuda import Cuda
-from internvl_edge.runtime.images.preprocess import (
-    ImageLike,
-    Tiling,
-    check_array,
-    content_hash,
-    load_pixels,
-    tile_on_host,
-)
+from internvl_edge.runtime.images.decode import check_array, load_pixels
+from internvl_edge.runtime.images.preprocess import Tiling, content_hash, tile_on_host
+from internvl_edge.runtime.images.sources import ImageLike
 
 #: The kernel writes four neighbours at a time.
 SIDE_MULTIPLE = 4

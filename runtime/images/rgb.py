@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageMode
@@ -36,12 +38,12 @@ def rgb_pixels(image: Image.Image, label: str) -> NDArray[np.uint8]:
     needed = decoding_bytes(image, scale)
     _check_memory(image, label, needed)
     image.load()
-    width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
-    rows = max(1, STRIP_BYTES // (3 * width))
-    for top in range(0, height, rows):
-        stop = min(top + rows, height)
-        pixels[top:stop] = _to_rgb(image.crop((0, top, width, stop)))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    if image.mode.startswith(("I", "F")):
+        _put_grey(image, pixels)
+    else:
+        for rows, strip in _strips(image):
+            pixels[rows] = np.asarray(strip.convert("RGB"))
     return pixels
 
 
@@ -96,10 +98,35 @@ def _check_memory(image: Image.Image, label: str, needed: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey at 255; keep the top eight bits instead.
-        wide = np.asarray(image).clip(0, 65535)
-        grey = (wide >> 8).astype(np.uint8)
-        return np.repeat(grey[..., np.newaxis], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Cut a decoded picture into strips of rows, of `STRIP_BYTES` of RGB each."""
+    rows = max(1, STRIP_BYTES // (3 * image.width))
+    for top in range(0, image.height, rows):
+        stop = min(top + rows, image.height)
+        yield slice(top, stop), image.crop((0, top, image.width, stop))
+
+
+def _put_grey(image: Image.Image, pixels: NDArray[np.uint8]) -> None:
+    """Bring one channel of more than 8 bits to 8, by what it holds: never all black.
+
+    Twelve bits in a file of sixteen are usual, and floats between 0 and 1: the values themselves
+    say how many bits are used. Pillow's own conversion clips them at 255.
+
+    Args:
+        pixels: uint8 `(H, W, 3)`, written.
+
+    Raises:
+        ImageError: values are no finite numbers.
+    """
+    largest = max(float(np.asarray(strip).max()) for _, strip in _strips(image))
+    if not np.isfinite(largest):
+        raise ImageError("a picture of floats holds values that are no finite numbers")
+    bits = min(max(int(largest).bit_length(), 8), 16)
+    unit = 1.0 if image.mode == "F" and largest <= 1 else float(2**bits - 1)
+    for rows, strip in _strips(image):
+        wide = np.asarray(strip).clip(0, 65535)
+        if image.mode == "F":
+            grey = np.nan_to_num(wide * (255 / unit)).round().clip(0, 255)
+        else:
+            grey = wide >> (bits - 8)
+        pixels[rows] = grey.astype(np.uint8)[..., np.newaxis]

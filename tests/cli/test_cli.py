@@ -18,7 +18,7 @@ from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.images.preprocess import load_image
+from internvl_edge.runtime.images.decode import load_image
 
 # Every class of error.
 

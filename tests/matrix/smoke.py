@@ -84,7 +84,7 @@ def images(folder: Path) -> str:
     import numpy as np
     from PIL import Image
 
-    from internvl_edge.runtime.images.preprocess import load_pixels
+    from internvl_edge.runtime.images.decode import load_pixels
 
     picture = Image.open(EXAMPLE / "receipt.png").convert("RGB")
     wanted = np.asarray(picture)
@@ -129,7 +129,8 @@ def tiles(folder: Path) -> str:
     from PIL import Image
 
     from internvl_edge.kernels import ops
-    from internvl_edge.runtime.images.preprocess import load_pixels, tile_image
+    from internvl_edge.runtime.images.decode import load_pixels
+    from internvl_edge.runtime.images.preprocess import tile_image
 
     golden = np.load(GOLDEN / "tiles.npz")
     kernel = ops.cpu_kernels() is not None

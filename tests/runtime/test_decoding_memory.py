@@ -16,13 +16,13 @@ from PIL import Image
 
 from internvl_edge.runtime import ImageError
 from internvl_edge.runtime.images import rgb
-from internvl_edge.runtime.images.preprocess import load_pixels
+from internvl_edge.runtime.images.decode import load_pixels
 from internvl_edge.runtime.images.rgb import decoding_bytes
 
 #: Decodes a picture in a process of its own and says by how much its peak rose.
 DECODE = """
 import sys
-from internvl_edge.runtime.images.preprocess import load_pixels
+from internvl_edge.runtime.images.decode import load_pixels
 
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

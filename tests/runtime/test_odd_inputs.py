@@ -35,7 +35,8 @@ from internvl_edge.runtime.backends.plans import FOLDER as ENGINES
 from internvl_edge.runtime.backends.plans import built_engines
 from internvl_edge.runtime.backends.prepared import MANIFEST as PREPARED
 from internvl_edge.runtime.backends.prepared import find_prepared, prepared_folder
-from internvl_edge.runtime.images.preprocess import MAX_BYTES, load_image
+from internvl_edge.runtime.images.decode import load_image
+from internvl_edge.runtime.images.sources import MAX_BYTES
 
 
 def replaced(path: Path, by: str) -> Path:

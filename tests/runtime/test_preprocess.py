@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvl_edge.runtime.images.preprocess import load_image, resize, select_grid, tile_image
+from internvl_edge.runtime.images.decode import load_image
+from internvl_edge.runtime.images.preprocess import resize, select_grid, tile_image
 
 sides = st.integers(1, 90)
 

@@ -1,0 +1,185 @@
+"""Pictures as people have them: what a caller may give, and how it is read once."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from internvl_edge.bundle.errors import ImageError
+from internvl_edge.bundle.files import read_bytes
+from internvl_edge.bundle.quoting import named, quoted, reason
+
+ImageLike: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.generic]"
+    " | DeviceImage | EncodedBytes | Picture"
+)
+
+#: Pixels above which an image is refused before it is decoded: where Pillow stops as well (two
+#: times the 89 Mpx at which it warns). A 40-tile grid shows 8 Mpx, so nothing is gained beyond.
+MAX_PIXELS = 178_956_970
+#: Largest file: as many pixels of four times 16 bits, not compressed.
+MAX_BYTES = 8 * MAX_PIXELS
+#: Text below this length is a path that is not there rather than a picture in base64.
+_LEAST_BASE64 = 64
+
+#: First bytes of PNG, JPEG, GIF, BMP, TIFF, PDF, PPM and PGM.
+_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF", b"P6", b"P5")
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(?=//|[a-z]+/)|(data):")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+
+
+class DeviceImage(Protocol):
+    """An image in CUDA memory: uint8 `(H, W, 3)` of torch, CuPy, PyCUDA, Numba, `DeviceArray`."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class EncodedBytes:
+    """An encoded image in memory, and how messages call it."""
+
+    data: bytes
+    label: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and how it is to be looked at.
+
+    Attributes:
+        source: path, URI, encoded bytes, `PIL.Image` or array; see `InternVL.stream`.
+        frame: which frame of an animation, page of a TIFF or of a PDF; None takes the first, with
+            a `FrameWarning` where there are more.
+        upright: turn it as its EXIF orientation says. The reference does not, and its models were
+            trained so.
+    """
+
+    source: ImageLike
+    frame: int | None = None
+    upright: bool = False
+
+    def __post_init__(self) -> None:
+        if self.frame is not None and (type(self.frame) is not int or self.frame < 0):
+            raise ImageError(f"frame is {quoted(self.frame)}, it must be a whole number from 0 on")
+        if isinstance(self.source, Picture):
+            raise ImageError("the source of a Picture is another Picture; give that one's source")
+
+
+def encoded_image(source: ImageLike) -> ImageLike:
+    """Read a file or a URI and copy bytes that may change, once; else return what was given.
+
+    Raises:
+        ImageError: the file cannot be read, the URI is none that is read, or there is nothing.
+    """
+    if isinstance(source, Picture):
+        if hasattr(source.source, "__cuda_array_interface__"):
+            return source.source  # pixels: neither frames nor an orientation
+        return Picture(encoded_image(source.source), source.frame, source.upright)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return EncodedBytes(bytes(source), f"{len(source)} bytes of image data")
+    if isinstance(source, str):
+        return _text(source)
+    if isinstance(source, os.PathLike):
+        return _file(os.fspath(source), named(source))
+    return source
+
+
+def _text(text: str) -> EncodedBytes:
+    """Read what a text names: a path, a URI, or a picture in base64."""
+    if not text:
+        raise ImageError("an image's path is empty")
+    if (found := _SCHEME.match(text)) is not None:
+        return _uri((found[1] or found[2]).lower(), text)
+    if (data := _base64(text)) is not None:
+        return EncodedBytes(data, f"{len(data)} bytes of image data in base64")
+    return _file(_home(text), named(text))
+
+
+def _uri(scheme: str, text: str) -> EncodedBytes:
+    if scheme == "data":
+        return _data_uri(text)
+    if scheme == "file":
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:  # such as one bracket of an IPv6 address
+            raise ImageError(f"{named(text)} is no URI: {reason(error)}") from error
+        if parts.netloc not in ("", "localhost"):
+            raise ImageError(f"{named(text)} names another machine; copy the file to this one")
+        return _file(url2pathname(parts.path), named(text))
+    if scheme in ("http", "https"):
+        raise ImageError(
+            f"{named(text)} is on the network, where nothing is fetched from here; download it and"
+            " give the file or its bytes"
+        )
+    raise ImageError(
+        f"{named(text)} has the scheme {quoted(scheme)}; give a path, a file: or a data: URI"
+    )
+
+
+def _data_uri(text: str) -> EncodedBytes:
+    """Decode `data:[<type>][;base64],<data>` (RFC 2397)."""
+    head, comma, body = text.partition(",")
+    if not comma:
+        raise ImageError(f"the data URI {named(head)} has no comma before its data")
+    if not head.lower().endswith(";base64"):
+        data = unquote_to_bytes(body)
+    else:
+        try:
+            data = _decoded(unquote_to_bytes(body))
+        except binascii.Error as error:
+            raise ImageError(f"the data URI {named(head)} is no base64: {reason(error)}") from error
+    return EncodedBytes(data, f"{len(data)} bytes of a data URI")
+
+
+def _base64(text: str) -> bytes | None:
+    """Decode a text that is an image in base64 and no file; None where it is something else."""
+    if len(text) < _LEAST_BASE64 or _BASE64.fullmatch(text) is None or _is_there(text):
+        return None
+    try:
+        data = _decoded(text.encode())
+    except binascii.Error:
+        return None
+    return data if looks_like_an_image(data) else None
+
+
+def _decoded(text: bytes) -> bytes:
+    """Decode base64 of either alphabet, with line breaks or without, padded or not."""
+    plain = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+
+
+def looks_like_an_image(data: bytes) -> bool:
+    """Return whether bytes begin as a picture does, by what Pillow would open, or a PDF."""
+    return data.startswith(_STARTS) or data[8:12] == b"WEBP" or data[4:8] == b"ftyp"
+
+
+def _home(text: str) -> str:
+    """Replace a leading `~`, as a shell would have, unless a file has that very name."""
+    return os.path.expanduser(text) if text.startswith("~") and not _is_there(text) else text
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or NUL within
+        return False
+
+
+def _file(path: str, label: str) -> EncodedBytes:
+    try:
+        return EncodedBytes(read_bytes(path, MAX_BYTES), label)
+    except OSError as error:
+        raise ImageError(f"cannot read image {quoted(path)}: {reason(error)}") from error
