@@ -29,6 +29,7 @@ from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
+from internvl_edge.runtime.images.video import frames_prompt, video_frames
 from internvl_edge.runtime.model import InternVL
 
 __all__ = [
@@ -56,4 +57,6 @@ __all__ = [
     "Timings",
     "TokenStream",
     "VersionWarning",
+    "frames_prompt",
+    "video_frames",
 ]

@@ -17,7 +17,7 @@ from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.decoding.passes import check_slots, shortening
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, Tiling, check_tiles
-from internvl_edge.runtime.images.sources import EncodedBytes, ImageLike, encoded_image
+from internvl_edge.runtime.images.sources import EncodedBytes, ImageLike, Picture, encoded_image
 
 
 class Inputs:
@@ -49,9 +49,11 @@ class Inputs:
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
-        tiling = self._tiling(max_tiles)
+        told = image.max_tiles if isinstance(image, Picture) else None
+        tiling = self._tiling(max_tiles if told is None else told)
         given = encoded_image(image)
-        encoded = len(given.data) if isinstance(given, EncodedBytes) else None
+        source = given.source if isinstance(given, Picture) else given
+        encoded = len(source.data) if isinstance(source, EncodedBytes) else None
         return TiledImage(partial(self._tiler, given, tiling), tiling, self._encoder, encoded)
 
     def tiles(self, tiles: NDArray[np.uint8]) -> TiledImage:

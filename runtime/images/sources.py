@@ -6,7 +6,7 @@ import base64
 import binascii
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -65,11 +65,13 @@ class Picture:
             a `FrameWarning` where there are more.
         upright: turn it as its EXIF orientation says. The reference does not, and its models were
             trained so.
+        max_tiles: most tiles of this picture, thumbnail not counted; None leaves it to the call.
     """
 
     source: ImageLike
     frame: int | None = None
     upright: bool = False
+    max_tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.frame is not None and (type(self.frame) is not int or self.frame < 0):
@@ -87,7 +89,7 @@ def encoded_image(source: ImageLike) -> ImageLike:
     if isinstance(source, Picture):
         if hasattr(source.source, "__cuda_array_interface__"):
             return source.source  # pixels: neither frames nor an orientation
-        return Picture(encoded_image(source.source), source.frame, source.upright)
+        return replace(source, source=encoded_image(source.source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return EncodedBytes(bytes(source), f"{len(source)} bytes of image data")
     if isinstance(source, str):
