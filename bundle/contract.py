@@ -6,6 +6,7 @@ A dimension given as a string is symbolic (any size).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,43 @@ POSITIONS = "positions"
 KEY_POSITIONS = "key_positions"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
+
+
+_DECODER, _TOWER = "language_model.model.", "vision_model.encoder."
+#: How canonical names of a model's tensors (`export.checkpoint.names`) begin, and what bundles have
+#: in the place of that: InternLM2's spelling, for every family.
+_STORED_NAMES = (
+    (r"vision\.(layers\.\d+\.)(qkv|q_norm|k_norm|proj)\.", rf"{_TOWER}\1attn.\2."),
+    (r"vision\.(layers\.\d+\.)(fc[12])\.", rf"{_TOWER}\1mlp.\2."),
+    (r"vision\.layers\.", f"{_TOWER}layers."),
+    (r"vision\.", "vision_model.embeddings."),
+    (r"projector\.norm\.", "mlp1.0."),
+    (r"projector\.fc1\.", "mlp1.1."),
+    (r"projector\.fc2\.", "mlp1.3."),
+    (r"projector\.", "mlp1."),
+    (r"(layers\.\d+\.)qkv\.", rf"{_DECODER}\1attention.wqkv."),
+    (r"(layers\.\d+\.)out\.", rf"{_DECODER}\1attention.wo."),
+    (r"(layers\.\d+\.)gate\.", rf"{_DECODER}\1feed_forward.w1."),
+    (r"(layers\.\d+\.)up\.", rf"{_DECODER}\1feed_forward.w3."),
+    (r"(layers\.\d+\.)down\.", rf"{_DECODER}\1feed_forward.w2."),
+    (r"layers\.", f"{_DECODER}layers."),
+    (r"embedding\.weight", f"{_DECODER}tok_embeddings.weight"),
+    (r"norm\.weight", f"{_DECODER}norm.weight"),
+    (r"head\.", "language_model.output."),
+)
+
+
+def stored_name(name: str) -> str:
+    """Return what graphs and reports of a bundle call a tensor, or tensors that begin so.
+
+    Args:
+        name: canonical; another is returned as it is.
+    """
+    for pattern, stored in _STORED_NAMES:
+        renamed, count = re.subn(rf"\A{pattern}", stored, name)
+        if count:
+            return renamed
+    return name
 
 
 def past_key(layer: int) -> str:

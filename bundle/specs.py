@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import quoted
@@ -88,7 +88,12 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """InternLM2: a LLaMA-like decoder with grouped-query attention."""
+    """A LLaMA-like decoder with grouped-query attention.
+
+    Attributes:
+        bias: whether query, key, value and output projections have one.
+        qkv_bias: whether query, key and value have one and the output has none.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -102,6 +107,12 @@ class LanguageSpec:
     rope_theta: float
     rope_type: RopeType
     rope_factor: float
+    qkv_bias: bool = False
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether query, key and value have a bias."""
+        return self.bias or self.qkv_bias
 
     @property
     def head_dim(self) -> int:
@@ -151,7 +162,9 @@ class ModelSpec:
     prompt: PromptSpec
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return plain values for JSON; a field that has its default is left out."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _written(part) for name, part in parts.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -250,15 +263,25 @@ _EXPECTED: dict[Any, str] = {
 }
 
 
+def _written(part: Any) -> dict[str, Any]:
+    """Return the fields of one part; bundles of before a field had its default."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(part)
+        if (value := getattr(part, field.name)) != field.default
+    }
+
+
 def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
     values = data.get(part)
     if not isinstance(values, Mapping):
         raise BundleError(f"bundle.json: spec has no object '{part}'")
     hints = get_type_hints(kind)
-    if values.keys() != hints.keys():
-        odd = sorted(values.keys() ^ hints.keys())
+    fields = dataclasses.fields(cast(Any, kind))
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    if odd := sorted((values.keys() ^ hints.keys()) - (optional - values.keys())):
         raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {quoted(odd)}")
-    for name, hint in hints.items():
+    for name, hint in ((name, hint) for name, hint in hints.items() if name in values):
         if not _fits(values[name], hint, signed=name == "select_layer"):
             expected = _EXPECTED.get(hint, hint)
             raise BundleError(

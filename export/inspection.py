@@ -8,7 +8,7 @@ from pathlib import Path
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, PROJECTOR, VISION, expected_shapes
+from internvl_edge.export.checkpoint.names import model_part, tensor_shapes
 from internvl_edge.export.sizes import bundle_bytes
 from internvl_edge.runtime.inspection import Report, describe, fits_in_memory
 
@@ -41,8 +41,7 @@ def inspect_checkpoint(path: Path) -> Report:
 
 def parameter_counts(spec: ModelSpec) -> dict[str, int]:
     """Parameters by part, counted from the tensors a checkpoint of this spec holds."""
-    counts = {"vision": 0, "projector": 0, "language": 0}
-    parts = {VISION: "vision", PROJECTOR: "projector", LANGUAGE: "language"}
-    for name, shape in expected_shapes(spec).items():
-        counts[parts[name.split(".", 1)[0]]] += math.prod(shape)
+    counts: dict[str, int] = {"vision": 0, "projector": 0, "language": 0}
+    for name, shape in tensor_shapes(spec).items():
+        counts[model_part(name)] += math.prod(shape)
     return counts | {"total": sum(counts.values())}

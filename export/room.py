@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.calibrate import Sample
-from internvl_edge.export.calibration.decisions import HEAD, Recipe
+from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.units import HEAD_ROWS
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
+from internvl_edge.export.checkpoint.names import HEAD, is_language, tensor_shapes
 from internvl_edge.export.formats.quantize import block_bytes
 from internvl_edge.export.sizes import OTHER, bundle_bytes, part_of
 
@@ -42,12 +42,12 @@ def room_for_export(
 
 def _decision_bytes(spec: ModelSpec, recipe: Recipe) -> int:
     total = 0
-    for name, shape in expected_shapes(spec).items():
+    for name, shape in tensor_shapes(spec).items():
         if part_of(name) in (OTHER, "embedding") or not recipe.quantises(name):
             continue
         rows, columns = shape
         total += FLOAT_BYTES * (INPUT_VECTORS * columns + OUTPUT_VECTORS * rows)
-        if recipe.compensates and name.startswith(LANGUAGE):  # GPTQ's rounded weights
+        if recipe.compensates and is_language(name):  # GPTQ's rounded weights
             total += block_bytes(rows, columns, recipe.block_form(name), FLOAT_BYTES)
     return total
 
@@ -69,8 +69,8 @@ def _activation_bytes(spec: ModelSpec, samples: Sequence[Sample]) -> int:
 def _unit_bytes(spec: ModelSpec) -> int:
     """Of the float weights of the largest unit."""
     sizes: Counter[str] = Counter()
-    for name, shape in expected_shapes(spec).items():
-        layer = re.match(r".*\.layers\.\d+\.", name)
+    for name, shape in tensor_shapes(spec).items():
+        layer = re.match(r"(.*\.)?layers\.\d+\.", name)
         unit = layer[0] if layer else HEAD if name == HEAD else part_of(name)
         if unit != "embedding":  # the table is read row by row
             sizes[unit] += FLOAT_BYTES * math.prod(shape)

@@ -16,13 +16,14 @@ import numpy as np
 from internvl_edge.bundle.contract import compute_dtype, embedding_runs
 from internvl_edge.bundle.manifest import PartEntry
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.export.calibration.decisions import HEAD, Recipe
-from internvl_edge.export.checkpoint.mapping import (
-    LANGUAGE,
+from internvl_edge.export.calibration.decisions import Recipe
+from internvl_edge.export.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
     PROJECTOR,
-    TOK_EMBEDDINGS,
     VISION,
-    expected_shapes,
+    is_language,
+    tensor_shapes,
 )
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
@@ -32,18 +33,16 @@ from internvl_edge.runtime.inspection import ITEM_BYTES
 #: The parts of a bundle's weights and how the names of their tensors begin. What is left over
 #: (norms, biases, positions, the patch embedding, scales of the KV cache) is `OTHER`.
 PARTS = {
-    "vision_linears": rf"{VISION}\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight",
-    "projector": rf"{PROJECTOR}\.[13]\.weight",
-    "decoder_linears": (
-        rf"{LANGUAGE}\.model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.w[123])\.weight"
-    ),
+    "vision_linears": rf"{re.escape(VISION)}layers\.\d+\.(qkv|proj|fc[12])\.weight",
+    "projector": rf"{re.escape(PROJECTOR)}fc[12]\.weight",
+    "decoder_linears": r"layers\.\d+\.(qkv|out|gate|up|down)\.weight",
     "head": re.escape(HEAD),
-    "embedding": re.escape(TOK_EMBEDDINGS),
+    "embedding": re.escape(EMBEDDING),
 }
 OTHER = "other"
 
 #: Vectors that TensorRT's graphs keep in float32: norms and LayerScale.
-WIDE = r".*(norm\d?|\bmlp1\.0)\.(weight|bias)|.*\.ls[12]"
+WIDE = r".*norm\d?\.(weight|bias)|.*\.ls[12]"
 
 
 def bundle_bytes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
@@ -78,7 +77,7 @@ def bundle_bytes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part a stored tensor belongs to; its name begins with the checkpoint's."""
+    """The part a stored tensor belongs to; its name begins with the canonical one."""
     return next((part for part, begin in PARTS.items() if re.match(begin, name)), OTHER)
 
 
@@ -109,20 +108,19 @@ def _label(stored: list[Weight], plan: LinearPlan | None) -> str:
 
 
 def _stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's tensors without the tower's unused layers, positions at the tiles' grid.
+    """The model's tensors without the tower's unused layers, positions at the tiles' grid.
 
     The class embedding is added to its position beforehand.
     """
-    embeddings = f"{VISION}.embeddings"
     shapes = {
         name: shape
-        for name, shape in expected_shapes(spec).items()
-        if (layer := re.match(rf"{VISION}\.encoder\.layers\.(\d+)\.", name)) is None
+        for name, shape in tensor_shapes(spec).items()
+        if (layer := re.match(rf"{re.escape(VISION)}layers\.(\d+)\.", name)) is None
         or int(layer[1]) < spec.vision.layers_run
     }
-    del shapes[f"{embeddings}.class_embedding"]
+    del shapes[f"{VISION}class_embedding"]
     positions = (1, spec.vision.sequence_length, spec.vision.hidden_size)
-    return shapes | {f"{embeddings}.position_embedding": positions}
+    return shapes | {f"{VISION}position_embedding": positions}
 
 
 def _linear_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
@@ -158,7 +156,7 @@ def _absorbing(name: str) -> Iterator[str]:
     if last == "bias" and part_of(weight := f"{prefix}.weight") != OTHER:
         yield weight
     if last in ("ls1", "ls2"):
-        yield f"{prefix}.{'attn.proj' if last == 'ls1' else 'mlp.fc2'}.weight"
+        yield f"{prefix}.{'proj' if last == 'ls1' else 'fc2'}.weight"
 
 
 def _vector_bytes(name: str, recipe: Recipe) -> int:
@@ -169,5 +167,5 @@ def _vector_bytes(name: str, recipe: Recipe) -> int:
 
 def _float_bytes(name: str, recipe: Recipe) -> int:
     """Of a value that is not quantised: of the type the graph computes in."""
-    precision = recipe.language if name.startswith(LANGUAGE) else recipe.vision
+    precision = recipe.language if is_language(name) else recipe.vision
     return np.dtype(compute_dtype(precision, recipe.dialect)).itemsize

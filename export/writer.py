@@ -20,7 +20,7 @@ from internvl_edge.bundle.contract import (
 from internvl_edge.bundle.manifest import FileEntry, Manifest, file_entry
 from internvl_edge.export.calibration.decisions import Decisions, Recipe, make_plan
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import TOK_EMBEDDINGS, expected_shapes
+from internvl_edge.export.checkpoint.names import EMBEDDING, tensor_shapes
 from internvl_edge.export.checkpoint.weights import Weight, WeightReader
 from internvl_edge.export.formats.packing import pack_table
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan, RescaledSource
@@ -141,7 +141,7 @@ def planned_layout(source: WeightSource, recipe: Recipe) -> Layout:
     """
     linears = {
         name: LinearPlan(kind, recipe.block_form(name) if kind == "blocks" else None)
-        for name in expected_shapes(source.spec)
+        for name in tensor_shapes(source.spec)
         if part_of(name) not in (OTHER, "embedding") and (kind := recipe.kind(name)) != "float"
     }
     return plan_export(source, recipe, QuantPlan(linears))
@@ -169,7 +169,7 @@ def plan_export(source: WeightSource, recipe: Recipe, plan: QuantPlan) -> Layout
     reader = WeightReader(rescaled, compute_dtype(recipe.language, recipe.dialect))
     language = new_dialect(recipe.dialect, "language", plan, reader.dtype)
     build_language(source.spec.language, language, reader, recipe.language, recipe.kv)
-    table = reader.tensor(TOK_EMBEDDINGS)
+    table = reader.tensor(EMBEDDING)
     if recipe.embedding == "int8":
         embedding = pack_table(replace(table, dtype="float32"))
     else:

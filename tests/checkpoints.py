@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from internvl_edge.export.checkpoint.config import parse_config
-from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.export.checkpoint.config import describe_config
+from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.origin import stored_shapes
 from internvl_edge.runtime.backends.int8_cache import takes_int8_cache
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -84,6 +85,12 @@ def small_config(
     }
 
 
+def checkpoint_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint with this config holds, by its own names."""
+    described = describe_config(config)
+    return stored_shapes(described.tensors(), tensor_shapes(described.spec))
+
+
 def random_state(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """Weights that keep activations near one: matrices by fan-in, norms around one."""
     return dict(_tensors(config, seed, np.dtype(np.float32)))
@@ -99,7 +106,7 @@ def write_checkpoint(
 ) -> Path:
     """Write config, tokenizer and weights, one shard in memory at a time."""
     write_config(directory, config)
-    names = sorted(expected_shapes(parse_config(config)))
+    names = sorted(checkpoint_shapes(config))
     per_shard = -(-len(names) // shards)
     weight_map, total = {}, 0
     for shard in range(shards):
@@ -126,7 +133,7 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 def _tensors(
     config: dict[str, Any], seed: int, dtype: np.dtype[Any], chosen: set[str] | None = None
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    for index, (name, shape) in enumerate(expected_shapes(parse_config(config)).items()):
+    for index, (name, shape) in enumerate(checkpoint_shapes(config).items()):
         if chosen is not None and name not in chosen:
             continue
         random = np.random.default_rng([seed, index])

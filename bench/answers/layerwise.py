@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs, stored_name
 from internvl_edge.bundle.errors import BundleError, LimitError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.specs import LanguageSpec
-from internvl_edge.export.checkpoint.mapping import LANGUAGE
+from internvl_edge.export.checkpoint.names import HEAD, NORM, decoder_prefix
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
@@ -203,28 +203,28 @@ def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
             y = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
             x = y[0] if isinstance(y, tuple) else y
         norm = LlamaRMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        norm.weight = torch.nn.Parameter(torch.from_numpy(weights[f"{LANGUAGE}.model.norm"]))
-        head = torch.from_numpy(weights[f"{LANGUAGE}.output"])
+        norm.weight = torch.nn.Parameter(torch.from_numpy(weights[NORM]))
+        head = torch.from_numpy(weights[HEAD])
         return np.asarray((norm(x)[0] @ head.T).numpy())
 
 
 def _layer_state(weights: _Weights, spec: LanguageSpec, number: int) -> dict[str, Any]:
-    """One layer under transformers' names. The bundle's wqkv holds all Q, all K, all V."""
+    """One layer under transformers' names. `qkv` holds all Q, all K, all V."""
     import torch
 
-    prefix = f"{LANGUAGE}.model.layers.{number}"
-    qkv = weights[f"{prefix}.attention.wqkv"]
+    prefix = decoder_prefix(number)
+    qkv = weights[f"{prefix}qkv.weight"]
     query, key, value = np.split(qkv, [spec.query_size, spec.query_size + spec.key_value_size])
     arrays: Mapping[str, Floats] = {
         "self_attn.q_proj": query,
         "self_attn.k_proj": key,
         "self_attn.v_proj": value,
-        "self_attn.o_proj": weights[f"{prefix}.attention.wo"],
-        "mlp.gate_proj": weights[f"{prefix}.feed_forward.w1"],
-        "mlp.up_proj": weights[f"{prefix}.feed_forward.w3"],
-        "mlp.down_proj": weights[f"{prefix}.feed_forward.w2"],
-        "input_layernorm": weights[f"{prefix}.attention_norm"],
-        "post_attention_layernorm": weights[f"{prefix}.ffn_norm"],
+        "self_attn.o_proj": weights[f"{prefix}out.weight"],
+        "mlp.gate_proj": weights[f"{prefix}gate.weight"],
+        "mlp.up_proj": weights[f"{prefix}up.weight"],
+        "mlp.down_proj": weights[f"{prefix}down.weight"],
+        "input_layernorm": weights[f"{prefix}attention_norm.weight"],
+        "post_attention_layernorm": weights[f"{prefix}ffn_norm.weight"],
     }
     return {
         f"{name}.weight": torch.from_numpy(np.ascontiguousarray(array))
@@ -233,7 +233,7 @@ def _layer_state(weights: _Weights, spec: LanguageSpec, number: int) -> dict[str
 
 
 class _Weights:
-    """Weights of a language graph by name, multiplied out to float32 when they are asked for."""
+    """Weights of a language graph by canonical name, multiplied out to float32 when asked for."""
 
     def __init__(self, bundle: Bundle) -> None:
         model = onnx.load(str(bundle.file(LANGUAGE_GRAPH)), load_external_data=False)
@@ -248,7 +248,7 @@ class _Weights:
         self._folder = bundle.path
 
     def __getitem__(self, name: str) -> Floats:
-        name = f"{name}.weight"
+        name = stored_name(name)
         stored = self._read(name)
         if name not in self._bits:
             return stored.astype(np.float32)

@@ -13,8 +13,10 @@ from statistics import median
 from internvl_edge.bench.common.limits import Weights
 from internvl_edge.bench.estimate.model import Device, Request, predict
 from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
-from internvl_edge.export.calibration.decisions import HEAD, QuantOptions, Recipe
+from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
+from internvl_edge.export.checkpoint.names import HEAD
 from internvl_edge.export.sizes import bundle_bytes
 from internvl_edge.export.tensorrt.targets import get_target
 
@@ -79,7 +81,7 @@ class Figure:
     def predicted(self) -> float:
         """The estimate's rate."""
         spec = self.shape.spec()
-        recipe = Recipe("fp16", "int4", "fp16", QuantOptions(keep_fp16=(HEAD,)))
+        recipe = Recipe("fp16", "int4", "fp16", QuantOptions(keep_fp16=(stored_name(HEAD),)))
         weights = Weights(spec, bundle_bytes(spec, recipe), "fp16", "int4", "fp16")
         target = get_target(self.target)
         request = Request("fp16", "int4", "fp16", 0, self.tokens, self.tokens)

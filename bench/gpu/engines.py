@@ -21,7 +21,7 @@ from internvl_edge.bench.scale.synthetic import SyntheticWeights, internvl_1_5
 from internvl_edge.bundle.contract import DialectName, cache_shape
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, TOK_EMBEDDINGS, expected_shapes
+from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD, is_language, tensor_shapes
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import BlockFormat
 from internvl_edge.export.output.marker import scratch_folder
@@ -70,13 +70,13 @@ def true_width(layers: int | None = None) -> ModelSpec:
 def integer_plan(spec: ModelSpec) -> QuantPlan:
     """INT8 vision with a scale that fits random inputs; INT4 decoder, 8-bit head."""
     linears = {}
-    for name, shape in expected_shapes(spec).items():
-        if len(shape) != 2 or name == TOK_EMBEDDINGS:
+    for name, shape in tensor_shapes(spec).items():
+        if len(shape) != 2 or name == EMBEDDING:
             continue
-        bits = 8 if name == f"{LANGUAGE}.output.weight" else 4
+        bits = 8 if name == HEAD else 4
         linears[name] = (
             LinearPlan("blocks", form=BlockFormat(bits, 128), ratios=(1.0,))
-            if name.startswith(LANGUAGE)
+            if is_language(name)
             else LinearPlan("int8", input_scale=4 / 127)
         )
     return QuantPlan(linears)

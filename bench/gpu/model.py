@@ -28,7 +28,7 @@ from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import tokenizer_files
 from internvl_edge.export.calibration.decisions import Decisions, Recipe
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, TOK_EMBEDDINGS, expected_shapes
+from internvl_edge.export.checkpoint.names import EMBEDDING, is_language, tensor_shapes
 from internvl_edge.export.tensorrt.builder import build_in_process
 from internvl_edge.export.tensorrt.engines import Build, build_engines
 from internvl_edge.export.tensorrt.profiles import limits_of, plan_build, this_place
@@ -112,8 +112,8 @@ def random_decisions(spec: ModelSpec, recipe: Recipe) -> Decisions:
     one run of random bytes, at an offset of its own, so that no two are alike.
     """
     random, decisions = np.random.default_rng(0), Decisions()
-    shapes = {n: s for n, s in expected_shapes(spec).items() if len(s) == 2 and n != TOK_EMBEDDINGS}
-    blocked = [n for n in shapes if recipe.language == "int4" and n.startswith(LANGUAGE)]
+    shapes = {n: s for n, s in tensor_shapes(spec).items() if len(s) == 2 and n != EMBEDDING}
+    blocked = [n for n in shapes if recipe.language == "int4" and is_language(n)]
     for name in shapes:
         decisions[f"scale:{name}"] = np.array(INPUT_SCALE, np.float32)
         decisions[f"square:{name}"] = np.ones(shapes[name][1], np.float32)
@@ -148,7 +148,7 @@ class PooledWeights:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.directory = example_room() / "checkpoint"
-        self._shapes = expected_shapes(spec)
+        self._shapes = tensor_shapes(spec)
         self._pool = np.random.default_rng(0).standard_normal(POOL_VALUES, np.float32)
 
     @property
@@ -157,6 +157,15 @@ class PooledWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def origin(self, name: str) -> str:
+        return name
+
+    def as_stored(self, name: str) -> Iterator[NDArray[np.generic]]:
+        return self.blocks(name)
+
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        return None
 
     def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
         rows, *rest = self._shapes[name]

@@ -1,4 +1,4 @@
-"""The language part under other names: InternLM2 is Llama with a fused `wqkv`."""
+"""The language part under the names other projects give it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, TOK_EMBEDDINGS
-from internvl_edge.export.checkpoint.weights import WeightReader, wqkv_rows
+from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD, NORM, decoder_prefix
+from internvl_edge.export.checkpoint.weights import WeightReader
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Names:
 
     Attributes:
         layer: prefix of a layer's tensors, `{}` being its number.
-        query_key_value: inside a layer, of the three parts of `wqkv`.
-        linears, norms: inside a layer, by the checkpoint's names.
+        query_key_value: inside a layer, of the three parts of `qkv`.
+        linears, norms: inside a layer, by canonical name.
         interleaved: rotation turns lanes 2i and 2i + 1 instead of i and i + d / 2.
     """
 
@@ -42,10 +42,10 @@ GGUF = Names(
     layer="blk.{}",
     query_key_value=("attn_q", "attn_k", "attn_v"),
     linears={
-        "attention.wo": "attn_output",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w3": "ffn_up",
-        "feed_forward.w2": "ffn_down",
+        "out": "attn_output",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
     },
     norms={"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"},
     interleaved=True,
@@ -57,10 +57,10 @@ TRANSFORMERS = Names(
     layer="model.layers.{}",
     query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     linears={
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
+        "out": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
     },
     norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     interleaved=False,
@@ -69,10 +69,10 @@ TRANSFORMERS = Names(
 
 @dataclass(frozen=True)
 class Tensor:
-    """Rows of one of the checkpoint's tensors in an order (None: as stored), under a new name."""
+    """Rows of one of the model's tensors in an order (None: as they are), under a new name."""
 
     name: str
-    stored: str
+    ours: str
     shape: tuple[int, ...]
     rows: NDArray[np.int64] | None = None
 
@@ -80,26 +80,25 @@ class Tensor:
 def llama_tensors(source: WeightSource, names: Names) -> Iterator[Tensor]:
     """Every tensor of the language part."""
 
-    def whole(name: str, stored: str) -> Tensor:
-        return Tensor(name, stored, source.shape(stored))
+    def whole(name: str, ours: str) -> Tensor:
+        return Tensor(name, ours, source.shape(ours))
 
     spec = source.spec.language
-    yield whole(f"{names.embedding}.weight", TOK_EMBEDDINGS)
-    yield whole(f"{names.norm}.weight", f"{LANGUAGE}.model.norm.weight")
-    yield whole(f"{names.head}.weight", f"{LANGUAGE}.output.weight")
+    yield whole(f"{names.embedding}.weight", EMBEDDING)
+    yield whole(f"{names.norm}.weight", NORM)
+    yield whole(f"{names.head}.weight", HEAD)
     parts = dict(zip(names.query_key_value, _qkv_rows(spec, names.interleaved), strict=True))
     for layer in range(spec.num_hidden_layers):
-        there, here = names.layer.format(layer), f"{LANGUAGE}.model.layers.{layer}"
-        for stored, name in {**names.norms, **names.linears}.items():
-            yield whole(f"{there}.{name}.weight", f"{here}.{stored}.weight")
-        for leaf in ("weight", "bias") if spec.bias else ("weight",):
-            fused = f"{here}.attention.wqkv.{leaf}"
+        there, here = names.layer.format(layer), decoder_prefix(layer)
+        for ours, name in {**names.norms, **names.linears}.items():
+            yield whole(f"{there}.{name}.weight", f"{here}{ours}.weight")
+        for leaf in ("weight", "bias") if spec.has_qkv_bias else ("weight",):
+            fused = f"{here}qkv.{leaf}"
             for name, rows in parts.items():
                 shape = (len(rows), *source.shape(fused)[1:])
                 yield Tensor(f"{there}.{name}.{leaf}", fused, shape, rows)
         if spec.bias:
-            wo = "attention.wo"
-            yield whole(f"{there}.{names.linears[wo]}.bias", f"{here}.{wo}.bias")
+            yield whole(f"{there}.{names.linears['out']}.bias", f"{here}out.bias")
 
 
 def read_tensor(source: WeightSource, tensor: Tensor, dtype: str) -> NDArray[np.generic]:
@@ -112,7 +111,7 @@ def read_tensor(source: WeightSource, tensor: Tensor, dtype: str) -> NDArray[np.
         CheckpointError: a value is NaN or infinite.
         ExportError: a finite value does not fit float16.
     """
-    weight = WeightReader(source, dtype).tensor(tensor.stored)
+    weight = WeightReader(source, dtype).tensor(tensor.ours)
     values = np.concatenate(list(weight.cast_blocks()))
     return values if tensor.rows is None else np.ascontiguousarray(values[tensor.rows])
 
@@ -125,9 +124,9 @@ def interleaved_rows(heads: int, head_dim: int) -> NDArray[np.int64]:
 
 
 def _qkv_rows(spec: LanguageSpec, interleaved: bool) -> list[NDArray[np.int64]]:
-    """Rows of the stored `wqkv` that make query, key and value."""
+    """Rows of `qkv` that make query, key and value."""
     ends = (spec.query_size, spec.query_size + spec.key_value_size)
-    query, key, value = np.split(wqkv_rows(spec), ends)
+    query, key, value = np.split(np.arange(ends[1] + spec.key_value_size), ends)
     if interleaved:
         query = query[interleaved_rows(spec.num_attention_heads, spec.head_dim)]
         key = key[interleaved_rows(spec.num_key_value_heads, spec.head_dim)]

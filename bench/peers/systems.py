@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
+from internvl_edge.export.checkpoint.names import language_shapes
 from internvl_edge.export.output.work import check_space
 from internvl_edge.runtime.free_memory import available_memory
 
@@ -91,14 +92,7 @@ def obstacle(peer: Peer, spec: ModelSpec, installed: Mapping[str, str]) -> str |
 
 def language_parameters(spec: ModelSpec) -> int:
     """Parameters of the decoder, its table and its head."""
-    total = 0
-    for name, shape in expected_shapes(spec).items():
-        if name.startswith(LANGUAGE):
-            size = 1
-            for dim in shape:
-                size *= dim
-            total += size
-    return total
+    return sum(math.prod(shape) for shape in language_shapes(spec.language).values())
 
 
 class Files:

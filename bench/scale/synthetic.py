@@ -21,8 +21,9 @@ from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import tokenizer_files
 from internvl_edge.export.checkpoint.checkpoint import INDEX
-from internvl_edge.export.checkpoint.config import parse_config
-from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.export.checkpoint.config import describe_config, parse_config
+from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.origin import stored_shapes
 
 #: Values drawn at a time.
 BLOCK_VALUES = 1 << 24
@@ -97,26 +98,19 @@ def internvl_1_5() -> ModelSpec:
     return parse_config(CONFIGS["internvl-chat-v1-5"])
 
 
-class SyntheticWeights:
-    """A weight source: matrices normal by fan-in, norms around one, the same for the same seed.
+class DrawnTensors:
+    """Tensors by name: matrices normal by fan-in, norms around one, the same for the same seed.
 
     Every `OUTLIER_EVERY`-th channel of a norm is `OUTLIER_GAIN` times as large, which gives the
-    linear layers behind it the loud input channels that InternViT-6B is known for. The tokenizer
-    is the bundled example's: a small vocabulary whose ids all exist in the large one.
+    linear layers behind it the loud input channels that InternViT-6B is known for.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
-        self.spec = spec
-        self.directory = example_room() / "checkpoint"
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
         self._seed = seed
-        self._shapes = expected_shapes(spec)
+        self._shapes = shapes
         # Drawing 16 random bits and looking the quantile up takes 3 ns a value, a normal draw 10.
         levels = 1 << 16
         self._normal = ndtri((np.arange(levels) + 0.5) / levels).astype(np.float32)
-
-    @property
-    def identity(self) -> list[str]:
-        return [f"synthetic, seed {self._seed}"]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -150,6 +144,31 @@ class SyntheticWeights:
         return gains
 
 
+class SyntheticWeights(DrawnTensors):
+    """A weight source of drawn tensors.
+
+    The tokenizer is the bundled example's: a small vocabulary whose ids all exist in the large one.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        super().__init__(tensor_shapes(spec), seed)
+        self.spec = spec
+        self.directory = example_room() / "checkpoint"
+
+    @property
+    def identity(self) -> list[str]:
+        return [f"synthetic, seed {self._seed}"]
+
+    def as_stored(self, name: str) -> Iterator[NDArray[np.generic]]:
+        return self.blocks(name)
+
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        return None
+
+    def origin(self, name: str) -> str:
+        return name
+
+
 def write_checkpoint(name: str, directory: Path, seed: int = 0) -> Path:
     """Write a member of `CONFIGS` as a checkpoint directory: bfloat16 shards, index, tokenizer.
 
@@ -157,12 +176,14 @@ def write_checkpoint(name: str, directory: Path, seed: int = 0) -> Path:
         directory: to create.
     """
     config = CONFIGS[name]
-    source = SyntheticWeights(parse_config(config), seed)
+    described = describe_config(config)
+    shapes = stored_shapes(described.tensors(), tensor_shapes(described.spec))
+    source = DrawnTensors(shapes, seed)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    for path in tokenizer_files(source.directory):
+    for path in tokenizer_files(example_room() / "checkpoint"):
         shutil.copyfile(path, directory / path.name)
-    shards = _shards(source)
+    shards = _shards(shapes)
     places: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -177,11 +198,11 @@ def write_checkpoint(name: str, directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def _shards(source: SyntheticWeights) -> list[list[str]]:
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Tensor names in order, cut where a shard is full."""
     shards: list[list[str]] = [[]]
     held = 0
-    for name, shape in expected_shapes(source.spec).items():
+    for name, shape in shapes.items():
         size = 2 * int(np.prod(shape))
         if held and held + size > SHARD_BYTES:
             shards.append([])

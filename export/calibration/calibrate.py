@@ -33,8 +33,8 @@ from internvl_edge.export.calibration.units import (
     make_unit,
     unit_names,
 )
-from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.checkpoint.checkpoint import FloatSource, WeightSource
+from internvl_edge.export.checkpoint.names import EMBEDDING
 from internvl_edge.export.checkpoint.weights import WeightReader
 from internvl_edge.export.formats.plan import RescaledSource
 from internvl_edge.export.formats.quantize import Floats
@@ -79,7 +79,7 @@ class Calibration:
 
     def __init__(
         self,
-        source: WeightSource,
+        source: FloatSource,
         samples: Sequence[Sample],
         context_id: int,
         recipe: Recipe,
@@ -177,7 +177,7 @@ def embed_tokens(source: WeightSource, samples: Sequence[Sample]) -> Floats:
     ids = np.concatenate([sample.ids for sample in samples])
     x = np.zeros((len(ids), source.spec.language.hidden_size), np.float32)
     start = 0
-    for block in source.blocks(TOK_EMBEDDINGS):
+    for block in source.blocks(EMBEDDING):
         found = (ids >= start) & (ids < start + len(block))
         x[found] = block[ids[found] - start]
         start += len(block)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.bundle.contract import (
     CachePrecision,
@@ -15,6 +16,7 @@ from internvl_edge.bundle.contract import (
     LanguagePrecision,
     VisionPrecision,
     compute_dtype,
+    stored_name,
 )
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.calibration.gptq import error_factors, gptq_blocks
@@ -22,9 +24,13 @@ from internvl_edge.export.calibration.groups import Group
 from internvl_edge.export.calibration.observe import Collector
 from internvl_edge.export.calibration.ranges import wide_linears
 from internvl_edge.export.calibration.search import full_scale, search, unsearched
-from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
-from internvl_edge.export.checkpoint.weights import wqkv_rows
+from internvl_edge.export.checkpoint.checkpoint import FloatSource, WeightSource
+from internvl_edge.export.checkpoint.names import (
+    HEAD,
+    decoder_prefix,
+    is_language,
+    tensor_shapes,
+)
 from internvl_edge.export.formats.packing import THREADS
 from internvl_edge.export.formats.plan import CacheScales, Kind, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import CLIP_RATIOS, INT8_MAX, BlockFormat, Blocks, Floats
@@ -35,8 +41,6 @@ from internvl_edge.export.formats.quantize import CLIP_RATIOS, INT8_MAX, BlockFo
 #: packed, packed_scales, packed_zeros; range, wide (see `ranges`).
 Decisions = dict[str, Any]
 
-#: The output matrix.
-HEAD = f"{LANGUAGE}.output.weight"
 #: Rows of each matrix the search looks at.
 SEARCH_ROWS = 256
 #: Rows GPTQ takes at a time, per thread.
@@ -52,7 +56,7 @@ class QuantOptions:
         symmetric: of block formats: fixed zero point, or one stored per block.
         head_bits: of the head where the language model is stored as integers: 8 or 4.
         naive: plain round to nearest with full ranges, for comparison.
-        keep_fp16: prefixes of tensor names that stay at half precision.
+        keep_fp16: prefixes of tensor names, as bundles store them, that stay at half precision.
         keep_worst: so many more units stay at half precision: those that lose most.
     """
 
@@ -100,14 +104,14 @@ class Recipe:
 
     def computes_in_float16(self, name: str) -> bool:
         """Whether the graph of a tensor's part computes in float16."""
-        return self._is_half(self.language if name.startswith(LANGUAGE) else self.vision)
+        return self._is_half(self.language if is_language(name) else self.vision)
 
     def _is_half(self, part: VisionPrecision | LanguagePrecision) -> bool:
         return compute_dtype(part, self.dialect) == "float16"
 
     def quantises(self, name: str) -> bool:
         """Whether the part a tensor belongs to is stored as integers."""
-        return (self.language if name.startswith(LANGUAGE) else self.vision) in ("int8", "int4")
+        return (self.language if is_language(name) else self.vision) in ("int8", "int4")
 
     def rescales(self, name: str) -> bool:
         """Whether factors are applied to a tensor: both ends of one lie in the same part."""
@@ -117,9 +121,9 @@ class Recipe:
         """How a linear layer's weight is stored."""
         if not self.quantises(name):
             return "float"
-        if any(name.startswith(prefix) for prefix in self.options.keep_fp16):
+        if stored_name(name).startswith(self.options.keep_fp16):
             return "fp16"
-        return "blocks" if name.startswith(LANGUAGE) else "int8"
+        return "blocks" if is_language(name) else "int8"
 
     @property
     def compensates(self) -> bool:
@@ -159,7 +163,7 @@ class Recipe:
 def decide(
     groups: Sequence[Group],
     collector: Collector,
-    source: WeightSource,
+    source: FloatSource,
     form: BlockFormat | None,
     *,
     naive: bool = False,
@@ -194,14 +198,17 @@ def decide(
 
 
 def _compensated(
-    source: WeightSource,
+    source: FloatSource,
     name: str,
     form: BlockFormat,
     factors: Floats,
     spread: Sequence[Floats],
     decisions: Decisions,
 ) -> Decisions:
-    """GPTQ of one matrix, runs of rows in parallel; rows scale after rounding as before it."""
+    """Quantise one matrix by GPTQ, runs of its rows in parallel.
+
+    Rows scale after rounding as before it. They are taken as they are stored: nothing is held.
+    """
     importance = decisions[f"square:{name}"]
 
     def quantize(run: Floats) -> Blocks:
@@ -209,19 +216,25 @@ def _compensated(
 
     done: list[Blocks] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for block in source.blocks(name):
+        for block in source.as_stored(name):
             wide = block.astype(np.float32)
             runs = [wide[i : i + GPTQ_ROWS] for i in range(0, len(wide), GPTQ_ROWS)]
             done += pool.map(quantize, runs)
-    scales = np.concatenate([run.scales for run in done])
+    order = source.order(name)
+
+    def ordered(runs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        rows = np.concatenate(runs)
+        return rows if order is None else rows[order]
+
+    scales = ordered([run.scales for run in done])
     if (rows := decisions.get(f"row:{name}")) is not None:
         scales = scales * rows[:, np.newaxis]
     result = {
-        f"packed:{name}": np.concatenate([run.packed for run in done]),
+        f"packed:{name}": ordered([run.packed for run in done]),
         f"packed_scales:{name}": scales,
     }
     zeros = [run.zero_points for run in done if run.zero_points is not None]
-    return result | ({f"packed_zeros:{name}": np.concatenate(zeros)} if zeros else {})
+    return result | ({f"packed_zeros:{name}": ordered(zeros)} if zeros else {})
 
 
 #: Range of the int8 cache over the largest size seen. Scales are fixed while prompts are not, and a
@@ -242,10 +255,10 @@ def decide_cache(
     worst layer), and 0.2 to 1.6 dB on keys of 128 lanes of which 4 are 5 to 50 times as loud. Keys
     stored before it would all have to be rotated again in every step.
     """
-    wqkv = f"{LANGUAGE}.model.layers.{layer}.attention.wqkv.weight"
+    qkv = f"{decoder_prefix(layer)}qkv.weight"
     rescaled = value
-    if (rows := decisions.get(f"row:{wqkv}")) is not None:
-        rescaled = value * rows[wqkv_rows(spec)[-spec.key_value_size :]].reshape(value.shape)
+    if (rows := decisions.get(f"row:{qkv}")) is not None:
+        rescaled = value * rows[-spec.key_value_size :].reshape(value.shape)
     floor = np.float32(1e-6)
     sizes = {"key": key, "value": rescaled, "naive_value": value}
     return {
@@ -266,7 +279,7 @@ def make_plan(recipe: Recipe, decisions: Decisions) -> QuantPlan:
         for key, factors in decisions.items()
         if key.startswith(("row:", "column:")) and recipe.rescales(key.split(":", 1)[1])
     }
-    value = "value" if recipe.rescales(LANGUAGE) else "naive_value"
+    value = "value" if recipe.rescales(HEAD) else "naive_value"
     cache = {}
     if recipe.kv == "int8":
         for layer in (int(key[len("key:") :]) for key in decisions if key.startswith("key:")):
@@ -310,7 +323,7 @@ def record(group: Group, square: Floats, factors: Floats, source: WeightSource) 
         decisions[f"column:{name}"] = factors
         if not group.upstream:
             decisions[f"factors:{name}"] = (1 / factors).astype(np.float32)
-    known = expected_shapes(source.spec)
+    known = tensor_shapes(source.spec)
     for upstream in group.upstream:
         if upstream.optional and upstream.name not in known:
             continue
@@ -320,11 +333,11 @@ def record(group: Group, square: Floats, factors: Floats, source: WeightSource) 
     return decisions
 
 
-def _some_rows(source: WeightSource, name: str) -> Floats:
+def _some_rows(source: FloatSource, name: str) -> Floats:
     """About `SEARCH_ROWS` rows spread over the matrix, float32."""
     step = max(1, source.shape(name)[0] // SEARCH_ROWS)
     parts, start = [], 0
-    for block in source.blocks(name):
+    for block in source.as_stored(name):
         parts.append(block[-start % step :: step].astype(np.float32))
         start += len(block)
     return np.concatenate(parts)

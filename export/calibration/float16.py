@@ -9,14 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.errors import ExportError, RangeWarning
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
-from internvl_edge.export.checkpoint.mapping import LANGUAGE
+from internvl_edge.export.checkpoint.names import is_language
 
 #: Linear layers that read what attention gives; in the decoder, one that makes what is cached.
-_ATTENDED = (".attn.proj.weight", ".attention.wo.weight")
-_CACHED = ".attention.wqkv.weight"
+_ATTENDED = (".proj.weight", ".out.weight")
+_CACHED = ".qkv.weight"
 _PHRASES = {INPUT: "what {} reads", OUTPUT: "what {} gives", NORM: "what {} reads"}
 
 
@@ -48,7 +49,7 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
 
 def _is_exposed(value: ValueRange, recipe: Recipe) -> bool:
     """Whether nothing keeps a value out of float16."""
-    decoder, attended = value.weight.startswith(LANGUAGE), _is_attended(value)
+    decoder, attended = is_language(value.weight), _is_attended(value)
     cached = value.place == OUTPUT and value.weight.endswith(_CACHED)
     if decoder and recipe.kv == "fp16" and (attended or cached):
         return True
@@ -63,12 +64,12 @@ def _is_attended(value: ValueRange) -> bool:
 
 def _describe(value: ValueRange) -> str:
     phrase = "attention in front of {}" if _is_attended(value) else _PHRASES[value.place]
-    subject = phrase.format(value.weight)
+    subject = phrase.format(stored_name(value.weight))
     return f"{subject} reaches {value.largest:.3g}, float16 ends at {END:.0f}"
 
 
 def _remedy(value: ValueRange, recipe: Recipe) -> str:
-    part = "language" if value.weight.startswith(LANGUAGE) else "vision"
+    part = "language" if is_language(value.weight) else "vision"
     if part == "language" and not recipe.computes_in_float16(value.weight):
         return "export with --kv fp32"
     whole = f"export this part as fp32 (--{part} fp32)"

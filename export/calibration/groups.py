@@ -8,8 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.specs import LanguageSpec, VisionSpec
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, PROJECTOR, VISION
-from internvl_edge.export.checkpoint.weights import wqkv_rows
+from internvl_edge.export.checkpoint.names import (
+    HEAD,
+    NORM,
+    PROJECTOR,
+    decoder_prefix,
+    encoder_prefix,
+)
 
 
 @dataclass(frozen=True)
@@ -43,55 +48,56 @@ class Group:
 
 
 def vision_groups(spec: VisionSpec, layer: int) -> list[Group]:
-    prefix = f"{VISION}.encoder.layers.{layer}"
+    prefix = encoder_prefix(layer)
     width = spec.hidden_size
     value_rows = np.arange(2 * width, 3 * width)
     return [
-        Group((f"{prefix}.attn.qkv.weight",), _norm(f"{prefix}.norm1")),
+        Group((f"{prefix}qkv.weight",), _norm(f"{prefix}norm1")),
         Group(
-            (f"{prefix}.attn.proj.weight",),
+            (f"{prefix}proj.weight",),
             (
-                Upstream(f"{prefix}.attn.qkv.weight", value_rows),
-                Upstream(f"{prefix}.attn.qkv.bias", value_rows, optional=True),
+                Upstream(f"{prefix}qkv.weight", value_rows),
+                Upstream(f"{prefix}qkv.bias", value_rows, optional=True),
             ),
         ),
-        Group((f"{prefix}.mlp.fc1.weight",), _norm(f"{prefix}.norm2")),
-        Group((f"{prefix}.mlp.fc2.weight",)),
+        Group((f"{prefix}fc1.weight",), _norm(f"{prefix}norm2")),
+        Group((f"{prefix}fc2.weight",)),
     ]
 
 
 def projector_groups() -> list[Group]:
     return [
-        Group((f"{PROJECTOR}.1.weight",), _norm(f"{PROJECTOR}.0")),
-        Group((f"{PROJECTOR}.3.weight",)),
+        Group((f"{PROJECTOR}fc1.weight",), _norm(f"{PROJECTOR}norm")),
+        Group((f"{PROJECTOR}fc2.weight",)),
     ]
 
 
 def language_groups(spec: LanguageSpec, layer: int) -> list[Group]:
-    prefix = f"{LANGUAGE}.model.layers.{layer}"
+    prefix = decoder_prefix(layer)
     repeats = spec.num_attention_heads // spec.num_key_value_heads
-    # Channel (kv head, query head, lane) of wo's input is made by row (kv head, lane) of V.
-    rows = wqkv_rows(spec)[-spec.key_value_size :].reshape(-1, 1, spec.head_dim)
+    # Channel (kv head, query head, lane) of the output's input is made by row (kv head, lane) of V.
+    first = spec.query_size + spec.key_value_size
+    rows = np.arange(first, first + spec.key_value_size).reshape(-1, 1, spec.head_dim)
     value_rows = np.broadcast_to(rows, (len(rows), repeats, spec.head_dim)).reshape(-1)
-    attention, ffn = f"{prefix}.attention", f"{prefix}.feed_forward"
+    gate, up, down = (f"{prefix}{name}.weight" for name in ("gate", "up", "down"))
     return [
-        Group((f"{attention}.wqkv.weight",), (Upstream(f"{prefix}.attention_norm.weight"),)),
+        Group((f"{prefix}qkv.weight",), (Upstream(f"{prefix}attention_norm.weight"),)),
         Group(
-            (f"{attention}.wo.weight",),
+            (f"{prefix}out.weight",),
             (
-                Upstream(f"{attention}.wqkv.weight", value_rows),
-                Upstream(f"{attention}.wqkv.bias", value_rows, optional=True),
+                Upstream(f"{prefix}qkv.weight", value_rows),
+                Upstream(f"{prefix}qkv.bias", value_rows, optional=True),
             ),
             tie=(spec.num_key_value_heads, repeats),
         ),
-        Group((f"{ffn}.w1.weight", f"{ffn}.w3.weight"), (Upstream(f"{prefix}.ffn_norm.weight"),)),
-        # silu(w1 x) * (w3 x) is linear in w3's rows.
-        Group((f"{ffn}.w2.weight",), (Upstream(f"{ffn}.w3.weight"),)),
+        Group((gate, up), (Upstream(f"{prefix}ffn_norm.weight"),)),
+        # silu(gate x) * (up x) is linear in up's rows.
+        Group((down,), (Upstream(up),)),
     ]
 
 
 def head_groups() -> list[Group]:
-    return [Group((f"{LANGUAGE}.output.weight",), (Upstream(f"{LANGUAGE}.model.norm.weight"),))]
+    return [Group((HEAD,), (Upstream(NORM),))]
 
 
 def _norm(prefix: str) -> tuple[Upstream, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from internvl_edge.bundle.contract import Tensor
+from internvl_edge.bundle.contract import Tensor, stored_name
 from internvl_edge.export.graphs.graph import GraphBuilder
 
 #: Largest float16 over the headroom: calibration sees few pictures, others reach further.
@@ -59,9 +59,12 @@ class ValueRange:
         return self.largest <= LARGEST and self.sqnr_db >= LEAST_SQNR_DB
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, which has no infinity: None where the value overflows."""
+        """Return plain values for JSON, the weight as bundles call it.
+
+        JSON has no infinity: the SQNR is None where the value overflows.
+        """
         sqnr = self.sqnr_db if np.isfinite(self.sqnr_db) else None
-        return {**asdict(self), "sqnr_db": sqnr}
+        return {**asdict(self), "weight": stored_name(self.weight), "sqnr_db": sqnr}
 
 
 class RangeProbes:

@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from internvl_edge.bundle.contract import QUANTISATION_REPORT
+from internvl_edge.bundle.contract import QUANTISATION_REPORT, stored_name
 from internvl_edge.bundle.json_reader import read_object
 from internvl_edge.export.calibration.decisions import Decisions
 from internvl_edge.export.calibration.ranges import NORM, ValueRange
 from internvl_edge.export.calibration.run import CalibrationRecord
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, PROJECTOR, VISION
+from internvl_edge.export.checkpoint.names import (
+    HEAD_PREFIX,
+    PROJECTOR,
+    decoder_prefix,
+    encoder_prefix,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,10 @@ def unit_costs(decisions: Decisions) -> list[UnitCost]:
         prefix = tensor_prefix(unit)
         linears = {
             name: (float(value[0]), float(value[1]))
-            for name, value in (
-                (k[len("error:") :], v) for k, v in decisions.items() if k.startswith("error:")
+            for name, value in sorted(
+                (stored_name(k[len("error:") :]), v.tolist())
+                for k, v in decisions.items()
+                if k.startswith("error:")
             )
             if name.startswith(prefix)
         }
@@ -71,14 +78,16 @@ def most_sensitive(costs: Sequence[UnitCost], count: int) -> tuple[str, ...]:
 
 
 def tensor_prefix(unit: str) -> str:
-    """How the names of a unit's linear layers begin."""
+    """Return how bundles begin the names of a unit's linear layers."""
     part, _, layer = unit.partition(".")
-    return {
-        "vision": f"{VISION}.encoder.layers.{layer}.",
-        "projector": f"{PROJECTOR}.",
-        "language": f"{LANGUAGE}.model.layers.{layer}.",
-        "head": f"{LANGUAGE}.output.",
-    }[part]
+    number = int(layer or 0)
+    prefixes = {
+        "vision": encoder_prefix(number),
+        "projector": PROJECTOR,
+        "language": decoder_prefix(number),
+        "head": HEAD_PREFIX,
+    }
+    return stored_name(prefixes[part])
 
 
 def render_report(bundle: Path) -> str:

@@ -22,7 +22,7 @@ from internvl_edge.export.calibration.decisions import Decisions, Recipe, make_p
 from internvl_edge.export.calibration.observe import HERE, Site, run_planned
 from internvl_edge.export.calibration.units import NEXT, Unit, make_unit, unit_names
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
-from internvl_edge.export.checkpoint.mapping import LANGUAGE, expected_shapes
+from internvl_edge.export.checkpoint.names import is_language, tensor_shapes
 from internvl_edge.export.checkpoint.weights import WeightReader
 from internvl_edge.export.formats.plan import QuantPlan, RescaledSource
 from internvl_edge.export.formats.quantize import Floats
@@ -125,10 +125,10 @@ def multiply_adds(spec: ModelSpec, samples: Sequence[Sample]) -> float:
     tokens = sum(len(sample.ids) for sample in samples)
     vision, language = spec.vision.layers_run, spec.language.num_hidden_layers
     total = 0.0
-    for name, shape in expected_shapes(spec).items():
+    for name, shape in tensor_shapes(spec).items():
         if len(shape) != 2:
             continue
-        if name.startswith(LANGUAGE):
+        if is_language(name):
             total += tokens * shape[0] * shape[1] * (vision + language / 2)
         else:
             total += tiles * spec.vision.sequence_length * shape[0] * shape[1] * vision / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +17,16 @@ from internvl_edge.bundle.files import FileIdentity, check_regular
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.export.checkpoint.config import parse_config
-from internvl_edge.export.checkpoint.mapping import check_names, check_shapes, expected_shapes
+from internvl_edge.export.checkpoint.config import describe_config
+from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.origin import (
+    Rows,
+    check_names,
+    check_shapes,
+    read_as_stored,
+    read_in_order,
+    stored_shapes,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,17 +39,33 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 class WeightSource(Protocol):
-    """Where `export` takes weights from: a checkpoint directory, or anything of this shape."""
+    """Where `export` takes weights from: a checkpoint directory, or anything of this shape.
+
+    Tensors go by their canonical names; see `names`.
+    """
 
     spec: ModelSpec
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
-        """The tensor in order, as runs of rows of its first axis."""
+        """Yield the tensor in order, as runs of rows of its first axis."""
+
+    def origin(self, name: str) -> str:
+        """Return what the tensor is called where it comes from, for messages."""
 
 
-class ModelSource(WeightSource, Protocol):
+class FloatSource(WeightSource, Protocol):
+    """Weights as they are stored, which calibration looks at."""
+
+    def as_stored(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """Yield the same rows in the order they are stored in, which holds none of them."""
+
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        """Return which of the rows as stored each row is; None where they are in order."""
+
+
+class ModelSource(FloatSource, Protocol):
     """A whole model to export: weights, and where its tokenizer is."""
 
     directory: Path
@@ -51,7 +76,7 @@ class ModelSource(WeightSource, Protocol):
 
 
 class Checkpoint:
-    """A checkpoint directory in the InternVL-Chat-V1-5 layout, checked against its own config.
+    """A checkpoint directory in the original layout, checked against its own config.
 
     Args:
         directory: holds config.json and one or many safetensors files.
@@ -63,13 +88,15 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.spec = parse_config(_read_json(self.directory / "config.json"))
+        described = describe_config(_read_json(self.directory / "config.json"))
+        self.spec = described.spec
+        self._table = described.tensors()
+        self._shapes = tensor_shapes(self.spec)
         self._files = _tensor_files(self.directory)
         self._identities = {path: FileIdentity.at(path) for path in set(self._files.values())}
-        expected = expected_shapes(self.spec)
+        expected = stored_shapes(self._table, self._shapes)
         check_names(self._files, expected)
-        self._shapes = self._read_shapes()
-        check_shapes(self._shapes, expected)
+        check_shapes(self._read_shapes(), expected)
 
     @property
     def identity(self) -> list[str]:
@@ -81,12 +108,28 @@ class Checkpoint:
         return self._shapes[name]
 
     def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
-        """The tensor in order, as runs of rows of at most about `BLOCK_BYTES` bytes."""
-        shape = self._shapes[name]
+        """Yield the tensor in order, as runs of rows of at most about `BLOCK_BYTES` bytes.
+
+        One whose rows are stored in another order is one block.
+        """
+        yield from read_in_order(self._table[name], partial(self._run, self._shapes[name]))
+
+    def as_stored(self, name: str) -> Iterator[NDArray[np.generic]]:
+        yield from read_as_stored(self._table[name], partial(self._run, self._shapes[name]))
+
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        return self._table[name].order
+
+    def origin(self, name: str) -> str:
+        return " and ".join(self._table[name].names)
+
+    def _run(self, shape: tuple[int, ...], part: Rows) -> Iterator[NDArray[np.generic]]:
+        """Yield a part of a tensor of this shape."""
         row_bytes = max(1, int(np.prod(shape[1:]))) * 4
         step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, shape[0], step):
-            yield self._read(name, start, min(start + step, shape[0]))
+        end = shape[0] if part.stop is None else part.stop
+        for start in range(part.start, end, step):
+            yield self._read(part.name, start, min(start + step, end))
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[np.generic]:
         # The shard is mapped anew for every block: closing it is what returns its pages.

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import CheckpointError, ExportError
-from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
@@ -20,18 +19,27 @@ class Weight:
     """A tensor to be written: `blocks` yields its values in order, a run of rows at a time.
 
     Of dtype "int4" they are bytes of two values, the first one in the low nibble.
+
+    Attributes:
+        name: canonical, with what the tensor has become behind it.
+        origin: what the checkpoint calls it, for messages; empty for what export computes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     blocks: Blocks
-    order: NDArray[np.int64] | None = None  # of the stored rows, where it is not theirs
+    origin: str = ""
 
     @classmethod
     def held(cls, name: str, values: NDArray[np.generic]) -> Weight:
         """A small tensor that is in memory already."""
         return cls(name, str(values.dtype), values.shape, lambda: iter([values]))
+
+    @property
+    def label(self) -> str:
+        """What a message calls it: as the checkpoint does."""
+        return self.origin or self.name
 
     @property
     def nbytes(self) -> int:
@@ -52,22 +60,22 @@ class Weight:
             wide = block.astype(np.float32)
             if not np.isfinite(wide).all():
                 raise CheckpointError(
-                    f"{self.name} holds NaN or infinite values; the checkpoint is damaged, download"
-                    " it again"
+                    f"{self.label} holds NaN or infinite values; the checkpoint is"
+                    " damaged, download it again"
                 )
             with np.errstate(over="ignore"):  # the overflow is looked for right below
                 cast = wide.astype(self.dtype, copy=False)
             if not np.isfinite(cast).all():
                 largest = float(np.abs(wide).max())
                 raise ExportError(
-                    f"{self.name} reaches {largest:.6g}, {self.dtype} ends at"
+                    f"{self.label} reaches {largest:.6g}, {self.dtype} ends at"
                     f" {np.finfo(self.dtype).max}; export this part as fp32"
                 )
             yield cast
 
 
 class WeightReader:
-    """Makes `Weight`s of one dtype from a source, under the checkpoint's names."""
+    """Makes `Weight`s of one dtype from a source, under canonical names."""
 
     def __init__(self, source: WeightSource, dtype: str) -> None:
         self._source = source
@@ -76,7 +84,13 @@ class WeightReader:
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Weight:
         """A tensor as it is, or viewed in another shape of the same size."""
         stored = self._source.shape(name)
-        return Weight(name, self.dtype, shape or stored, lambda: self._source.blocks(name))
+        return Weight(
+            name,
+            self.dtype,
+            shape or stored,
+            lambda: self._source.blocks(name),
+            self._source.origin(name),
+        )
 
     def whole(self, name: str) -> NDArray[np.float32]:
         """A small tensor, read at once, in float32."""
@@ -84,29 +98,9 @@ class WeightReader:
         return np.concatenate(parts)
 
     def computed(self, name: str, values: NDArray[np.generic]) -> Weight:
-        """A tensor derived during export, small enough to be held."""
-        return Weight(name, self.dtype, values.shape, lambda: iter([values]))
-
-    def reordered(self, name: str, rows: NDArray[np.int64]) -> Weight:
-        """A tensor with its rows in another order; one whole tensor is held while it is written."""
-
-        def blocks() -> Iterator[NDArray[np.generic]]:
-            yield np.concatenate(list(self._source.blocks(name)))[rows]
-
-        return Weight(name, self.dtype, self._source.shape(name), blocks, rows)
-
-
-def wqkv_rows(spec: LanguageSpec) -> NDArray[np.int64]:
-    """Row order that turns InternLM2's interleaved `wqkv` into all Q, all K, all V.
-
-    Stored: per KV group g query heads, one key head, one value head, `head_dim` rows each.
-    """
-    group = spec.num_attention_heads // spec.num_key_value_heads
-    rows = np.arange(spec.query_size + 2 * spec.key_value_size)
-    # (kv_heads * (group + 2) * head_dim) -> (kv_heads, group + 2, head_dim)
-    blocks = rows.reshape(spec.num_key_value_heads, group + 2, spec.head_dim)
-    query, key, value = blocks[:, :group], blocks[:, group], blocks[:, group + 1]
-    return np.concatenate([query.reshape(-1), key.reshape(-1), value.reshape(-1)])
+        """A tensor derived from a stored one, small enough to be held."""
+        origin = self._source.origin(name)
+        return Weight(name, self.dtype, values.shape, lambda: iter([values]), origin)
 
 
 def resample_positions(table: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:

@@ -110,17 +110,14 @@ def pack_blocks(weight: Weight, plan: LinearPlan) -> list[Weight]:
 
 
 def _made(weight: Weight, blocks: Blocks) -> list[Weight]:
-    """Blocks from calibration, which saw the rows in the checkpoint's order."""
+    """Return the tensors of blocks that calibration has made."""
     parts: list[tuple[str, NDArray[np.generic] | None]] = [
         ("", blocks.packed),
         (".scales", blocks.scales),
         (".zero_points", blocks.zero_points),
     ]
-    order = slice(None) if weight.order is None else weight.order
     return [
-        Weight.held(f"{weight.name}{suffix}", array[order])
-        for suffix, array in parts
-        if array is not None
+        Weight.held(f"{weight.name}{suffix}", array) for suffix, array in parts if array is not None
     ]
 
 

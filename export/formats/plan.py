@@ -56,7 +56,7 @@ class CacheScales:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Decisions for a whole model; tensors are named as in the checkpoint.
+    """Decisions for a whole model; tensors go by their canonical names.
 
     Attributes:
         row_factors: float32 `(out,)` by tensor: its rows are multiplied by them.
@@ -82,6 +82,9 @@ class RescaledSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
+
+    def origin(self, name: str) -> str:
+        return self._source.origin(name)
 
     def blocks(self, name: str) -> Iterator[NDArray[np.generic]]:
         rows = self._plan.row_factors.get(name)

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.bundle.contract import Tensor
+from internvl_edge.bundle.contract import Tensor, stored_name
 from internvl_edge.bundle.manifest import FileEntry, file_entry
 from internvl_edge.export.checkpoint.weights import Weight
 
@@ -128,6 +128,7 @@ class GraphBuilder:
 
     def constant(self, values: NDArray[np.generic], name: str) -> str:
         """A small tensor stored in the graph itself; equal names must mean equal values."""
+        name = stored_name(name)
         self._constants[name] = numpy_helper.from_array(values, name)
         self._dtypes[name] = str(values.dtype)
         return name
@@ -137,11 +138,12 @@ class GraphBuilder:
         return self.constant(np.array(dims, np.int64), "dims." + "x".join(map(str, dims)))
 
     def weight(self, weight: Weight) -> str:
-        """A tensor in the data file."""
+        """Place a tensor in the data file; return the name it has there."""
+        name = stored_name(weight.name)
         self._placed.append(Placed(weight, self._data_bytes))
-        self._dtypes[weight.name] = weight.dtype
+        self._dtypes[name] = weight.dtype
         self._data_bytes += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
-        return weight.name
+        return name
 
     def save(self, directory: Path, progress: Progress) -> dict[str, FileEntry]:
         """Write `<name>.onnx` and `<name>.data`, streaming the weights.
@@ -203,7 +205,7 @@ def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
 def _external(placed: Placed, location: str) -> TensorProto:
     weight = placed.weight
     proto = TensorProto(
-        name=weight.name,
+        name=stored_name(weight.name),
         data_type=_onnx_type(weight.dtype),
         dims=weight.shape,
         data_location=TensorProto.EXTERNAL,

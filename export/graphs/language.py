@@ -1,4 +1,4 @@
-"""language.onnx: embeddings and KV cache -> InternLM2 -> logits of the rows asked for."""
+"""language.onnx: embeddings and KV cache -> decoder -> logits of the rows asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision
 from internvl_edge.bundle.specs import LanguageSpec
-from internvl_edge.export.checkpoint.mapping import LANGUAGE
-from internvl_edge.export.checkpoint.weights import Weight, WeightReader, wqkv_rows
+from internvl_edge.export.checkpoint.names import HEAD, NORM, decoder_prefix
+from internvl_edge.export.checkpoint.weights import Weight, WeightReader
 from internvl_edge.export.graphs.dialects import CacheNames, Dialect
 
 
@@ -53,14 +53,14 @@ def decoder_layer(
     residual: str,
 ) -> LayerStep:
     """One layer on `hidden + residual` (`residual` may be empty), both `(tokens, hidden)`."""
-    prefix = f"{LANGUAGE}.model.layers.{layer}"
+    prefix = decoder_prefix(layer)
     with dialect.graph.scope(f"layers.{layer}"):
-        norm = reader.tensor(f"{prefix}.attention_norm.weight")
+        norm = reader.tensor(f"{prefix}attention_norm.weight")
         normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "attention_norm")
         hidden, key, value = _attention(spec, dialect, reader, layer, normed)
-        norm = reader.tensor(f"{prefix}.ffn_norm.weight")
+        norm = reader.tensor(f"{prefix}ffn_norm.weight")
         normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "ffn_norm")
-        hidden = _feed_forward(dialect, reader, f"{prefix}.feed_forward", normed)
+        hidden = _feed_forward(dialect, reader, prefix, normed)
     return LayerStep(hidden, residual, key, value)
 
 
@@ -69,11 +69,11 @@ def head(
 ) -> str:
     """Final norm and output matrix: float32 logits `(rows, vocab)` of the rows asked for."""
     graph = dialect.graph
-    norm = reader.tensor(f"{LANGUAGE}.model.norm.weight")
+    norm = reader.tensor(NORM)
     normed, _ = _add_norm(dialect, hidden, residual, norm, spec, "norm")
     # Only the rows asked for reach the head: 92,553 columns are most of a short prompt's work.
     rows = graph.node("Gather", [normed, contract.LOGIT_ROWS], "rows", {"axis": 0})
-    logits = dialect.linear(rows, reader.tensor(f"{LANGUAGE}.output.weight"), None, "head")
+    logits = dialect.linear(rows, reader.tensor(HEAD), None, "head")
     return graph.cast(logits, "float32", "logits")
 
 
@@ -90,25 +90,24 @@ def _attention(
     spec: LanguageSpec, dialect: Dialect, reader: WeightReader, layer: int, x: str
 ) -> tuple[str, str, str]:
     """Attention output `(tokens, hidden)`, present key, present value."""
-    prefix = f"{LANGUAGE}.model.layers.{layer}.attention"
-    order = wqkv_rows(spec)
+    prefix = decoder_prefix(layer)
     with dialect.graph.scope("attention"):
-        bias = reader.reordered(f"{prefix}.wqkv.bias", order) if spec.bias else None
-        qkv = dialect.linear(x, reader.reordered(f"{prefix}.wqkv.weight", order), bias, "wqkv")
+        bias = reader.tensor(f"{prefix}qkv.bias") if spec.has_qkv_bias else None
+        qkv = dialect.linear(x, reader.tensor(f"{prefix}qkv.weight"), bias, "wqkv")
         cache = CacheNames(
             layer=layer,
             past_key=contract.past_key(layer),
             past_value=contract.past_value(layer),
         )
         y, key, value = dialect.cached_attention(qkv, cache, spec, "attend")
-        bias = reader.tensor(f"{prefix}.wo.bias") if spec.bias else None
-        return dialect.linear(y, reader.tensor(f"{prefix}.wo.weight"), bias, "wo"), key, value
+        bias = reader.tensor(f"{prefix}out.bias") if spec.bias else None
+        return dialect.linear(y, reader.tensor(f"{prefix}out.weight"), bias, "wo"), key, value
 
 
 def _feed_forward(dialect: Dialect, reader: WeightReader, prefix: str, x: str) -> str:
-    """w2(silu(w1 x) * w3 x)"""
+    """down(silu(gate x) * up x)"""
     with dialect.graph.scope("feed_forward"):
-        gate = dialect.linear(x, reader.tensor(f"{prefix}.w1.weight"), None, "w1")
-        up = dialect.linear(x, reader.tensor(f"{prefix}.w3.weight"), None, "w3")
+        gate = dialect.linear(x, reader.tensor(f"{prefix}gate.weight"), None, "w1")
+        up = dialect.linear(x, reader.tensor(f"{prefix}up.weight"), None, "w3")
         gated = dialect.gated_silu(gate, up, "gated")
-        return dialect.linear(gated, reader.tensor(f"{prefix}.w2.weight"), None, "w2")
+        return dialect.linear(gated, reader.tensor(f"{prefix}down.weight"), None, "w2")

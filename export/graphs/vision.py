@@ -8,7 +8,7 @@ from onnx import helper
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import VisionPrecision
 from internvl_edge.bundle.specs import PROJECTOR_EPS, SHUFFLE, ModelSpec, VisionSpec
-from internvl_edge.export.checkpoint.mapping import PROJECTOR, VISION
+from internvl_edge.export.checkpoint.names import PROJECTOR, VISION, encoder_prefix
 from internvl_edge.export.checkpoint.weights import Weight, WeightReader, resample_positions
 from internvl_edge.export.graphs.dialects import AttentionShape, Dialect, Linear
 from internvl_edge.export.graphs.graph import GraphBuilder
@@ -41,7 +41,7 @@ def encoder_layer(
 ) -> str:
     """One layer, `(tiles * sequence_length, hidden)` to the same."""
     with dialect.graph.scope(f"layers.{layer}"):
-        return _layer(vision, dialect, reader, f"{VISION}.encoder.layers.{layer}", x)
+        return _layer(vision, dialect, reader, encoder_prefix(layer), x)
 
 
 def project(spec: ModelSpec, dialect: Dialect, reader: WeightReader, x: str) -> str:
@@ -69,21 +69,20 @@ def _embeddings(
     spec: VisionSpec, graph: GraphBuilder, dialect: Dialect, reader: WeightReader, pixels: str
 ) -> str:
     """Patches as a matrix product, class token first, positions added: `(rows, hidden)`."""
-    prefix = f"{VISION}.embeddings"
     g, p, width = spec.grid, spec.patch_size, spec.hidden_size
-    positions = resample_positions(reader.whole(f"{prefix}.position_embedding")[0], g, g)
-    class_row = reader.whole(f"{prefix}.class_embedding")[0] + positions[:1]  # (1, hidden)
+    positions = resample_positions(reader.whole(f"{VISION}position_embedding")[0], g, g)
+    class_row = reader.whole(f"{VISION}class_embedding")[0] + positions[:1]  # (1, hidden)
     with graph.scope("embeddings"):
         # (n, g*p, g*p, 3) -> (n, g, p, g, p, 3) -> (n, g, g, 3, p, p) -> (n*g*g, 3*p*p)
         x = graph.node("Reshape", [pixels, graph.shape(-1, g, p, g, p, 3)], "grid")
         x = graph.node("Transpose", [x], "patches", {"perm": [0, 1, 3, 5, 2, 4]})
         x = graph.node("Reshape", [x, graph.shape(-1, 3 * p * p)], "rows")
-        weight = reader.tensor(f"{prefix}.patch_embedding.weight", (width, 3 * p * p))
-        x = dialect.linear(x, weight, reader.tensor(f"{prefix}.patch_embedding.bias"), "patch")
+        weight = reader.tensor(f"{VISION}patch_embedding.weight", (width, 3 * p * p))
+        x = dialect.linear(x, weight, reader.tensor(f"{VISION}patch_embedding.bias"), "patch")
         x = graph.cast(x, reader.dtype, "patch.cast")
         x = graph.node("Reshape", [x, graph.shape(-1, g * g, width)], "tokens")
         patch_positions = graph.weight(
-            reader.computed(f"{prefix}.position_embedding", positions[1:])
+            reader.computed(f"{VISION}position_embedding", positions[1:])
         )
         x = graph.node("Add", [x, patch_positions], "positioned")
         # One class row per tile: (1, 1, hidden) repeated over the tiles.
@@ -91,7 +90,7 @@ def _embeddings(
         sizes, first = graph.node("Shape", [pixels], "sizes"), graph.shape(0)
         count = graph.node("Slice", [sizes, first, graph.shape(1), first], "tiles")
         times = graph.node("Concat", [count, graph.shape(1, 1)], "times", {"axis": 0})
-        row = graph.weight(reader.computed(f"{prefix}.class_embedding", class_row[np.newaxis]))
+        row = graph.weight(reader.computed(f"{VISION}class_embedding", class_row[np.newaxis]))
         classes = graph.node("Expand", [row, times], "class")
         x = graph.node("Concat", [classes, x], "sequence", {"axis": 1})
         return graph.node("Reshape", [x, graph.shape(-1, width)], "output")
@@ -100,14 +99,14 @@ def _embeddings(
 def _layer(spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str, x: str) -> str:
     """Pre-norm attention and MLP, each scaled per channel before it is added."""
     with dialect.graph.scope("attention"):
-        y = _norm(spec, dialect, reader, f"{prefix}.norm1", x, "norm")
-        y = _attention(spec, dialect, reader, f"{prefix}.attn", y)
-        proj = _linear(reader, f"{prefix}.attn.proj", "proj", reader.tensor(f"{prefix}.ls1"))
+        y = _norm(spec, dialect, reader, f"{prefix}norm1", x, "norm")
+        y = _attention(spec, dialect, reader, prefix, y)
+        proj = _linear(reader, f"{prefix}proj", "proj", reader.tensor(f"{prefix}ls1"))
         y = dialect.linear(y, proj.weight, proj.bias, proj.name, proj.gain)
     with dialect.graph.scope("mlp"):
-        y, x = _add_norm(spec, dialect, reader, f"{prefix}.norm2", (x, y))
-        up = _linear(reader, f"{prefix}.mlp.fc1", "fc1")
-        down = _linear(reader, f"{prefix}.mlp.fc2", "fc2", reader.tensor(f"{prefix}.ls2"))
+        y, x = _add_norm(spec, dialect, reader, f"{prefix}norm2", (x, y))
+        up = _linear(reader, f"{prefix}fc1", "fc1")
+        down = _linear(reader, f"{prefix}fc2", "fc2", reader.tensor(f"{prefix}ls2"))
         y = dialect.gelu_mlp(y, up, down)
         return dialect.add(x, y, "output")
 
@@ -115,14 +114,14 @@ def _layer(spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str
 def _attention(
     spec: VisionSpec, dialect: Dialect, reader: WeightReader, prefix: str, x: str
 ) -> str:
-    bias = reader.tensor(f"{prefix}.qkv.bias") if spec.qkv_bias else None
-    weight = reader.tensor(f"{prefix}.qkv.weight")
+    bias = reader.tensor(f"{prefix}qkv.bias") if spec.qkv_bias else None
+    weight = reader.tensor(f"{prefix}qkv.weight")
     query, key, value = dialect.split_linear(x, weight, bias, 3, "qkv")
     if spec.qk_normalization:
         # Over the full width, before the heads are split.
         eps = spec.layer_norm_eps
-        query = dialect.rms_norm(query, reader.tensor(f"{prefix}.q_norm.weight"), eps, "q_norm")
-        key = dialect.rms_norm(key, reader.tensor(f"{prefix}.k_norm.weight"), eps, "k_norm")
+        query = dialect.rms_norm(query, reader.tensor(f"{prefix}q_norm.weight"), eps, "q_norm")
+        key = dialect.rms_norm(key, reader.tensor(f"{prefix}k_norm.weight"), eps, "k_norm")
     shape = AttentionShape(spec.sequence_length, spec.num_attention_heads, spec.hidden_size)
     return dialect.full_attention((query, key, value), shape, "attend")
 
@@ -144,10 +143,10 @@ def _pixel_shuffle(spec: VisionSpec, graph: GraphBuilder, x: str) -> str:
 
 def _projector(spec: ModelSpec, dialect: Dialect, reader: WeightReader, x: str) -> str:
     with dialect.graph.scope("projector"):
-        weight, bias = reader.tensor(f"{PROJECTOR}.0.weight"), reader.tensor(f"{PROJECTOR}.0.bias")
+        weight, bias = (reader.tensor(f"{PROJECTOR}norm.{leaf}") for leaf in ("weight", "bias"))
         x = dialect.layer_norm(x, weight, bias, PROJECTOR_EPS, "norm")
-        up = _linear(reader, f"{PROJECTOR}.1", "fc1")
-        return dialect.gelu_mlp(x, up, _linear(reader, f"{PROJECTOR}.3", "fc2"))
+        up = _linear(reader, f"{PROJECTOR}fc1", "fc1")
+        return dialect.gelu_mlp(x, up, _linear(reader, f"{PROJECTOR}fc2", "fc2"))
 
 
 def _norm(

@@ -14,7 +14,7 @@ from internvl_edge.bench.gpu.engines import (
     true_width,
     verdict,
 )
-from internvl_edge.export.checkpoint.mapping import TOK_EMBEDDINGS
+from internvl_edge.export.checkpoint.names import EMBEDDING
 from internvl_edge.export.tensorrt.gate import GraphReport
 
 GIB = 1 << 30
@@ -66,4 +66,4 @@ def test_every_matrix_but_the_table_is_planned() -> None:
     kinds = [linear.kind for linear in plan.linears.values()]
     assert kinds.count("blocks") == 5 + 1
     assert kinds.count("int8") == 4 + 2
-    assert TOK_EMBEDDINGS not in plan.linears
+    assert EMBEDDING not in plan.linears

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.config import parse_config
-from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.runtime import CheckpointError
 
 #: Only what has no default.
@@ -244,7 +244,7 @@ def _use(spec: ModelSpec) -> None:
     assert spec.vision.tokens_per_tile >= 1
     assert 1 <= spec.language.max_context < 2**31
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    assert all(min(shape) >= 1 for shape in expected_shapes(spec).values())
+    assert all(min(shape) >= 1 for shape in tensor_shapes(spec).values())
     for part in dataclasses.fields(spec):
         assert getattr(spec, part.name) is not None
 

@@ -21,6 +21,8 @@ from internvl_edge.runtime import ExportError, InternVL, InternVLEdgeWarning
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
 LS2 = "vision_model.encoder.layers.0.ls2"
+#: As `export` calls it.
+NORM = "vision.layers.0.norm1.weight"
 WQKV = "language_model.model.layers.0.attention.wqkv.weight"
 W1 = "language_model.model.layers.0.feed_forward.w1.weight"
 W2 = "language_model.model.layers.0.feed_forward.w2.weight"
@@ -113,11 +115,11 @@ def test_a_key_that_overflows_is_refused_for_tensorrt(tmp_path: Path, dialect: A
 def test_what_is_no_number_overflows() -> None:
     """In the float32 model already: a maximum that skips NaN would miss it."""
     collector = RangeCollector()
-    collector.add(f"range:norm:{LS2}", np.array([[np.nan, np.nan, np.nan]]))
-    collector.add(f"range:norm:{LS2}", np.array([[1.0, 1.0, 0.0]]))
+    collector.add(f"range:norm:{NORM}", np.array([[np.nan, np.nan, np.nan]]))
+    collector.add(f"range:norm:{NORM}", np.array([[1.0, 1.0, 0.0]]))
     (value,) = collector.values()
     assert value.overflows
     with pytest.raises(ExportError, match="reaches nan"):
         check_ranges([value], Recipe("fp16", "fp32", "fp32"))
     check_ranges([value], Recipe("int8", "fp32", "fp32"))
-    assert not ValueRange("norm", LS2, 65504.0, 73.0).overflows
+    assert not ValueRange("norm", NORM, 65504.0, 73.0).overflows

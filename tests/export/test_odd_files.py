@@ -17,6 +17,7 @@ from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.names import HEAD
 from internvl_edge.runtime import BundleError, CheckpointError, ImageError
 
 INDEX = "model.safetensors.index.json"
@@ -209,7 +210,7 @@ def test_an_index_of_the_single_file(checkpoint: Path) -> None:
 
 def test_a_shard_replaced_while_it_is_read(checkpoint: Path) -> None:
     source = Checkpoint(checkpoint)
-    name = "language_model.output.weight"
+    name = HEAD
     assert len(list(source.blocks(name))) == 1
     shutil.copyfile(checkpoint / "model.safetensors", checkpoint / "copy")
     (checkpoint / "copy").replace(checkpoint / "model.safetensors")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
 from internvl_edge.bench.scale.synthetic import internvl_1_5
-from internvl_edge.bundle.contract import QUANTISATION_PLOT, QUANTISATION_REPORT
+from internvl_edge.bundle.contract import QUANTISATION_PLOT, QUANTISATION_REPORT, stored_name
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.tokenizer import tokenizer_files
 from internvl_edge.cli.main import main
@@ -40,6 +40,7 @@ from internvl_edge.export.calibration.run import calibrate, load_calibration
 from internvl_edge.export.calibration.sensitivity import chosen_samples, divergence, multiply_adds
 from internvl_edge.export.calibration.units import HEAD_ROWS
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.names import NORM
 from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.output.workspace import Workspace
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
@@ -109,10 +110,10 @@ def test_a_units_divergence_is_that_of_a_bundle_with_only_it_quantised(
 ) -> None:
     """Two bundles through the runtime, judged by PyTorch, against what the report says."""
     whole = make_plan(RECIPE, calibrated.decisions)
-    prefixes = (tensor_prefix(unit), *(["language_model.model.norm"] if unit == "head" else []))
+    prefixes = (tensor_prefix(unit), *([stored_name(NORM)] if unit == "head" else []))
     only = QuantPlan(
         *(
-            {name: value for name, value in part.items() if name.startswith(prefixes)}
+            {name: v for name, v in part.items() if stored_name(name).startswith(prefixes)}
             for part in (whole.linears, whole.row_factors, whole.column_factors)
         )
     )

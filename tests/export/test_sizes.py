@@ -21,7 +21,7 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.decisions import Decisions, QuantOptions, Recipe, make_plan
 from internvl_edge.export.checkpoint.config import parse_config
-from internvl_edge.export.checkpoint.mapping import expected_shapes
+from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.sizes import OTHER, PARTS, bundle_bytes, part_entries, part_of
 from internvl_edge.export.writer import Layout, plan_export
@@ -33,7 +33,7 @@ W8_W4 = Recipe("int8", "int4", "int8")
 def uncalibrated(spec: ModelSpec) -> Decisions:
     """Decisions of the right shapes: every scale one, nothing rescaled."""
     decisions: Decisions = {}
-    for name, shape in expected_shapes(spec).items():
+    for name, shape in tensor_shapes(spec).items():
         if part_of(name) not in ("embedding", OTHER):
             decisions[f"scale:{name}"] = decisions[f"naive_scale:{name}"] = np.float32(1)
             decisions[f"square:{name}"] = np.ones(shape[1], np.float32)

@@ -148,7 +148,7 @@ class OnnxRuntimeDialect:
         """Weight-only blocks; accuracy level 4 rounds activations to int8 per block and row."""
         form = plan.form
         if form is None:
-            raise ExportError(f"{weight.name}: a block-quantised layer needs a block format")
+            raise ExportError(f"{weight.label}: a block-quantised layer needs a block format")
         values, scales, *zeros = (self.graph.weight(part) for part in pack_blocks(weight, plan))
         inputs = [x, values, scales, *(zeros or [""]), "", *self._bias(bias)]
         while not inputs[-1]:

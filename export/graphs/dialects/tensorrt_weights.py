@@ -36,7 +36,7 @@ def check_form(weight: Weight, form: BlockFormat) -> None:
         )
     if weight.shape[1] % form.block:
         raise ExportError(
-            f"{weight.name} has {weight.shape[1]} inputs, which is no multiple of the block"
+            f"{weight.label} has {weight.shape[1]} inputs, which is no multiple of the block"
             f" {form.block}; TensorRT takes whole blocks only: pass another --block, or"
             " --language int8"
         )

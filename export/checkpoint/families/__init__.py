@@ -1,0 +1,1 @@
+"""Decoder families, one module each: docs/adding-a-model.md says how to write one."""
