@@ -1,0 +1,77 @@
+"""Decoder families beside transformers' own classes: random weights, shapes of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import random_state, small_config, write_checkpoint
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.runtime import InternVL
+
+LOGIT_TOLERANCE = 2e-4
+PREFIX = "language_model."
+
+#: Of every family the decoder's config, but for sizes that it shares with the others.
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "llama, biases": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": True,
+    },
+}
+#: One key head for each query head, for several, for all.
+HEADS = [(4, 4), (4, 2), (7, 1)]
+
+
+def decoder_config(decoder: dict[str, Any], heads: tuple[int, int]) -> dict[str, Any]:
+    """A whole model's config.json with this decoder."""
+    config = small_config(layers=2, vision_layers=1)
+    config["llm_config"] = {
+        "hidden_size": 16 * heads[0],
+        "intermediate_size": 96,
+        "max_position_embeddings": 256,
+        "num_attention_heads": heads[0],
+        "num_hidden_layers": 2,
+        "num_key_value_heads": heads[1],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": 512,
+        **decoder,
+    }
+    return config
+
+
+def reference_logits(config: dict[str, Any], ids: list[int]) -> NDArray[np.float32]:
+    """Logits of every position by transformers' own class `(tokens, vocab)`."""
+    state = {
+        name[len(PREFIX) :]: torch.from_numpy(values)
+        for name, values in random_state(config).items()
+        if name.startswith(PREFIX)
+    }
+    decoder = dict(config["llm_config"])
+    told = AutoConfig.for_model(decoder.pop("model_type"), **decoder)
+    model = AutoModelForCausalLM.from_config(told, attn_implementation="eager").float().eval()
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        return np.asarray(model(torch.tensor([ids])).logits[0].numpy())
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits(tmp_path: Path, name: str, heads: tuple[int, int]) -> None:
+    config = decoder_config(DECODERS[name], heads)
+    checkpoint = write_checkpoint(tmp_path / "model", config, dtype=np.dtype(np.float32))
+    bundle = export_bundle(checkpoint, tmp_path / "bundle")
+    model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
+    ids = np.random.default_rng(0).integers(3, 259, 40).tolist()
+    expected = reference_logits(config, ids)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
