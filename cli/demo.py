@@ -16,7 +16,7 @@ from internvl_edge.bundle.extras import example_room, room
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.cli.terminal import summary
 from internvl_edge.kernels.build import locked, user_cache
-from internvl_edge.runtime.decoding.generation import Reply
+from internvl_edge.runtime.decoding.request import Reply
 from internvl_edge.runtime.devices import Device
 from internvl_edge.runtime.images.decode import load_image
 from internvl_edge.runtime.model import InternVL

@@ -9,7 +9,7 @@ import sys
 from internvl_edge.bundle.errors import InternVLEdgeError, PromptError
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.decoding.generation import Reply, Timings
+from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
 from internvl_edge.runtime.model import InternVL

@@ -26,7 +26,8 @@ from internvl_edge.bundle.errors import (
     VersionWarning,
 )
 from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.decoding.generation import TokenStream
+from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
 from internvl_edge.runtime.images.video import frames_prompt, video_frames

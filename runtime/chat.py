@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from internvl_edge.bundle.errors import PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
-from internvl_edge.runtime.answering import Answering, Request
-from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.answering import Answering
+from internvl_edge.runtime.decoding.generation import TokenStream
+from internvl_edge.runtime.decoding.request import Reply, Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import ImageLike
 from internvl_edge.runtime.process import NotCopied
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question on its way to an answer.
+
+    Attributes:
+        number: of the turn, from 0.
+        question: with its `<image>` markers.
+        shown: images of the conversation, this turn's included.
+        stream: the answer.
+    """
+
+    number: int
+    question: str
+    shown: list[TiledImage]
+    stream: TokenStream
 
 
 class Chat(NotCopied):
@@ -35,8 +54,19 @@ class Chat(NotCopied):
         self._max_tiles = max_tiles
         self._cache = answering.engine.backend.new_cache(answering.max_context)
         self._images: list[TiledImage] = []
-        self._active: TokenStream | None = None
-        self.history: list[tuple[str, str]] = []
+        self._active: Turn | None = None
+        self._history: list[tuple[str, str]] = []
+
+    @property
+    def history(self) -> list[tuple[str, str]]:
+        """Questions and answers of the turns that have ended; may be cut at its end."""
+        self._settle()
+        return self._history
+
+    @history.setter
+    def history(self, turns: list[tuple[str, str]]) -> None:
+        self._settle()
+        self._history = turns
 
     @property
     def cached_tokens(self) -> int:
@@ -51,11 +81,20 @@ class Chat(NotCopied):
         max_new_tokens: int = 1024,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
     ) -> Reply:
         """One turn, whole; see `InternVL.stream` for the arguments."""
-        return self.stream(
-            prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-        ).finish()
+        stream = self.stream(
+            prompt,
+            images,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        reply = stream.finish()
+        self._settle()
+        return reply
 
     def stream(
         self,
@@ -65,6 +104,7 @@ class Chat(NotCopied):
         max_new_tokens: int = 1024,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
     ) -> TokenStream:
         """One turn, piece by piece. An answer still running is ended first, as it stands.
 
@@ -73,30 +113,42 @@ class Chat(NotCopied):
         """
         self._answering.home.check()
         if self._active is not None:
-            self._active.close()
+            self._active.stream.close()
         started = time.perf_counter()
         timings = Timings()
         inputs = self._answering.inputs
         new = [inputs.tile(image, self._max_tiles) for image in images]
         timings.preprocess_s = time.perf_counter() - started
-        earlier, turn = self._earlier(), len(self.history)
+        earlier = self._earlier()
         question = place_images(prompt, len(new), earlier_images=len(earlier))
         shown = [*earlier, *new]
         ids = inputs.conversation([*self.history, (question, None)], shown, self._system_message)
-
-        def finish(reply: Reply) -> None:
-            # The history alone says how many images count: before it is told, these are none's.
-            self._images = shown
-            self.history[turn:] = [(question, reply.text)]
-            self._active = None
-            for image in shown:
-                image.release()
-
-        request = Request(ids, shown, max_new_tokens, sampling or Sampling(), stop, inputs.stop_id)
-        self._active = self._answering.start(
-            request, self._cache, timings=timings, started=started, finish=finish
+        request = Request(
+            ids,
+            inputs.stop_ids,
+            shown,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stop=stop,
+            ignore_eos=ignore_eos,
+            cache=self._cache,
+            timings=timings,
+            started=started,
         )
-        return self._active
+        stream = TokenStream(self._answering, request)
+        self._active = Turn(len(self.history), question, shown, stream)
+        return stream
+
+    def _settle(self) -> None:
+        """Put a turn that has ended into the history; where an interrupt came in between, again."""
+        turn = self._active
+        if turn is None or (reply := turn.stream.reply) is None:
+            return
+        if not turn.stream.failed:
+            # The history alone says how many images count: before it is told, these are none's.
+            self._images = turn.shown
+            self._history[turn.number :] = [(turn.question, reply.text)]
+        self._active = None
 
     def _earlier(self) -> list[TiledImage]:
         """Images of the turns in the history, in order."""

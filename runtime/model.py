@@ -18,14 +18,16 @@ from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
-from internvl_edge.runtime.answering import Answering, Request
+from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
+from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.finite import FiniteCheck
-from internvl_edge.runtime.decoding.generation import Reply, Timings, TokenStream
+from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
+from internvl_edge.runtime.decoding.request import Reply, Request, Timings
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.shelf import Shelf
@@ -67,22 +69,28 @@ class InternVL(NotCopied):
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
-        self.context_id, self.stop_id = self.inputs.context_id, self.inputs.stop_id
+        self.context_id = self.inputs.context_id
         shelf = Shelf(reuse_bytes)
         prefixes = PrefixStore(shelf)
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()
+        finite = FiniteCheck(bundle.manifest)
         self.answering = Answering(
             self.inputs,
             self.engine,
             tokenizer,
-            ImageStore(shelf, image_folder),
+            ImageEncoder(self.engine, ImageStore(shelf, image_folder), finite),
             prefixes,
             memory,
-            FiniteCheck(bundle.manifest),
+            finite,
             max_context,
             self.home,
         )
+
+    @property
+    def stop_id(self) -> int:
+        """Token that ends an answer; see `ignore_eos` of `stream`."""
+        return self.inputs.stop_ids[0]
 
     @classmethod
     def load(
@@ -173,6 +181,7 @@ class InternVL(NotCopied):
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
         system_message: str | None = None,
     ) -> Reply:
         """Answer one prompt; see `stream` for the arguments."""
@@ -183,6 +192,7 @@ class InternVL(NotCopied):
             max_tiles=max_tiles,
             sampling=sampling,
             stop=stop,
+            ignore_eos=ignore_eos,
             system_message=system_message,
         ).finish()
 
@@ -195,6 +205,7 @@ class InternVL(NotCopied):
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
         system_message: str | None = None,
     ) -> TokenStream:
         """Answer one prompt, piece by piece.
@@ -208,6 +219,8 @@ class InternVL(NotCopied):
             max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
             sampling: greedy unless told otherwise.
             stop: texts that end the answer; they are not part of it.
+            ignore_eos: go on after the model's own end of the answer, to `max_new_tokens` or a stop
+                text: for measurements.
             system_message: instead of the checkpoint's.
 
         Raises:
@@ -224,8 +237,18 @@ class InternVL(NotCopied):
             ids = self.encode_conversation([(question, None)], tiled, system_message)
         else:
             ids = list(prompt)
-        request = Request(ids, tiled, max_new_tokens, sampling, stop, self.stop_id)
-        return self.answering.start(request, None, timings=timings, started=started)
+        request = Request(
+            ids,
+            self.inputs.stop_ids,
+            tiled,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            timings=timings,
+            started=started,
+        )
+        return TokenStream(self.answering, request)
 
     def chat(self, *, system_message: str | None = None, max_tiles: int | None = None) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again."""
@@ -246,7 +269,7 @@ class InternVL(NotCopied):
     ) -> NDArray[np.float32]:
         """Embeddings of images, float32 `(tiles * tokens_per_tile of all images, hidden)`."""
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
-        rows = [self.answering.rows_of(image, Timings(), _no_check) for image in tiled]
+        rows = [self.answering.encoder.rows(image) for image in tiled]
         hidden = self.spec.language.hidden_size
         return np.concatenate([np.empty((0, hidden)), *rows]).astype(np.float32)
 
@@ -280,8 +303,7 @@ class InternVL(NotCopied):
         tiled = [self.tile_with_identity(image, max_tiles) for image in images]
         self.home.check()
         ids = self.inputs.checked(token_ids, tiled)
-        sequence = self.answering.sequence(ids, tiled, Timings(), _no_check)
-        return self.engine.logit_chunks(sequence, start)
+        return self.engine.logit_chunks(self.answering.sequence(ids, tiled), start)
 
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]
@@ -295,7 +317,7 @@ class InternVL(NotCopied):
         check_tiles(tiles, self.spec.vision.tile_size)
         tiled = [self.inputs.tiles(tiles)] if len(tiles) else []
         ids = self.inputs.checked(token_ids, tiled)
-        return self.engine.logits(self.answering.sequence(ids, tiled, Timings(), _no_check))
+        return self.engine.logits(self.answering.sequence(ids, tiled))
 
     def encode_conversation(
         self,
@@ -316,7 +338,3 @@ def _encoder(bundle: Bundle, backend: Backend) -> str:
     """Name what encodes images: the vision graph, its weights, and what runs them."""
     hashes = [bundle.manifest.files[name].sha256 for name in contract.VISION_FILES]
     return " ".join([*hashes, backend.numerics])
-
-
-def _no_check() -> None:
-    pass

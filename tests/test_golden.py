@@ -138,7 +138,7 @@ def cached_bytes(model: InternVL, ids: NDArray[Any]) -> int:
     """Of a conversation's cache once the prompt is in it."""
     cache = model.engine.backend.new_cache(len(ids))
     sequence = TokenSequence.build(ids.tolist(), model.context_id, [])
-    model.engine.prefill(cache, sequence, lambda: None)
+    model.engine.prefill(cache, sequence)
     return cache.nbytes
 
 

@@ -33,7 +33,7 @@ from internvl_edge.export.tensorrt.builder import build_in_process
 from internvl_edge.export.tensorrt.engines import Build, build_engines
 from internvl_edge.export.tensorrt.profiles import limits_of, plan_build, this_place
 from internvl_edge.export.writer import write_bundle
-from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.backends import Backend, Cache, Slice
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.tensorrt import TensorRtBackend
 from internvl_edge.runtime.backends.tensorrt_library import Library
@@ -197,7 +197,8 @@ class Sequence:
         shape = (tokens, self._spec.hidden_size)
         rows = self._random.standard_normal(shape, np.float32).astype(self._dtype)
         theta = self._spec.rope_theta
-        logits = self._backend.forward(self.cache, rows, theta, np.array([tokens - 1]))
+        new = Slice(self.cache, rows, theta, np.array([tokens - 1]))
+        logits = self._backend.forward([new])
         self.cache.state.extend(np.zeros(tokens, np.int64), theta)
         return np.asarray(logits[0])
 

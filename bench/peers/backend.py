@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import Backend, Cache
+from internvl_edge.runtime.backends import Backend, Cache, Slice, single
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 
 @dataclass
-class Sequence:
+class LlamaCppCache:
     """llama.cpp holds one sequence, which belongs to the cache made last."""
 
     state: CacheState
@@ -48,7 +49,7 @@ class LlamaCppBackend:
     def __init__(self, vision: Backend, language: LlamaCpp) -> None:
         self._vision = vision
         self._language = language
-        self._current: Sequence | None = None
+        self._current: LlamaCppCache | None = None
 
     @property
     def description(self) -> str:
@@ -61,26 +62,21 @@ class LlamaCppBackend:
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)
 
-    def new_cache(self, capacity: int) -> Sequence:
+    def new_cache(self, capacity: int) -> LlamaCppCache:
         if capacity > self._language.context:
             raise LimitError(f"{capacity} tokens > {self._language.context} of llama.cpp's context")
         self._language.reset()
-        self._current = Sequence(CacheState(capacity))
+        self._current = LlamaCppCache(CacheState(capacity))
         return self._current
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        if cache is not self._current:
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        new = single(batch)
+        if new.cache is not self._current:
             raise ValueError("llama.cpp holds one sequence, and another one began since")
-        self._language.truncate(cache.state.length)
-        if list(logit_rows) == [len(embeddings) - 1]:
-            return self._language.append_rows(embeddings)
-        return self._language.append_rows(embeddings, every=True)[logit_rows]
+        self._language.truncate(new.cache.state.length)
+        if list(new.logit_rows) == [len(new.rows) - 1]:
+            return self._language.append_rows(new.rows)
+        return self._language.append_rows(new.rows, every=True)[new.logit_rows]
 
 
 def load_with_llamacpp(bundle: Path, gguf: Path, threads: int, context: int) -> InternVL:

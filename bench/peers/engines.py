@@ -45,7 +45,7 @@ class OwnEngine:
     def prefill(self, ids: Ids) -> Logits:
         self._cache.state.truncate(0)
         sequence = TokenSequence.build(ids.tolist(), self._model.context_id, [])
-        logits, _ = self._model.engine.prefill(self._cache, sequence, _never)
+        logits, _ = self._model.engine.prefill(self._cache, sequence)
         return logits
 
     def decode(self, token: int) -> Logits:
@@ -161,7 +161,3 @@ ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
     "transformers-compiled": partial(TransformersEngine, compiled=True),
     "optimum": OptimumEngine,
 }
-
-
-def _never() -> None:
-    """Nobody cancels a measurement."""

@@ -20,7 +20,7 @@ from internvl_edge.bundle.quoting import named
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.calibration.ranges import sqnr_db
-from internvl_edge.runtime.backends import Backend
+from internvl_edge.runtime.backends import Backend, Slice
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.devices import open_device
 
@@ -138,7 +138,7 @@ def _decode(
     logits = []
     for start, end in pairwise([0, *ends]):
         wanted = np.arange(end - start)[-logit_rows:]
-        logits.append(backend.forward(cache, embeddings[start:end], base, wanted))
+        logits.append(backend.forward([Slice(cache, embeddings[start:end], base, wanted)]))
         cache.state.extend(np.arange(start, end), base)
     return np.concatenate(logits)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.errors import LimitError
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.decoding.sampling import Candidates
 
@@ -36,6 +39,24 @@ class Cache(Protocol):
         zero, and zero times NaN stays NaN."""
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What one sequence brings to a pass.
+
+    Attributes:
+        cache: from the backend's `new_cache`; new keys and values are written into it. Its state
+            is the caller's to extend afterwards.
+        rows: embeddings `(tokens, hidden)` behind the cached ones, in the language graph's dtype.
+        rope_theta: rotary base of the new positions.
+        logit_rows: int64 `(n,)`, which of the new rows want logits.
+    """
+
+    cache: Cache
+    rows: NDArray[np.floating]
+    rope_theta: float
+    logit_rows: NDArray[np.int64]
+
+
 class Backend(Protocol):
     """Runs the two graphs of a bundle."""
 
@@ -56,23 +77,14 @@ class Backend(Protocol):
     def new_cache(self, capacity: int) -> Cache:
         """Allocate keys and values for `capacity` positions, once."""
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """Append rows `(tokens, hidden)` to `cache`; the caller extends the state afterwards.
-
-        Args:
-            cache: from this backend's `new_cache`; written in place.
-            embeddings: the new rows, in the language graph's dtype.
-            base: rotary base of this pass.
-            logit_rows: which of the new rows want logits, `(rows,)`.
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        """Append the rows of every slice to its cache in one pass.
 
         Returns:
-            logits `(rows, vocab)`.
+            logits `(logit rows of all slices, vocab)`, slice after slice.
+
+        Raises:
+            LimitError: more slices than the backend runs in one pass.
         """
 
 
@@ -80,15 +92,30 @@ class Backend(Protocol):
 class SelectingBackend(Protocol):
     """A backend that can also find the largest logits where they are, and leaves the others."""
 
-    def forward_candidates(
-        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
-    ) -> Candidates:
-        """Like `Backend.forward` with one row `(1, hidden)`.
+    def forward_candidates(self, batch: Sequence[Slice], count: int) -> list[Candidates]:
+        """Like `Backend.forward` with slices of one row `(1, hidden)`.
 
         Args:
+            batch: see `Backend.forward`.
             count: how many of the largest logits are wanted.
 
         Returns:
-            these and what equals the last of them (where it is one: the first of equals, as
-            `numpy.argmax` has it), or more, or all.
+            for each slice, these and what equals the last of them (where it is one: the first of
+            equals, as `numpy.argmax` has it), or more, or all.
+
+        Raises:
+            LimitError: more slices than the backend runs in one pass.
         """
+
+
+def single(batch: Sequence[Slice]) -> Slice:
+    """Return the only slice of a batch.
+
+    Raises:
+        LimitError: it has another number of them.
+    """
+    if len(batch) != 1:
+        raise LimitError(
+            f"this backend runs 1 sequence in a pass, got {len(batch)}; run them one by one"
+        )
+    return batch[0]

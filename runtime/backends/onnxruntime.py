@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.chain import Chain, ChainBinding
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
 from internvl_edge.runtime.backends.kv_cache import (
@@ -162,26 +163,23 @@ class OnnxRuntimeBackend:
         rope = CacheRope(self._rope, language, capacity)
         return OrtCache(CacheState(capacity), rope, storage)
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """One pass over new rows; see `Backend.forward`."""
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        """Run one pass over new rows; see `Backend.forward`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, OrtCache)
         start = cache.state.length
-        total = start + len(embeddings)
-        cos, sin = cache.rope.tables(start, total, base)
+        total = start + len(new.rows)
+        cos, sin = cache.rope.tables(start, total, new.rope_theta)
         binding = cache.binding(self._graphs.language)
-        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
+        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(new.rows))
         binding.bind_cpu_input(contract.ROPE_COS, cos)
         binding.bind_cpu_input(contract.ROPE_SIN, sin)
         binding.bind_cpu_input(contract.LAST_POSITION, np.array([total - 1], np.int32))
         binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
-        binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
-        logits = np.empty((len(logit_rows), self._spec.language.vocab_size), np.float32)
+        binding.bind_cpu_input(contract.LOGIT_ROWS, new.logit_rows)
+        shape = (len(new.logit_rows), self._spec.language.vocab_size)
+        logits = np.empty(shape, np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
-        binding.run(len(embeddings))
+        binding.run(len(new.rows))
         return logits

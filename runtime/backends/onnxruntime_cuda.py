@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -205,17 +206,15 @@ class CudaCache:
                 other = source._memory.address + (plane * source.state.capacity + start) * row
                 self._cuda.copy(other, own, (stop - start) * row)
 
-    def feed(
-        self, embeddings: NDArray[np.floating], base: float, logit_rows: NDArray[np.int64]
-    ) -> None:
+    def feed(self, new: Slice) -> None:
         """Queue the inputs of one pass; of the rotary tables only the rows that changed."""
         start = self.state.length
-        total = start + len(embeddings)
-        self._rope.prepare(start, total, base, self._upload_rope)
-        self._embeddings.write(embeddings)
+        total = start + len(new.rows)
+        self._rope.prepare(start, total, new.rope_theta, self._upload_rope)
+        self._embeddings.write(new.rows)
         self._last.write(np.array([total - 1]))
-        self._rows.write(logit_rows)
-        self.logits.bind(len(logit_rows))
+        self._rows.write(new.logit_rows)
+        self.logits.bind(len(new.logit_rows))
         # Read on the host, by the attention operator when it is queued.
         self.binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
 
@@ -286,29 +285,25 @@ class OnnxRuntimeCudaBackend:
                 " smaller max_context"
             ) from error
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """One pass over new rows; see `Backend.forward`."""
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        """Run one pass over new rows; see `Backend.forward`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, CudaCache)
         with self._cuda.active():
-            cache.feed(embeddings, base, logit_rows)
+            cache.feed(new)
             self.run(self._language, cache.binding)
             return cache.logits.read()
 
-    def forward_candidates(
-        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
-    ) -> Candidates:
-        """One pass over one new row; see `SelectingBackend.forward_candidates`."""
+    def forward_candidates(self, batch: Sequence[Slice], count: int) -> list[Candidates]:
+        """Run one pass over one new row; see `SelectingBackend.forward_candidates`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, CudaCache)
         with self._cuda.active():
-            cache.feed(embeddings, base, np.zeros(1, np.int64))
+            cache.feed(new)
             self.run(self._language, cache.binding)
-            return cache.logits.candidates(count)
+            return [cache.logits.candidates(count)]
 
     def run(self, session: Any, binding: Any) -> None:
         """Queue a session behind what is on the stream."""

@@ -8,6 +8,7 @@ kernels on the CPU, multiplies in float32 and drops pairs of casts that meet, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, LimitError
 from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
     CACHE_BYTES,
@@ -139,27 +140,23 @@ class ReferenceBackend:
         rope = CacheRope(self._rope, self._spec, capacity)
         return ReferenceCache(CacheState(capacity), rope, pasts)
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """One pass over new rows; see `Backend.forward`."""
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        """Run one pass over new rows; see `Backend.forward`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, ReferenceCache)
         start = cache.state.length
-        total = start + len(embeddings)
-        cos, sin = cache.rope.tables(start, total, base)
+        total = start + len(new.rows)
+        cos, sin = cache.rope.tables(start, total, new.rope_theta)
         keys = min(-(-total // KEY_BUCKET) * KEY_BUCKET, cache.state.capacity)
         binding = self._language.io_binding()
-        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(embeddings))
+        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(new.rows))
         binding.bind_cpu_input(contract.ROPE_COS, cos)
         binding.bind_cpu_input(contract.ROPE_SIN, sin)
         binding.bind_cpu_input(contract.POSITIONS, np.arange(start, total))
         binding.bind_cpu_input(contract.KEY_POSITIONS, np.arange(keys))
-        binding.bind_cpu_input(contract.LOGIT_ROWS, logit_rows)
-        logits = np.empty((len(logit_rows), self._spec.vocab_size), np.float32)
+        binding.bind_cpu_input(contract.LOGIT_ROWS, new.logit_rows)
+        logits = np.empty((len(new.logit_rows), self._spec.vocab_size), np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
         for past, present in contract.cache_pairs(self._spec):
             buffer = cache.pasts[past]

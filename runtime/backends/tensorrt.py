@@ -13,7 +13,7 @@ copied, and the 370 KB of InternLM2's 92,553 logits only for who asks for all of
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from internvl_edge.bundle.errors import DeviceError, LimitError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.cuda import Cuda, Graph
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.backends.plans import PLANS, Engines
@@ -196,36 +196,32 @@ class TensorRtBackend:
         weakref.finalize(cache, _give_back, self._free, storage).atexit = False
         return cache
 
-    def forward(
-        self,
-        cache: Cache,
-        embeddings: NDArray[np.floating],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """One pass over new rows; see `Backend.forward`."""
+    def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
+        """Run one pass over new rows; see `Backend.forward`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, TensorRtCache)
-        start, tokens = cache.state.length, len(embeddings)
+        start, tokens = cache.state.length, len(new.rows)
         run = partial(self._pass, cache.storage)
         with self._cuda.active():
-            cache.prepare(start, start + tokens, base)
+            cache.prepare(start, start + tokens, new.rope_theta)
             parts = [
-                run(embeddings[piece.start : piece.stop], start + piece.start, piece.wanted)
-                for piece in pieces(tokens, logit_rows, self.limits)
+                run(new.rows[piece.start : piece.stop], start + piece.start, piece.wanted)
+                for piece in pieces(tokens, new.logit_rows, self.limits)
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def forward_candidates(
-        self, cache: Cache, embeddings: NDArray[np.floating], base: float, count: int
-    ) -> Candidates:
-        """One pass over one new row; see `SelectingBackend.forward_candidates`."""
+    def forward_candidates(self, batch: Sequence[Slice], count: int) -> list[Candidates]:
+        """Run one pass over one new row; see `SelectingBackend.forward_candidates`."""
+        new = single(batch)
+        cache = new.cache
         assert isinstance(cache, TensorRtCache)
         start = cache.state.length
         with self._cuda.active():
-            cache.prepare(start, start + 1, base)
-            self._queue(cache.storage, embeddings, start, np.zeros(1, np.int64))
+            cache.prepare(start, start + 1, new.rope_theta)
+            self._queue(cache.storage, new.rows, start, new.logit_rows)
             found = None if self._largest is None else self._largest.read(count)
-            return found or Candidates(self._buffers.read_logits(1)[0])
+            return [found or Candidates(self._buffers.read_logits(1)[0])]
 
     def _pass(
         self,

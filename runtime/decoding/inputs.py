@@ -32,7 +32,7 @@ class Inputs:
 
     Attributes:
         context_id: token id of image slots.
-        stop_id: token id that ends an answer.
+        stop_ids: token ids that end an answer.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Inputs:
         self._encoder = encoder
         self._template = get_template(spec.prompt.template)
         self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
-        self.stop_id = tokenizer.token_id(self._template.stop)
+        self.stop_ids = (tokenizer.token_id(self._template.stop),)
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.errors import LimitError, PromptError
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
-from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend
+from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.reuse import PrefixStore
 from internvl_edge.runtime.decoding.sampling import Candidates
@@ -26,12 +27,8 @@ SCORE_BYTES = 256 << 20
 VISION_BYTES = 64 << 20
 
 
-class Cancelled(Exception):
-    """Raised inside a phase when the caller asked to stop; never leaves the runtime."""
-
-
 class PromptImage(Protocol):
-    """An image of a prompt: how many rows it takes, and the rows when they are asked for."""
+    """An image of a prompt: how many rows it takes, and the rows once it is encoded."""
 
     @property
     def signatures(self) -> NDArray[np.int64]:
@@ -91,15 +88,22 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def needed(self, start: int) -> list[tuple[int, int]]:
+        """Return which images have rows from position `start` on, and the first such row of each:
+        indices of `images` and of rows."""
+        first = int(np.searchsorted(self.slots, start))
+        found, offset = [], 0
+        for index, image in enumerate(self.images):
+            end = offset + len(image)
+            if end > first:
+                found.append((index, max(0, first - offset)))
+            offset = end
+        return found
+
     def image_rows(self, start: int) -> ImageRows:
         """Rows of the slots from position `start` on. Images that lie before are not asked."""
         first = int(np.searchsorted(self.slots, start))
-        parts, offset = [], 0
-        for image in self.images:
-            end = offset + len(image)
-            if end > first:
-                parts.append(image.rows[max(0, first - offset) :])
-            offset = end
+        parts = [self.images[index].rows[row:] for index, row in self.needed(start)]
         return ImageRows(self.slots[first:], parts)
 
 
@@ -175,27 +179,34 @@ class Engine:
         self._embedding = embedding
         self._prefixes = prefixes
 
-    def encode_tiles(self, tiles: Any, check: Callable[[], None]) -> NDArray[np.floating]:
-        """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)`, in bounded batches."""
-        batch = vision_batch(self._spec)
-        check()
-        rows = self.backend.encode_tiles(tiles[:batch])
-        if len(tiles) > batch:
-            first = rows
-            rows = np.empty((len(tiles), *first.shape[1:]), first.dtype)
-            rows[:batch] = first
-        for start in range(batch, len(tiles), batch):
-            check()
-            rows[start : start + batch] = self.backend.encode_tiles(tiles[start : start + batch])
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles of one vision pass."""
+        return vision_batch(self._spec)
+
+    def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
+        """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)` in one pass."""
+        rows = self.backend.encode_tiles(tiles)
         return rows.reshape(-1, self._spec.language.hidden_size)
 
-    def prefill(
-        self, cache: Cache, sequence: TokenSequence, check: Callable[[], None]
-    ) -> tuple[NDArray[np.float32], int]:
-        """Bring `cache` to exactly `sequence`, reusing the rows this or another cache holds.
+    def prefill(self, cache: Cache, sequence: TokenSequence) -> tuple[NDArray[np.float32], int]:
+        """Bring `cache` to exactly `sequence`, all at once; see `begin` and `prefill_chunks`.
 
         Returns:
             logits of the last position `(vocab,)`, and how many tokens were reused.
+
+        Raises:
+            LimitError: the sequence does not fit the cache.
+        """
+        reused = self.begin(cache, sequence)
+        (logits,) = deque(self.prefill_chunks(cache, sequence, reused), maxlen=1)
+        return logits, reused
+
+    def begin(self, cache: Cache, sequence: TokenSequence) -> int:
+        """Leave in `cache` what it, or another one, holds of the beginning of `sequence`.
+
+        Returns:
+            how many positions that are; at least the last one is missing.
 
         Raises:
             LimitError: the sequence does not fit the cache.
@@ -207,13 +218,22 @@ class Engine:
         reused = min(shared, len(sequence) - 1)
         with cache.state.lock:
             cache.state.truncate(reused)
-        images = sequence.image_rows(reused)
-        logits = np.empty(0, np.float32)
-        for start, stop in self._chunks(reused, len(sequence)):
-            check()
-            last = np.array([stop - start - 1])
-            logits = self._forward(cache, sequence, images, start, stop, base, last)[0]
-        return logits, reused
+        return reused
+
+    def prefill_chunks(
+        self, cache: Cache, sequence: TokenSequence, start: int
+    ) -> Iterator[NDArray[np.float32]]:
+        """Append positions `start` to the end of `sequence`, a pass each time; its images from
+        there on must be encoded.
+
+        Yields:
+            logits of the last position of the pass `(vocab,)`.
+        """
+        base = rope_base(self._spec.language, len(sequence))
+        images = sequence.image_rows(start)
+        for begin, stop in self._chunks(start, len(sequence)):
+            last = np.array([stop - begin - 1])
+            yield self._forward(cache, sequence, images, begin, stop, base, last)[0]
 
     def forget(self, cache: Cache) -> None:
         """Empty a cache that holds values which are no numbers."""
@@ -223,29 +243,25 @@ class Engine:
 
     def decode(self, cache: Cache, token: int) -> NDArray[np.float32]:
         """Append one token; return the logits `(vocab,)` that choose the next."""
-        ids, rows, base = self._next(cache, token)
-        logits = self._append(cache, rows, ids, base, np.zeros(1, np.int64))
-        return np.asarray(logits[0])
+        return np.asarray(self._append(self._next(cache, token), np.array([token]))[0])
 
     def decode_candidates(self, cache: Cache, token: int, count: int) -> Candidates:
         """Append one token; return at least the `count` largest logits; `count` 0: all of them."""
         if count == 0 or not isinstance(self.backend, SelectingBackend):
             return Candidates(self.decode(cache, token))
-        ids, rows, base = self._next(cache, token)
+        new = self._next(cache, token)
         with cache.state.lock:
             cache.state.reserve(1)
-            found = self.backend.forward_candidates(cache, rows, base, count)
-            cache.state.extend(ids, base)
-        return found
+            found = self.backend.forward_candidates([new], count)
+            cache.state.extend(np.array([token]), new.rope_theta)
+        return found[0]
 
-    def _next(
-        self, cache: Cache, token: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.floating], float]:
-        """Ids `(1,)` and rows `(1, hidden)` of a token behind the cached ones; the rotary base."""
-        self._check_length(cache, cache.state.length + 1)
-        ids = np.array([token])
-        base = rope_base(self._spec.language, cache.state.length + 1)
-        return ids, self._embedding.rows(ids), base
+    def _next(self, cache: Cache, token: int) -> Slice:
+        """A token behind the cached ones."""
+        total = cache.state.length + 1
+        self._check_length(cache, total)
+        rows = self._embedding.rows(np.array([token]))
+        return Slice(cache, rows, rope_base(self._spec.language, total), np.zeros(1, np.int64))
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits of every position, `(tokens, vocab)`."""
@@ -286,21 +302,15 @@ class Engine:
     ) -> NDArray[np.float32]:
         rows = self._embedding.rows(sequence.ids[start:stop])
         images.put(rows, start)
-        return self._append(cache, rows, sequence.signatures[start:stop], base, logit_rows)
+        return self._append(Slice(cache, rows, base, logit_rows), sequence.signatures[start:stop])
 
-    def _append(
-        self,
-        cache: Cache,
-        rows: NDArray[np.floating],
-        signatures: NDArray[np.int64],
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
+    def _append(self, new: Slice, signatures: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run rows behind the cached ones and record them. Others may copy in between, not now."""
-        with cache.state.lock:
-            cache.state.reserve(len(rows))
-            logits = self.backend.forward(cache, rows, base, logit_rows)
-            cache.state.extend(signatures, base)
+        state = new.cache.state
+        with state.lock:
+            state.reserve(len(new.rows))
+            logits = self.backend.forward([new])
+            state.extend(signatures, new.rope_theta)
         return logits
 
     def _check_length(self, cache: Cache, length: int) -> None:

@@ -6,7 +6,6 @@ Both lie on one shelf that is bounded in bytes; what was used longest ago goes f
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,18 +33,22 @@ class ImageStore:
         self._shelf = shelf
         self._folder = folder
 
-    def rows(self, image: ImageIdentity, encode: Callable[[], Rows]) -> Rows:
-        """Rows `(tiles * tokens_per_tile, hidden)` of an image, encoded only where not known."""
-        key = f"rows {image.digest.hex()}"
-        if (held := self._shelf.get(key)) is not None:
+    def get(self, image: ImageIdentity) -> Rows | None:
+        """Rows `(tiles * tokens_per_tile, hidden)` of an image; None where they are not known."""
+        if (held := self._shelf.get(_rows_key(image))) is not None:
             return np.asarray(held)
         rows = self._folder.load(image) if self._folder else None
-        if rows is None:
-            rows = encode()
-            if self._folder:
-                self._folder.save(image, rows)
+        return None if rows is None else self._keep(image, rows)
+
+    def put(self, image: ImageIdentity, rows: Rows) -> Rows:
+        """Keep the rows of an image, which are not to be written to any more; return them."""
+        if self._folder:
+            self._folder.save(image, rows)
+        return self._keep(image, rows)
+
+    def _keep(self, image: ImageIdentity, rows: Rows) -> Rows:
         rows.flags.writeable = False
-        self._shelf.put(key, rows, rows.nbytes)
+        self._shelf.put(_rows_key(image), rows, rows.nbytes)
         return rows
 
 
@@ -102,6 +105,10 @@ class PrefixStore:
             cache.state.extend(signatures[own:shared], base)
         self._shelf.get(_key(donor))
         return shared
+
+
+def _rows_key(image: ImageIdentity) -> str:
+    return f"rows {image.digest.hex()}"
 
 
 def _key(cache: Cache) -> str:

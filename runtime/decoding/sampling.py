@@ -137,6 +137,13 @@ def filter_logits(
     return scores
 
 
+def log_probability(logits: NDArray[np.float32], token: int) -> float:
+    """Natural logarithm of a token's probability under all logits `(vocab,)`."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    return float(scores[token] - np.log(np.exp(scores).sum()))
+
+
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     weights = np.exp(scores - scores.max())
     return np.asarray(weights / weights.sum())

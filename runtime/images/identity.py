@@ -97,21 +97,28 @@ class TiledImage:
             self._cut = None
 
 
-@dataclass(frozen=True)
-class LazyImage:
-    """An image of a prompt whose rows are made when the engine asks; see `PromptImage`."""
+class PendingImage:
+    """An image of a prompt before it is encoded, and after; see `PromptImage`.
 
-    identity: ImageIdentity
-    count: int
-    load: Callable[[], NDArray[np.floating]]
+    Args:
+        identity: of the image.
+        count: how many rows it takes.
+    """
 
-    @property
-    def signatures(self) -> NDArray[np.int64]:
-        return self.identity.signatures(self.count)
+    def __init__(self, identity: ImageIdentity, count: int) -> None:
+        self.signatures = identity.signatures(count)
+        self._count = count
+        self._rows: NDArray[np.floating] | None = None
 
     @property
     def rows(self) -> NDArray[np.floating]:
-        return self.load()
+        """Float `(rows, hidden)`, from `encoded`."""
+        assert self._rows is not None
+        return self._rows
+
+    def encoded(self, rows: NDArray[np.floating]) -> None:
+        """Take the rows."""
+        self._rows = rows
 
     def __len__(self) -> int:
-        return self.count
+        return self._count

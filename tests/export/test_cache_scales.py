@@ -58,7 +58,7 @@ def cached_keys(model: InternVL, seed: int) -> list[Keys]:
     encoded = [EncodedImage(rows, tiled.identity.signatures(len(rows)))]
     sequence = TokenSequence.build(ids, model.context_id, encoded)
     cache: Any = model.engine.backend.new_cache(len(ids))
-    model.engine.prefill(cache, sequence, lambda: None)
+    model.engine.prefill(cache, sequence)
     layers = range(model.spec.language.num_hidden_layers)
     names = [(contract.past_key(layer), contract.present_key(layer)) for layer in layers]
     return [cache.storage[pair].numpy()[0].astype(np.float64) for pair in names]

@@ -32,6 +32,7 @@ from internvl_edge.export.graphs.dialects.tensorrt_modern import ModernDialect, 
 from internvl_edge.export.graphs.dialects.tensorrt_operators import refusals
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
+from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.reference import KEY_BUCKET, ReferenceBackend
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
@@ -289,7 +290,7 @@ def _logits(bundle: Path, sizes: Sequence[int]) -> NDArray[np.float64]:
     rows = rows.astype("float32" if opened.manifest.language == "fp32" else "float16")
     parts = []
     for part in np.split(rows, np.cumsum(sizes)[:-1]):
-        parts.append(backend.forward(cache, part, base, np.arange(len(part))))
+        parts.append(backend.forward([Slice(cache, part, base, np.arange(len(part)))]))
         cache.state.extend(np.zeros(len(part), np.int64), base)
     return np.concatenate(parts).astype(np.float64)
 

@@ -32,7 +32,7 @@ from internvl_edge.runtime import (
     LimitError,
     devices,
 )
-from internvl_edge.runtime.backends import onnxruntime_cuda, sessions
+from internvl_edge.runtime.backends import Slice, onnxruntime_cuda, sessions
 from internvl_edge.runtime.backends.onnxruntime_cuda import CudaCache
 from internvl_edge.runtime.decoding.sampling import Sampling
 
@@ -121,7 +121,8 @@ def test_a_step_of_decoding(
     """One wait, no memory; a row to the device, a row of logits or the largest back."""
     engine, language = model.engine, model.spec.language
     cache = engine.backend.new_cache(40)
-    engine.backend.forward(cache, rows_of(model, [3, 4, 5]), language.rope_theta, np.array([2]))
+    rows = rows_of(model, [3, 4, 5])
+    engine.backend.forward([Slice(cache, rows, language.rope_theta, np.array([2]))])
     cache.state.extend(np.array([3, 4, 5]), language.rope_theta)
     engine.decode_candidates(
         cache, 6, count
@@ -225,9 +226,8 @@ def test_a_step_writes_its_own_rows_of_the_cache_and_nothing_else(model: InternV
     assert not cache._memory.to_host().any()  # cleared, whatever the memory held before
     for start, ids in ((0, [3, 4, 5]), (3, [6]), (4, [7])):
         before = cache._memory.to_host()
-        model.engine.backend.forward(
-            cache, rows_of(model, ids), model.spec.language.rope_theta, np.array([0])
-        )
+        theta = model.spec.language.rope_theta
+        model.engine.backend.forward([Slice(cache, rows_of(model, ids), theta, np.array([0]))])
         cache.state.extend(np.array(ids), model.spec.language.rope_theta)
         changed = np.flatnonzero((cache._memory.to_host() != before).any(axis=(0, 1, 2, 4)))
         assert changed.tolist() == list(range(start, start + len(ids)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.runtime import InternVL, Sampling
+from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.decoding import passes as engine
-from internvl_edge.runtime.decoding.generation import StopStrings
+from internvl_edge.runtime.decoding.handle import StopStrings
 
 QUESTION = "How many lanterns are there?"
 
@@ -35,9 +37,9 @@ class CountingBackend:
         self.tiles += len(tiles)
         return self._inner.encode_tiles(tiles)
 
-    def forward(self, cache: Any, embeddings: Any, base: float, rows: Any) -> Any:
-        self.forwards.append(len(embeddings))
-        return self._inner.forward(cache, embeddings, base, rows)
+    def forward(self, batch: Sequence[Slice]) -> Any:
+        self.forwards += [len(one.rows) for one in batch]
+        return self._inner.forward(batch)
 
 
 @pytest.fixture
@@ -140,10 +142,10 @@ def test_a_step_writes_its_row_in_place_and_nothing_else(golden_model: InternVL)
     theta = golden_model.spec.language.rope_theta
     buffers = [value.numpy() for value in cache.storage.values()]
     addresses = [value.data_ptr() for value in cache.storage.values()]
-    backend.forward(cache, rows[:7], theta, np.array([6]))
+    backend.forward([Slice(cache, rows[:7], theta, np.array([6]))])
     cache.state.extend(np.arange(7), theta)
     before = [value.numpy().copy() for value in cache.storage.values()]
-    backend.forward(cache, rows[7:], theta, np.array([0]))
+    backend.forward([Slice(cache, rows[7:], theta, np.array([0]))])
     assert [value.data_ptr() for value in cache.storage.values()] == addresses
     for old, value in zip(before, cache.storage.values(), strict=True):
         new = value.numpy()

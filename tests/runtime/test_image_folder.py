@@ -31,6 +31,12 @@ def image(number: int) -> ImageIdentity:
     return replace(IMAGE, pixels=number.to_bytes(32, "little"))
 
 
+def rows_from(store: ImageStore) -> NDArray[np.floating]:
+    """As they are kept, or encoded anew."""
+    kept = store.get(IMAGE)
+    return store.put(IMAGE, ROWS.copy()) if kept is None else kept
+
+
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
@@ -68,7 +74,7 @@ def test_damaged_rows_are_encoded_anew(tmp_path: Path, damage: Any) -> None:
     file.write_bytes(data[:-1] if damage == "cut" else data if damage == "flip" else damage)
     assert folder.load(IMAGE) is None
     store = ImageStore(Shelf(1 << 20), folder)
-    np.testing.assert_array_equal(store.rows(IMAGE, lambda: ROWS.copy()), ROWS)
+    np.testing.assert_array_equal(rows_from(store), ROWS)
     np.testing.assert_array_equal(folder.load(IMAGE), ROWS)
 
 
@@ -113,7 +119,7 @@ def test_a_folder_that_went_costs_no_answer(
     store = ImageStore(Shelf(0), ImageFolder(path))
     damage(path)
     for _ in range(3):
-        np.testing.assert_array_equal(store.rows(IMAGE, lambda: ROWS.copy()), ROWS)
+        np.testing.assert_array_equal(rows_from(store), ROWS)
     assert len(caplog.records) <= 1
 
 
@@ -131,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 
     monkeypatch.setattr(call, fail)
     for _ in range(3):
-        np.testing.assert_array_equal(store.rows(IMAGE, lambda: ROWS.copy()), ROWS)
+        np.testing.assert_array_equal(rows_from(store), ROWS)
     (record,) = caplog.records
     assert "No space left on device; images are encoded anew" in record.getMessage()
     monkeypatch.undo()

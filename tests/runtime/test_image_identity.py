@@ -14,7 +14,6 @@ from internvl_edge.bundle.rope import rope_base
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import ImageError, InternVL
 from internvl_edge.runtime.backends import onnxruntime as onnxruntime_backend
-from internvl_edge.runtime.decoding.generation import Timings
 from internvl_edge.runtime.images.identity import ImageIdentity
 from internvl_edge.runtime.images.preprocess import Tiling
 
@@ -96,7 +95,7 @@ def test_a_prefix_that_ends_inside_an_image_is_that_image_so_far(
     ids = [3, 5, 7, *[model.context_id] * rows, 11, 13]
     cache = model.engine.backend.new_cache(len(ids))
     tiled = [model.tile_with_identity(picture(0), None)]
-    sequence = model.answering.sequence(ids, tiled, Timings(), lambda: None)
+    sequence = model.answering.sequence(ids, tiled)
     base = rope_base(model.spec.language, len(ids))
     images, cut = sequence.image_rows(0), 3 + rows // 2
     model.engine._forward(cache, sequence, images, 0, cut, base, np.array([0]))

@@ -33,6 +33,7 @@ from internvl_edge.export.tensorrt import engines as export_engines
 from internvl_edge.export.tensorrt.engines import build_engines
 from internvl_edge.export.tensorrt.profiles import plan_build, this_place
 from internvl_edge.runtime import BundleError, DeviceError, InternVL, LimitError, devices
+from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Engines, Limits
 from internvl_edge.runtime.backends.tensorrt import TensorRtCache
@@ -139,7 +140,7 @@ def prefill(model: InternVL, tokens: int) -> TensorRtCache:
     cache = backend.new_cache(LIMITS.context)
     assert isinstance(cache, TensorRtCache)
     ids = list(range(5, 5 + tokens))
-    backend.forward(cache, rows_of(model, ids), theta, np.array([tokens - 1]))
+    backend.forward([Slice(cache, rows_of(model, ids), theta, np.array([tokens - 1]))])
     cache.state.extend(np.array(ids), theta)
     return cache
 
@@ -219,7 +220,7 @@ def test_a_pass_writes_its_own_rows_of_the_cache_and_nothing_else(model: InternV
     assert not memory.to_host().any()  # cleared, whatever the memory held before
     for start, ids in ((0, list(range(5, 105))), (100, [6]), (101, [7]), (102, [8])):
         before = memory.to_host()
-        model.engine.backend.forward(cache, rows_of(model, ids), theta, np.array([0]))
+        model.engine.backend.forward([Slice(cache, rows_of(model, ids), theta, np.array([0]))])
         cache.state.extend(np.array(ids), theta)
         changed = np.flatnonzero((memory.to_host() != before).any(axis=(0, 1, 2, 4)))
         assert changed.tolist() == list(range(start, start + len(ids)))

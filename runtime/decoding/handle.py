@@ -1,0 +1,142 @@
+"""A request on its way to an answer: its tokens, its text so far, where it stops."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.bundle.tokenizer import TextStream, Tokenizer
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request
+from internvl_edge.runtime.decoding.sampling import Sampler
+
+
+class StopStrings:
+    """Cuts a text that arrives in pieces at the first of several stop strings."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.hit = False
+
+    def push(self, piece: str) -> str:
+        """Add text; return what can no longer be part of a stop string."""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.hit, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Handle:
+    """A request that a scheduler has taken.
+
+    Args:
+        request: what is asked.
+        cache: where its positions are.
+        prompt: runs the prompt, a pass each time; yields None, and at last its logits `(vocab,)`.
+        sampler: chooses its tokens.
+        tokenizer: makes text of them.
+        limit: most tokens of the answer.
+
+    Attributes:
+        ids: tokens generated so far.
+        prompt: None once it was run.
+        reply: the answer once it has ended, else None.
+        failed: whether an error ended it.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        cache: Cache,
+        prompt: Iterator[NDArray[np.float32] | None],
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        limit: int,
+    ) -> None:
+        self.request, self.cache = request, cache
+        self.prompt: Iterator[NDArray[np.float32] | None] | None = prompt
+        self.sampler = sampler
+        self.ids: list[int] = []
+        self.reply: Reply | None = None
+        self.failed = False
+        self._limit = limit
+        self._stop_ids = frozenset(() if request.ignore_eos else request.stop_ids)
+        self._text = TextStream(tokenizer)
+        self._stops = StopStrings(request.stop)
+        self._shown: list[str] = []
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ask for the end of the answer; safe from any thread."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the end was asked for."""
+        return self._cancelled.is_set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is something left to do."""
+        return self.reply is None and not self.failed
+
+    def take(self, token: int, logprob: float | None) -> Event:
+        """Add a token; say what it made of the text, and whether it is the last."""
+        request = self.request
+        request.timings.token_s.append(time.perf_counter() - request.started)
+        self.ids.append(token)
+        if token in self._stop_ids:
+            return self.last("stop", token, logprob)
+        piece = self._stops.push(self._text.push(token))
+        if self._stops.hit:
+            return self._event(token, piece, logprob, "stop")
+        if len(self.ids) == self._limit:
+            return self.last("length", token, logprob, piece)
+        return self._event(token, piece, logprob, None)
+
+    def last(
+        self,
+        finish: FinishReason,
+        token: int | None = None,
+        logprob: float | None = None,
+        piece: str = "",
+    ) -> Event:
+        """End the text: with what was held back for incomplete UTF-8 or a possible stop string."""
+        rest = self._stops.push(self._text.finish())
+        if self._stops.hit:
+            finish = "stop"
+        return self._event(token, piece + rest + self._stops.finish(), logprob, finish)
+
+    def replied(self, finish: FinishReason) -> Reply:
+        """Return the answer as it now stands."""
+        text = "".join(self._shown).strip()
+        return Reply(text, self.ids, finish, self.request.timings)
+
+    def _event(
+        self, token: int | None, piece: str, logprob: float | None, finish: FinishReason | None
+    ) -> Event:
+        if piece:
+            self._shown.append(piece)
+        return Event(self.request, token, piece, logprob, finish)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

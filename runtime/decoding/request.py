@@ -1,0 +1,120 @@
+"""What is asked of the scheduler, what it tells meanwhile, and what is answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.images.identity import TiledImage
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass
+class Timings:
+    """Where the time went. Seconds on a monotonic clock; the start is the call to `stream`.
+
+    Attributes:
+        preprocess_s: decoding and tiling the images.
+        vision_s: vision graph, projector included; 0 when every image came from the cache.
+        prefill_s: language graph over the new part of the prompt.
+        token_s: for each generated token, seconds from the start to its arrival.
+        tiles: tiles encoded in this call.
+        prompt_tokens: length of the prompt, image rows included.
+        cached_tokens: of these, how many were already in the KV cache.
+    """
+
+    preprocess_s: float = 0.0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+    tiles: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token; 0 when none was generated."""
+        return self.token_s[0] if self.token_s else 0.0
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Inter-token latencies: the gaps between successive tokens."""
+        return [after - before for before, after in pairwise(self.token_s)]
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decode rate over all gaps; 0 with fewer than two tokens."""
+        gaps = self.itl_s
+        return len(gaps) / sum(gaps) if gaps else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One answer that is asked for, and all that belongs to it.
+
+    Attributes:
+        ids: token ids of the whole prompt, image slots expanded.
+        stop_ids: tokens that end the answer.
+        images: of the prompt, in the order of their slots.
+        max_new_tokens, sampling, stop, ignore_eos: see `InternVL.stream`.
+        logprobs: whether each event has the token's log-probability.
+        cache: a conversation's, whose beginning is reused; None allocates one.
+        timings: filled on the way.
+        started: what times are counted from, on `time.perf_counter`.
+    """
+
+    ids: Sequence[int]
+    stop_ids: Collection[int]
+    images: Sequence[TiledImage] = ()
+    max_new_tokens: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    cache: Cache | None = None
+    timings: Timings = field(default_factory=Timings)
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a request in a step.
+
+    Attributes:
+        request: whose event it is.
+        token: id of the token that was generated; None where the answer only ended.
+        piece: text that is now certain; may be empty.
+        logprob: natural logarithm of the token's probability, before temperature and filters;
+            None unless the request asks for it.
+        finish: why the answer ended; None while it goes on.
+    """
+
+    request: Request
+    token: int | None
+    piece: str
+    logprob: float | None = None
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished answer.
+
+    Attributes:
+        text: without special tokens, cut at a stop string, stripped at both ends.
+        token_ids: generated ids, the stop id included where one was generated.
+        finish_reason: "stop" (stop id or stop string), "length" (max_new_tokens or the end of the
+            context), "cancelled".
+        timings: see `Timings`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    timings: Timings
