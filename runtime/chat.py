@@ -13,7 +13,9 @@ from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.preprocess import ImageLike
 from internvl_edge.runtime.images.sources import ImageLike
+from internvl_edge.runtime.messages import Messages, read_messages
 from internvl_edge.runtime.process import NotCopied
 
 
@@ -48,14 +50,18 @@ class Chat(NotCopied):
         *,
         system_message: str | None = None,
         max_tiles: int | None = None,
+        messages: Messages = (),
     ) -> None:
+        told = read_messages(messages, system_message)
         self._answering = answering
-        self._system_message = system_message
+        self._system_message = told.system_message
         self._max_tiles = max_tiles
+        self._history = told.answered()
+        self._images = told.tile(answering.inputs, max_tiles)
+        for image in self._images:
+            image.release()
         self._cache = answering.engine.backend.new_cache(answering.max_context)
-        self._images: list[TiledImage] = []
         self._active: Turn | None = None
-        self._history: list[tuple[str, str]] = []
 
     @property
     def history(self) -> list[tuple[str, str]]:

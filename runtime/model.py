@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import Bundle, Verify, open_bundle
-from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
@@ -37,6 +36,7 @@ from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
 from internvl_edge.runtime.images.sources import ImageLike
 from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.messages import Messages, asked
 from internvl_edge.runtime.process import HomeProcess, NotCopied
 
 #: Memory for what later prompts may share with earlier ones, unless told otherwise.
@@ -174,9 +174,10 @@ class InternVL(NotCopied):
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         images: Sequence[ImageLike] = (),
         *,
+        messages: Messages | None = None,
         max_new_tokens: int = 1024,
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
@@ -188,6 +189,7 @@ class InternVL(NotCopied):
         return self.stream(
             prompt,
             images,
+            messages=messages,
             max_new_tokens=max_new_tokens,
             max_tiles=max_tiles,
             sampling=sampling,
@@ -198,9 +200,10 @@ class InternVL(NotCopied):
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         images: Sequence[ImageLike] = (),
         *,
+        messages: Messages | None = None,
         max_new_tokens: int = 1024,
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
@@ -215,6 +218,7 @@ class InternVL(NotCopied):
                 or token ids taken as they are: templated and with image slots expanded.
             images: path, encoded bytes, `PIL.Image` or uint8 `(H, W, 3)` each; on CUDA also arrays
                 in device memory (`__cuda_array_interface__`).
+            messages: a whole conversation instead of a prompt and its images; see `read_messages`.
             max_new_tokens: the answer ends there with finish_reason "length".
             max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
             sampling: greedy unless told otherwise.
@@ -230,11 +234,11 @@ class InternVL(NotCopied):
         self.home.check()
         started = time.perf_counter()
         timings = Timings()
-        tiled = [self.tile_with_identity(image, max_tiles) for image in images]
+        told = asked(prompt, images, messages, system_message)
+        tiled = told.tile(self.inputs, max_tiles)
         timings.preprocess_s = time.perf_counter() - started
-        if isinstance(prompt, str):
-            question = place_images(prompt, len(tiled), earlier_images=0)
-            ids = self.encode_conversation([(question, None)], tiled, system_message)
+        if isinstance(prompt, str) or prompt is None:
+            ids = self.encode_conversation(told.turns, tiled, told.system_message)
         else:
             ids = list(prompt)
         request = Request(
@@ -250,10 +254,30 @@ class InternVL(NotCopied):
         )
         return TokenStream(self.answering, request)
 
-    def chat(self, *, system_message: str | None = None, max_tiles: int | None = None) -> Chat:
-        """Begin a conversation that owns a KV cache: earlier turns are never prefilled again."""
+    def chat(
+        self,
+        *,
+        system_message: str | None = None,
+        max_tiles: int | None = None,
+        messages: Messages = (),
+    ) -> Chat:
+        """Begin a conversation that owns a KV cache: earlier turns are never prefilled again.
+
+        Args:
+            system_message: instead of the checkpoint's.
+            max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
+            messages: what was said before, to be gone on with; see `read_messages`.
+
+        Raises:
+            PromptError, ImageError: the messages are not a conversation up to an answer.
+        """
         self.home.check()
-        return Chat(self.answering, system_message=system_message, max_tiles=max_tiles)
+        return Chat(
+            self.answering,
+            system_message=system_message,
+            max_tiles=max_tiles,
+            messages=messages,
+        )
 
     def tile(self, image: ImageLike, max_tiles: int | None = None) -> NDArray[np.uint8]:
         """Cut an image into uint8 tiles `(tiles, S, S, 3)`, thumbnail last.

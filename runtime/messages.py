@@ -1,0 +1,226 @@
+"""Conversations as lists of messages, in the form that OpenAI's API gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from internvl_edge.bundle.errors import ImageError, PromptError
+from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.preprocess import ImageLike
+from internvl_edge.runtime.images.uri import picture_at
+
+#: `[{"role": "user", "content": "Hello"}, ...]`; see `read_messages`.
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, and where it stands: `messages[2].content[0]`; "" beside a prompt."""
+
+    place: str
+    source: ImageLike
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What was said.
+
+    Attributes:
+        turns: questions, with an `<image>` for each picture, and answers; the last answer may be
+            None: the one to be generated.
+        pictures: in the order of their markers.
+        system_message: None: the checkpoint's.
+    """
+
+    turns: list[tuple[str, str | None]]
+    pictures: list[Picture]
+    system_message: str | None
+
+    def tile(self, inputs: Inputs, max_tiles: int | None) -> list[TiledImage]:
+        """Cut the pictures.
+
+        Raises:
+            ImageError: one cannot be read; the message names its place.
+        """
+        return [_tiled(picture, inputs, max_tiles) for picture in self.pictures]
+
+    def question(self) -> Conversation:
+        """Return a conversation that ends with a question.
+
+        Raises:
+            PromptError: it ends with an answer.
+        """
+        if self.turns[-1:] and self.turns[-1][1] is None:
+            return self
+        raise PromptError("messages must end with a user message, the one to be answered")
+
+    def answered(self) -> list[tuple[str, str]]:
+        """Return the turns of a conversation that does not end with a question.
+
+        Raises:
+            PromptError: it does.
+        """
+        found = [(question, answer) for question, answer in self.turns if answer is not None]
+        if len(found) == len(self.turns):
+            return found
+        raise PromptError(
+            "messages of a chat must end with an assistant message; pass the last user message to"
+            " send or stream"
+        )
+
+
+def read_messages(messages: object, system_message: str | None = None) -> Conversation:
+    """Check messages and read what they say.
+
+    Each is `{"role": "system" | "user" | "assistant", "content": ...}`: a system message at most,
+    first, then users' and assistants' in turn. Content is a string or a list of parts:
+    `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and `{"type": "image_url",
+    "image_url": {"url": ...}}` with a path, `file://` or a data URI. Images that come before the
+    text are written as `place_images` does, others where they stand.
+
+    Args:
+        system_message: where the messages have none.
+
+    Raises:
+        PromptError: they are something else; the message names the place.
+        ImageError: a picture cannot be had.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise PromptError(f"messages are a list of role and content, not {quoted(messages)}")
+    turns: list[tuple[str, str | None]] = []
+    pictures: list[Picture] = []
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        role, content = _role_and_content(place, message)
+        asked = bool(turns) and turns[-1][1] is None
+        if role == "system":
+            if number or system_message is not None:
+                raise PromptError(
+                    f"{place} is a system message; there is one at most, as the first message or"
+                    " as system_message"
+                )
+            system_message = _text(content, f"{place}.content")
+        elif role == "user" and not asked:
+            question, new = _question(content, f"{place}.content", len(pictures))
+            turns.append((question, None))
+            pictures += new
+        elif role == "assistant" and asked:
+            turns[-1] = (turns[-1][0], _text(content, f"{place}.content"))
+        else:
+            expected = "assistant" if asked else "user"
+            raise PromptError(f"{place} has the role {quoted(role)}; expected {expected} here")
+    return Conversation(turns, pictures, system_message)
+
+
+def asked(
+    prompt: str | Sequence[int] | None,
+    images: Sequence[ImageLike],
+    messages: Messages | None,
+    system_message: str | None,
+) -> Conversation:
+    """Return the conversation that a prompt or messages ask to be answered; token ids have no
+    turns.
+
+    Raises:
+        PromptError: both are given, or none, or they are no question.
+        ImageError: a picture of the messages cannot be had.
+    """
+    if messages is not None:
+        if prompt is not None or len(images):
+            raise PromptError("pass a prompt and images, or messages that hold both, not all three")
+        return read_messages(messages, system_message).question()
+    if prompt is None:
+        raise PromptError("there is neither a prompt nor messages; ask something")
+    pictures = [Picture("", image) for image in images]
+    if not isinstance(prompt, str):
+        return Conversation([], pictures, system_message)
+    question = place_images(prompt, len(pictures), earlier_images=0)
+    return Conversation([(question, None)], pictures, system_message)
+
+
+def _role_and_content(place: str, message: object) -> tuple[str, object]:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{place} is {quoted(message)}; expected role and content")
+    for key in ("role", "content"):
+        if key not in message:
+            raise PromptError(f"{place} has no {key}")
+    role = message["role"]
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        raise PromptError(f"{place}.role is {quoted(role)}; expected system, user or assistant")
+    return role, message["content"]
+
+
+def _text(content: object, place: str) -> str:
+    """Content of text alone."""
+    parts = _parts(content, place)
+    for where, part in parts:
+        if isinstance(part, Picture):
+            raise PromptError(f"{where} is an image; only user messages have images")
+    return "\n".join(str(part) for _, part in parts)
+
+
+def _question(content: object, place: str, earlier: int) -> tuple[str, list[Picture]]:
+    """A question with its markers, and its pictures; `earlier` ones were shown before."""
+    parts = [part for _, part in _parts(content, place)]
+    pictures = [part for part in parts if isinstance(part, Picture)]
+    leading = all(isinstance(part, Picture) for part in parts[: len(pictures)])
+    lines = [
+        IMAGE_PLACEHOLDER if isinstance(part, Picture) else part
+        for part in parts[len(pictures) if leading else 0 :]
+    ]
+    try:
+        return place_images("\n".join(lines), len(pictures), earlier), pictures
+    except PromptError as error:
+        raise PromptError(f"{place}: {error}") from error
+
+
+def _parts(content: object, place: str) -> list[tuple[str, str | Picture]]:
+    """Places and what stands there: text or a picture."""
+    if isinstance(content, str):
+        return [(place, content)]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise PromptError(f"{place} is {quoted(content)}; expected a string or a list of parts")
+    return [
+        (f"{place}[{number}]", _part(part, f"{place}[{number}]"))
+        for number, part in enumerate(content)
+    ]
+
+
+def _part(part: object, place: str) -> str | Picture:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _EXPECTED:
+        raise PromptError(
+            f"{place} is {quoted(part)}; expected a part of type text, image or image_url"
+        )
+    value = part.get(kind)
+    if kind == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+    if value is None or (kind != "image" and not isinstance(value, str)):
+        raise PromptError(f"{place}.{kind} is {quoted(value)}; expected {_EXPECTED[kind]}")
+    if kind == "text":
+        return str(value)
+    try:
+        return Picture(place, picture_at(value) if isinstance(value, str) else value)
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}") from error
+
+
+_EXPECTED = {
+    "text": "a string",
+    "image": "a path, bytes, PIL.Image or uint8 array",
+    "image_url": 'an object with a "url"',
+}
+
+
+def _tiled(picture: Picture, inputs: Inputs, max_tiles: int | None) -> TiledImage:
+    try:
+        return inputs.tile(picture.source, max_tiles)
+    except ImageError as error:
+        if not picture.place:
+            raise
+        raise ImageError(f"{picture.place}: {error}") from error
