@@ -25,7 +25,6 @@ class TokenStream(NotCopied, Iterator[str]):
         self._handle = self._scheduler.add(request)
 
     def __next__(self) -> str:
-        self._home.check()
         try:
             while self._handle.alive:
                 for event in self._scheduler.step():
@@ -34,6 +33,7 @@ class TokenStream(NotCopied, Iterator[str]):
         except KeyboardInterrupt:
             self._scheduler.end(self._handle)
             raise
+        self._home.check()
         self._scheduler.end(self._handle)
         raise StopIteration
 

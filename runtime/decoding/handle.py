@@ -94,6 +94,11 @@ class Handle:
         """Whether there is something left to do."""
         return self.reply is None and not self.failed
 
+    def fail(self) -> None:
+        """Note that an error ended it, and let go of what its prompt needed."""
+        self.failed = True
+        self.prompt = None
+
     def take(self, token: int, logprob: float | None) -> Event:
         """Add a token; say what it made of the text, and whether it is the last."""
         request = self.request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,12 +247,13 @@ class Engine:
 
     def decode_candidates(self, cache: Cache, token: int, count: int) -> Candidates:
         """Append one token; return at least the `count` largest logits; `count` 0: all of them."""
-        if count == 0 or not isinstance(self.backend, SelectingBackend):
+        # Not isinstance, which looks for a protocol's attributes one by one, for each token.
+        if count == 0 or not hasattr(self.backend, "forward_candidates"):
             return Candidates(self.decode(cache, token))
         new = self._next(cache, token)
         with cache.state.lock:
             cache.state.reserve(1)
-            found = self.backend.forward_candidates([new], count)
+            found = cast(SelectingBackend, self.backend).forward_candidates([new], count)
             cache.state.extend(np.array([token]), new.rope_theta)
         return found[0]
 

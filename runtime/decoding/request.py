@@ -64,7 +64,8 @@ class Request:
         images: of the prompt, in the order of their slots.
         max_new_tokens, sampling, stop, ignore_eos: see `InternVL.stream`.
         logprobs: whether each event has the token's log-probability.
-        cache: a conversation's, whose beginning is reused; None allocates one.
+        cache: a conversation's, whose beginning is reused, for one request at a time; None
+            allocates one.
         timings: filled on the way.
         started: what times are counted from, on `time.perf_counter`.
     """

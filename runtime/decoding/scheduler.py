@@ -22,9 +22,9 @@ from internvl_edge.runtime.images.identity import PendingImage
 class Scheduler:
     """Runs the requests it is given, in bounded steps.
 
-    A scheduler belongs to one thread; several may share one model. A step does one piece of the
-    oldest prompt that is not done (a pass over tiles, or over a chunk of tokens), then decodes a
-    token of each running request, one after the other, as backends take batches of one.
+    A scheduler belongs to one thread; several may share one model. A step does one pass of the
+    oldest prompt that is not done (over tiles, or over a chunk of tokens), then decodes a token of
+    each running request: one after the other, because backends take batches of one so far.
 
     Args:
         answering: what answers are made with.
@@ -73,19 +73,18 @@ class Scheduler:
                 others' events come with the next step.
         """
         self._answering.home.check()
-        self._end_cancelled()
-        alive = [handle for handle in self._handles if handle.alive]
-        running = [handle for handle in alive if handle.ids]
-        prompts = [handle for handle in alive if not handle.ids]
+        self._handles = [handle for handle in self._handles if self._goes_on(handle)]
         self._within = True
+        running = [handle for handle in self._handles if handle.ids]
+        prompts = [handle for handle in self._handles if not handle.ids]
         for handle in [*prompts[:1], *running]:
             try:
                 self._work(handle)
             except Exception:
-                handle.failed, self._within = True, False
+                handle.fail()
+                self._within = False
                 raise
         self._within = False
-        self._handles = [handle for handle in alive if handle.alive]
         events, self._events = self._events, []
         return events
 
@@ -99,12 +98,13 @@ class Scheduler:
             handle.prompt = None
             handle.reply = handle.replied(finish)  # last: then all of it is done
 
-    def _end_cancelled(self) -> None:
-        for handle in self._handles:
-            if self._within:  # a step that an interrupt left: what it did is not known
-                self.end(handle)
-            elif handle.alive and handle.cancelled:
-                self._record(handle, handle.last("cancelled"))
+    def _goes_on(self, handle: Handle) -> bool:
+        """Whether there is something left to do, after ending what was cancelled."""
+        if self._within:  # a step that an interrupt left: what it did is not known
+            self.end(handle)
+        elif handle.cancelled and handle.alive:
+            self._record(handle, handle.last("cancelled"))
+        return handle.alive
 
     def _work(self, handle: Handle) -> None:
         """Do a piece of the prompt, or decode a token."""
