@@ -13,7 +13,6 @@ from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import ImageLike
 from internvl_edge.runtime.images.sources import ImageLike
 from internvl_edge.runtime.messages import Messages, read_messages
 from internvl_edge.runtime.process import NotCopied

@@ -11,15 +11,14 @@ from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import ImageLike
-from internvl_edge.runtime.images.uri import picture_at
+from internvl_edge.runtime.images.sources import ImageLike
 
 #: `[{"role": "user", "content": "Hello"}, ...]`; see `read_messages`.
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Shown:
     """An image, and where it stands: `messages[2].content[0]`; "" beside a prompt."""
 
     place: str
@@ -38,7 +37,7 @@ class Conversation:
     """
 
     turns: list[tuple[str, str | None]]
-    pictures: list[Picture]
+    pictures: list[Shown]
     system_message: str | None
 
     def tile(self, inputs: Inputs, max_tiles: int | None) -> list[TiledImage]:
@@ -93,7 +92,7 @@ def read_messages(messages: object, system_message: str | None = None) -> Conver
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise PromptError(f"messages are a list of role and content, not {quoted(messages)}")
     turns: list[tuple[str, str | None]] = []
-    pictures: list[Picture] = []
+    pictures: list[Shown] = []
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         role, content = _role_and_content(place, message)
@@ -136,7 +135,7 @@ def asked(
         return read_messages(messages, system_message).question()
     if prompt is None:
         raise PromptError("there is neither a prompt nor messages; ask something")
-    pictures = [Picture("", image) for image in images]
+    pictures = [Shown("", image) for image in images]
     if not isinstance(prompt, str):
         return Conversation([], pictures, system_message)
     question = place_images(prompt, len(pictures), earlier_images=0)
@@ -159,18 +158,18 @@ def _text(content: object, place: str) -> str:
     """Content of text alone."""
     parts = _parts(content, place)
     for where, part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, Shown):
             raise PromptError(f"{where} is an image; only user messages have images")
     return "\n".join(str(part) for _, part in parts)
 
 
-def _question(content: object, place: str, earlier: int) -> tuple[str, list[Picture]]:
+def _question(content: object, place: str, earlier: int) -> tuple[str, list[Shown]]:
     """A question with its markers, and its pictures; `earlier` ones were shown before."""
     parts = [part for _, part in _parts(content, place)]
-    pictures = [part for part in parts if isinstance(part, Picture)]
-    leading = all(isinstance(part, Picture) for part in parts[: len(pictures)])
+    pictures = [part for part in parts if isinstance(part, Shown)]
+    leading = all(isinstance(part, Shown) for part in parts[: len(pictures)])
     lines = [
-        IMAGE_PLACEHOLDER if isinstance(part, Picture) else part
+        IMAGE_PLACEHOLDER if isinstance(part, Shown) else part
         for part in parts[len(pictures) if leading else 0 :]
     ]
     try:
@@ -179,7 +178,7 @@ def _question(content: object, place: str, earlier: int) -> tuple[str, list[Pict
         raise PromptError(f"{place}: {error}") from error
 
 
-def _parts(content: object, place: str) -> list[tuple[str, str | Picture]]:
+def _parts(content: object, place: str) -> list[tuple[str, str | Shown]]:
     """Places and what stands there: text or a picture."""
     if isinstance(content, str):
         return [(place, content)]
@@ -191,7 +190,7 @@ def _parts(content: object, place: str) -> list[tuple[str, str | Picture]]:
     ]
 
 
-def _part(part: object, place: str) -> str | Picture:
+def _part(part: object, place: str) -> str | Shown:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _EXPECTED:
         raise PromptError(
@@ -202,12 +201,7 @@ def _part(part: object, place: str) -> str | Picture:
         value = value.get("url")
     if value is None or (kind != "image" and not isinstance(value, str)):
         raise PromptError(f"{place}.{kind} is {quoted(value)}; expected {_EXPECTED[kind]}")
-    if kind == "text":
-        return str(value)
-    try:
-        return Picture(place, picture_at(value) if isinstance(value, str) else value)
-    except ImageError as error:
-        raise ImageError(f"{place}: {error}") from error
+    return str(value) if kind == "text" else Shown(place, value)
 
 
 _EXPECTED = {
@@ -217,7 +211,7 @@ _EXPECTED = {
 }
 
 
-def _tiled(picture: Picture, inputs: Inputs, max_tiles: int | None) -> TiledImage:
+def _tiled(picture: Shown, inputs: Inputs, max_tiles: int | None) -> TiledImage:
     try:
         return inputs.tile(picture.source, max_tiles)
     except ImageError as error:

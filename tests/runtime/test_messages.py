@@ -148,13 +148,13 @@ BAD: list[tuple[Any, str]] = [
     ([], "messages must end with a user message"),
 ]
 UNREADABLE = [
-    (image_url("https://example.com/a.png"), "is not fetched from the network; download it"),
-    (image_url("file://elsewhere/a.png"), "is a file of 'elsewhere'"),
-    (image_url("data:image/png,abc"), "the data URI begins with 'data:image/png'"),
-    (image_url("data:image/png;base64,a-b"), "the data URI is not base64"),
-    (image_url("data:image/png;base64,AAAA"), "the picture in the data URI is not an image"),
+    (image_url("https://example.com/a.png"), "is on the network, where nothing is fetched from here; download it"),
+    (image_url("file://elsewhere/a.png"), "names another machine"),
+    (image_url("data:image/png,abc"), "3 bytes of a data URI is not an image"),
+    (image_url("data:image/png;base64,a*b"), "is no base64"),
+    (image_url("data:image/png;base64,AAAA"), "bytes of a data URI is not an image"),
     (image_url("nowhere.png"), "cannot read image 'nowhere.png'"),
-    (image(7), "an image is a path, bytes"),
+    (image(7), "an image is a path, a URI, bytes"),
 ]
 
 
