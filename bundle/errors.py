@@ -37,6 +37,10 @@ class LimitError(InternVLEdgeError):
     """A request exceeds a limit of the loaded model: context length, tiles."""
 
 
+class UsageError(LimitError):
+    """An argument is outside its limits, or does not go with another."""
+
+
 class DeviceError(InternVLEdgeError):
     """The device or execution provider asked for is not available."""
 

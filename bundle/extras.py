@@ -11,7 +11,7 @@ from internvl_edge.bundle.errors import BundleError, ExportError
 
 
 @contextmanager
-def extra_installed(extra: str = "export") -> Iterator[None]:
+def extra_installed(extra: str) -> Iterator[None]:
     """Turn a missing package of an extra into an error that names the remedy."""
     try:
         yield

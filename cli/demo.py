@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import statistics
@@ -11,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.bundle.contract import MANIFEST
-from internvl_edge.bundle.errors import CheckpointError, ExportError, LimitError
+from internvl_edge.bundle.errors import CheckpointError, ExportError
 from internvl_edge.bundle.extras import example_room, room
 from internvl_edge.bundle.quoting import named, reason
-from internvl_edge.cli.terminal import summary
+from internvl_edge.cli.chat import summary
 from internvl_edge.kernels.build import locked, user_cache
 from internvl_edge.runtime.decoding.request import Reply
-from internvl_edge.runtime.devices import Device
 from internvl_edge.runtime.images.decode import load_image
 from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.options import add_device, at_least
 
 Export = Callable[[Path, Path], Path]
 
@@ -32,22 +33,26 @@ class Turn:
     answer: str
 
 
-def run_demo(*, export: Export, device: Device, threads: int | None, repeat: int) -> bool:
-    """Export on first use, ask, stream, report; True when every answer is right.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "--repeat",
+        type=at_least(1, "--repeat"),
+        default=1,
+        help="conversations to hold and take the median of",
+    )
+    add_device(parser)
 
-    Args:
-        export: called with (checkpoint, bundle) when the bundle is not there yet.
-        repeat: conversations to hold; with more than one, medians are printed at the end.
-    """
-    if repeat < 1:
-        raise LimitError(f"--repeat is {repeat}, it must be at least 1")
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export on first use, ask, stream, report; returns 0 when every answer is right, else 1."""
     room = example_room()
     checkpoint = room / "checkpoint"
     picture, turns = _questions(room)
-    bundle = _bundle(checkpoint, export)
+    bundle = _bundle(checkpoint, _export)
     started = time.perf_counter()
     # Nothing is kept between conversations: every repetition does the whole work.
-    model = InternVL.load(bundle, device=device, threads=threads, reuse_bytes=0)
+    model = InternVL.load(bundle, device=arguments.device, threads=arguments.threads, reuse_bytes=0)
     _say("load", f"{time.perf_counter() - started:.2f} s; {model.engine.backend.description}")
     image = load_image(picture)
     tiles = model.tile(picture)
@@ -59,16 +64,22 @@ def run_demo(*, export: Export, device: Device, threads: int | None, repeat: int
     )
     replies: list[list[Reply]] = []
     right = True
-    for run in range(repeat):
-        if repeat > 1:
-            print(f"\nrun {run + 1} of {repeat}")
+    for number in range(arguments.repeat):
+        if arguments.repeat > 1:
+            print(f"\nrun {number + 1} of {arguments.repeat}")
         run_replies, run_right = _conversation(model, picture, turns)
         replies.append(run_replies)
         right &= run_right
-    if repeat > 1:
+    if arguments.repeat > 1:
         _print_medians(replies)
     print("\nall answers are right" if right else "\nNOT all answers are right")
-    return right
+    return 0 if right else 1
+
+
+def _export(checkpoint: Path, bundle: Path) -> Path:
+    from internvl_edge.export.bundle import export_bundle
+
+    return export_bundle(checkpoint, bundle)
 
 
 def _conversation(model: InternVL, picture: Path, turns: list[Turn]) -> tuple[list[Reply], bool]:

@@ -1,6 +1,6 @@
 """How far a quantised bundle is from its float parent, token by token.
 
-    internvl-edge bench fidelity BUNDLE --reference FLOAT_BUNDLE [--data FILE.jsonl] ...
+    internvl-edge bench accuracy fidelity BUNDLE --reference FLOAT_BUNDLE [--data FILE.jsonl] ...
 
 Both read the same prompt and the same answer (the parent's own greedy one, or the data's), and
 their next-token distributions are compared at every token of the answer.
@@ -8,11 +8,12 @@ their next-token distributions are compared at every token of the answer.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,9 @@ from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import named
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.images.preprocess import ImageLike
 from internvl_edge.runtime.images.sources import ImageLike
+from internvl_edge.runtime.options import add_device, at_least, filled
 
 Answers = Literal["greedy", "given"]
 
@@ -104,35 +107,52 @@ class Fidelity:
         )
 
 
-def run_fidelity(
-    bundle: Path,
-    reference: Path,
-    *,
-    data: Path | None,
-    images: int,
-    answers: Answers,
-    suffix: str | None,
-    max_new_tokens: int,
-    max_tiles: int | None,
-    engine: Engine,
-    report: Path | None,
-) -> int:
-    """Compare, print, and write the report; returns the exit status.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="FLOAT_BUNDLE", help="its float parent"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="questions as for `bench accuracy` (default: tiny_ocr pictures)",
+    )
+    parser.add_argument(
+        "--images", type=at_least(1, "--images"), default=50, help="tiny_ocr pictures"
+    )
+    parser.add_argument(
+        "--answers",
+        choices=get_args(Answers),
+        default="greedy",
+        help="read along the reference's own answers, or the data's",
+    )
+    parser.add_argument("--suffix", help="follows every question, instead of the metric's own")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=at_least(1, "--max-new-tokens"),
+        default=100,
+        help="of a greedy answer",
+    )
+    parser.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    add_device(parser)
 
-    Args:
-        data: questions as for `bench accuracy`; None takes `images` held-out tiny_ocr pictures.
-        answers: "greedy" are the reference's own, "given" the first of the data.
-        suffix: follows every question of the data, instead of its metric's own.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, and write the report; returns the exit status.
 
     Raises:
         BundleError: the bundles are not of one model.
         DataError: the data cannot be used, or not one of its questions.
+        LimitError: the report cannot be written.
     """
-    for name, value in (("--images", images), ("--max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise LimitError(f"{name} is {value}, it must be at least 1")
-    check_writable(report)
-    items = _items(data, suffix) if data is not None else _tiny_ocr(images)
+    bundle, reference, data = arguments.bundle, arguments.reference, arguments.data
+    answers, max_tiles = arguments.answers, arguments.max_tiles
+    engine = filled(Engine, arguments)
+    check_writable(arguments.json)
+    items = _tiny_ocr(arguments.images) if data is None else _items(data, arguments.suffix)
     parent = InternVL.load(reference, device=engine.device, threads=engine.threads)
     model = InternVL.load(bundle, device=engine.device, threads=engine.threads)
     if parent.spec != model.spec:
@@ -144,7 +164,7 @@ def run_fidelity(
         advance = start(len(items))
         for item in items:
             try:
-                ids, first = answered(parent, item, answers, max_new_tokens, max_tiles)
+                ids, first = answered(parent, item, answers, arguments.max_new_tokens, max_tiles)
                 compared.append(compare(parent, model, ids, first, item.images, max_tiles))
             except (ImageError, PromptError, LimitError) as error:
                 failures.append(str(error))
@@ -153,10 +173,10 @@ def run_fidelity(
         raise DataError(f"none of {len(items)} questions could be asked: {failures[0]}")
     result = Fidelity.of(compared)
     print("\n".join(_lines(result, failures)))
-    if report is not None:
+    if arguments.json is not None:
         machine = describe_machine(engine.threads or 0)
         found = {**asdict(result), "answers": answers, "failures": failures, "machine": machine}
-        write_result(found, report)
+        write_result(found, arguments.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """The decoder of a bundle beside transformers' Llama layers, in float32, one layer in memory.
 
-    internvl-edge bench layerwise BUNDLE [--prompt N] [--new-tokens N] [--json FILE]
+    internvl-edge bench accuracy layerwise BUNDLE [--prompt N] [--new-tokens N] [--json FILE]
 
 A bundle too large for any float implementation in memory still has one layer at a time that fits:
 each layer's weights are read from the bundle's file, multiplied out, and run by transformers over a
@@ -12,6 +12,7 @@ layers round their inputs to 8 bits, and an int8 cache rounds keys and values.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs, stored_name
-from internvl_edge.bundle.errors import BundleError, LimitError
+from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.specs import LanguageSpec
@@ -35,6 +36,7 @@ from internvl_edge.export.checkpoint.names import HEAD, NORM, decoder_prefix
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
+from internvl_edge.runtime.options import add_threads, at_least
 
 #: MatMulNBits' accuracy level with inputs in float32.
 FLOAT_INPUTS = 1
@@ -45,22 +47,36 @@ CACHE_ATTRIBUTES = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
 Floats = NDArray[np.float32]
 
 
-def run_layerwise(
-    path: Path, *, prompt: int, new_tokens: int, threads: int | None, json_file: Path | None
-) -> int:
-    """Compare, print, store; returns the exit status: 0 when, nothing but weights rounded, every
-    token is the reference's.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--prompt",
+        type=at_least(1, "--prompt"),
+        default=24,
+        metavar="N",
+        help="tokens, drawn at random",
+    )
+    parser.add_argument(
+        "--new-tokens", type=at_least(1, "--new-tokens"), default=16, metavar="N", help="greedy"
+    )
+    add_threads(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures there")
 
-    Args:
-        path: a bundle of the onnxruntime dialect.
-        prompt: tokens of the prompt, drawn at random.
-        new_tokens: tokens of the greedy answer.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, store; returns the exit status.
+
+    It is 0 when, nothing but weights rounded, every token is the reference's, else 1.
+
+    Raises:
+        BundleError: not a bundle of the onnxruntime dialect in symmetric blocks.
+        LimitError: the output cannot be written.
     """
-    check_writable(json_file)
-    if prompt < 1 or new_tokens < 1:
-        raise LimitError("--prompt and --new-tokens are at least 1")
-    bundle = open_bundle(path, verify="size")
-    ids, logits = _answer(bundle, prompt, new_tokens, threads)
+    prompt, threads = arguments.prompt, arguments.threads
+    check_writable(arguments.json)
+    bundle = open_bundle(arguments.bundle, verify="size")
+    ids, logits = _answer(bundle, prompt, arguments.new_tokens, threads)
     expected = reference_logits(bundle, ids)[-len(logits) :]
     with unrounded(bundle) as floats:
         exact = _load(floats, threads).logits(ids)[-len(logits) :]
@@ -71,7 +87,7 @@ def run_layerwise(
             f" reference's; cosine of the logits {found.cosine_mean:.5f} (least"
             f" {found.cosine_least:.5f})"
         )
-    if json_file is not None:
+    if arguments.json is not None:
         result = {
             "format": "internvl-edge layerwise",
             "version": 2,
@@ -82,7 +98,7 @@ def run_layerwise(
             **{name: asdict(found) for name, found in agreements.items()},
             "machine": describe_machine(threads or 0),
         }
-        write_result(result, json_file)
+        write_result(result, arguments.json)
     return 0 if agreements["unrounded"].same == len(logits) else 1
 
 

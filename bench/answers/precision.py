@@ -1,6 +1,6 @@
 """What integers gain on this machine, layer by layer at InternVL 1.5's true width.
 
-    internvl-edge bench precision [--threads N] [--json]
+    internvl-edge bench kernels precision [--threads N] [--json]
 
 One layer of InternViT-6B on one tile, the vision graph from pixels to image embeddings cut to two
 layers, one layer of InternLM2-20B decoding and prefilling, each in float32 and quantised, run
@@ -12,6 +12,7 @@ bandwidth.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -44,6 +45,7 @@ from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import use_exact_products
+from internvl_edge.runtime.options import add_threads
 
 REPEATS = 9
 #: Layers of the vision graph that is run.
@@ -68,14 +70,20 @@ class Row:
     percent: float
 
 
-def run_precision(*, threads: int | None, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_threads(parser)
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
-    count = threads or len(os.sched_getaffinity(0))
+    count = arguments.threads or len(os.sched_getaffinity(0))
     gflops = _matrix_rate(count)
     read = read_bandwidth(count) / 1e9
     forms = measure_forms(count)
     rows = [*_vision_rows(count, gflops), *_language_rows(count, gflops, read)]
-    if as_json:
+    if arguments.json:
         machine = {"threads": count, "cpu_features": cpu_features()}
         measured = {"rows": list(map(asdict, rows)), "forms": list(map(asdict, forms))}
         print(json.dumps(machine | measured, indent=2))

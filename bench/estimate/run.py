@@ -6,12 +6,13 @@ internvl-edge bench estimate RESULT.json      # predictions beside what was meas
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from internvl_edge.bench.common.ceilings import Ceilings
 from internvl_edge.bench.common.limits import Weights
@@ -42,6 +43,7 @@ from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.tensorrt.targets import GIB, TARGETS, PowerMode, Target, get_target
+from internvl_edge.runtime.options import filled
 
 #: A short name for the model this project is about.
 ALIASES = {"internvl-1.5": "internvl-chat-v1-5"}
@@ -56,31 +58,53 @@ class Wish:
     language: LanguagePrecision | None
     kv: CachePrecision | None
     tiles: int | None
-    text_tokens: int
+    prompt: int
     context: int | None
     block: int
     arithmetic: float | None
-    memory: float | None
+    bandwidth: float | None
 
 
-def run_estimate(
-    model: str, *, target: str | None, power: str | None, wish: Wish, as_json: bool
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL|RESULT",
+        help="checkpoint, bundle, internvl-1.5; or a stored latency result, to predict it anew",
+    )
+    parser.add_argument("--target", metavar="NAME", help="such as orin-agx-64, thor, h100")
+    parser.add_argument("--power", metavar="MODE", help="power mode (default: the fastest)")
+    parser.add_argument("--vision", choices=get_args(VisionPrecision))
+    parser.add_argument("--language", choices=get_args(LanguagePrecision))
+    parser.add_argument("--kv", choices=get_args(CachePrecision))
+    parser.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
+    parser.add_argument("--tiles", type=int, metavar="N", help="thumbnail included")
+    parser.add_argument("--prompt", type=int, default=100, metavar="N", help="tokens of text")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer")
+    parser.add_argument("--arithmetic", type=float, metavar="SHARE", help="of the peak rate")
+    parser.add_argument("--bandwidth", type=float, metavar="SHARE", help="of the peak bandwidth")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Estimate and print; returns the exit status: 0 also where it does not fit.
 
     Raises:
         LimitError: unknown target or mode, lengths that do not go together.
         CheckpointError, BundleError: the model cannot be read.
     """
+    model, as_json = arguments.model, arguments.json
     if Path(model).is_file():
         report: dict[str, Any] = check_result(Path(model))
         print(json.dumps(report, indent=1) if as_json else "\n".join(_render_check(report)))
         return 0
-    if target is None:
+    if arguments.target is None:
         known = ", ".join(item.name for item in TARGETS)
         raise LimitError(f"--target is missing; known: {known}")
+    wish = filled(Wish, arguments)
     spec, request = resolve(model, wish)
-    report = estimate(spec, request, get_target(target), power, _efficiency(wish))
+    target = get_target(arguments.target)
+    report = estimate(spec, request, target, arguments.power, _efficiency(wish))
     print(json.dumps(report, indent=1) if as_json else "\n".join(_render(report)))
     return 0
 
@@ -102,7 +126,7 @@ def resolve(model: str, wish: Wish) -> tuple[ModelSpec, Request]:
     if tiles is None:
         tiles = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
     request = Request(
-        vision or "fp16", language or "fp16", kv or "fp16", tiles, wish.text_tokens, 0, wish.block
+        vision or "fp16", language or "fp16", kv or "fp16", tiles, wish.prompt, 0, wish.block
     )
     room = min(request.prompt_tokens(spec) + ANSWER, spec.language.max_context)
     return spec, Request(**{**vars(request), "context": wish.context or room})
@@ -203,14 +227,14 @@ def _read_config(path: Path) -> ModelSpec:
 
 
 def _efficiency(wish: Wish) -> Efficiency | None:
-    if wish.arithmetic is None and wish.memory is None:
+    if wish.arithmetic is None and wish.bandwidth is None:
         return None
-    if wish.arithmetic is None or wish.memory is None:
+    if wish.arithmetic is None or wish.bandwidth is None:
         raise LimitError("--arithmetic and --bandwidth go together")
-    for option, share in (("--arithmetic", wish.arithmetic), ("--bandwidth", wish.memory)):
+    for option, share in (("--arithmetic", wish.arithmetic), ("--bandwidth", wish.bandwidth)):
         if not 0 < share <= 1:
             raise LimitError(f"{option} is {quoted(share)}, a share of the peak lies in (0, 1]")
-    return Efficiency(wish.arithmetic, wish.memory)
+    return Efficiency(wish.arithmetic, wish.bandwidth)
 
 
 def _remedies(spec: ModelSpec, request: Request, target: Target) -> list[dict[str, Any]]:

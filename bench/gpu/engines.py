@@ -1,6 +1,6 @@
 """What building InternVL 1.5's TensorRT engines takes, from a few layers at its true width.
 
-    internvl-edge bench engines [--json FILE]
+    internvl-edge bench kernels engines [--json FILE]
 
 One and two layers of INT8 vision and INT4 language, random weights, are exported and built with
 TensorRT for RTX, without a GPU. Two points give the slope per layer; the whole model's plan and the
@@ -10,6 +10,7 @@ version: there the figures are estimates.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,9 +124,14 @@ def extrapolate(small: Sequence[GraphReport], large: Sequence[GraphReport]) -> l
     return found
 
 
-def run_engines(*, output: Path | None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Build, print the tables and store them; returns the exit status."""
-    check_writable(output)
+    check_writable(arguments.json)
     version = require_builder()
     builds = []
     for layers in DEPTHS:
@@ -136,7 +142,7 @@ def run_engines(*, output: Path | None) -> int:
     print(f"TensorRT for RTX {version}, INT8 vision, INT4 language, GPU {CAPABILITY}")
     print(render_builds(builds))
     print(render_whole(whole, verdicts))
-    if output is not None:
+    if arguments.json is not None:
         report = {
             "tensorrt_rtx": version,
             "shapes": asdict(DEFAULT_SHAPES),
@@ -148,7 +154,7 @@ def run_engines(*, output: Path | None) -> int:
             "targets": verdicts,
             "machine": describe_machine(0),
         }
-        write_result(report, output)
+        write_result(report, arguments.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Two latency results beside each other: ratios of medians, and whether they could be chance.
 
-    internvl-edge bench compare BEFORE.json AFTER.json [--json]
+    internvl-edge bench latency compare BEFORE.json AFTER.json [--json]
 
 A ratio below one is faster. Runs of one round share its memory and its minute, so that a round's
 median is one sample (a run is, where there is one round only). Figures are geometric means of the
@@ -11,6 +11,7 @@ Neither tells a change of the code from other work that ran on the machine durin
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,18 +56,26 @@ class Row(Difference):
     real: bool
 
 
-def run_compare(before: Path, after: Path, *, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("before", type=Path, metavar="BEFORE")
+    parser.add_argument("after", type=Path, metavar="AFTER")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Compare and print; returns the exit status.
 
     Raises:
         LimitError: not latency results, or nothing in common.
     """
+    before, after = arguments.before, arguments.after
     results = read_result(before), read_result(after)
     rows = compare(*results)
     if not rows:
         raise LimitError(f"{before} and {after} have no point in common: the same tiles, --prompt")
     notes = _notes(*results)
-    if as_json:
+    if arguments.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1))
     else:
         print("\n".join(_render(rows, notes)))

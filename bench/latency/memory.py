@@ -5,6 +5,7 @@ internvl-edge bench memory BUNDLE --tiles 41 [--new-tokens N] [--low-memory] [--
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime.backends.prepared import is_prepared
 from internvl_edge.runtime.memory import plan_memory
+from internvl_edge.runtime.options import add_threads
 
 #: Answers once and reports; anonymous memory is sampled, file pages are the kernel's to drop.
 CHILD = """
@@ -78,30 +80,36 @@ print(json.dumps({
 """
 
 
-def run_memory(
-    path: Path,
-    *,
-    tiles: int,
-    new_tokens: int,
-    threads: int | None,
-    low_memory: bool,
-    json_file: Path | None,
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--tiles", type=int, default=13, metavar="N", help="thumbnail included: 1, or 3 and more"
+    )
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N")
+    parser.add_argument("--low-memory", action="store_true", help="one graph at a time")
+    add_threads(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures there")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print, store; returns the exit status.
 
-    Args:
-        tiles: of one picture, thumbnail included: 1, or 3 and more.
+    Raises:
+        LimitError: a number of tiles that no picture has, or the measured process failed.
+        BundleError: not a bundle.
     """
-    check_writable(json_file)
-    bundle = open_bundle(path, verify="size")
+    tiles, low_memory = arguments.tiles, arguments.low_memory
+    check_writable(arguments.json)
+    bundle = open_bundle(arguments.bundle, verify="size")
     columns = tiles - bundle.spec.tiling.thumbnail if tiles > 1 else 1
     if tiles < 1 or (tiles > 1 and columns < 2):
         raise LimitError(f"--tiles is {tiles}; one picture has 1, or 3 and more with its thumbnail")
     request = {
-        "bundle": str(path),
+        "bundle": str(bundle.path),
         "columns": columns,
-        "new_tokens": new_tokens,
-        "threads": threads,
+        "new_tokens": arguments.new_tokens,
+        "threads": arguments.threads,
         "low_memory": low_memory,
     }
     found = _child(request)
@@ -113,7 +121,7 @@ def run_memory(
         low_memory=low_memory,
     )
     measured = max(found["peak_anonymous_bytes"].values())
-    count = threads or available_cores()
+    count = arguments.threads or available_cores()
     # Not before: the machine's memory is the measured process's.
     read = read_bandwidth(count)
     middle = found["prompt_tokens"] + found["new_tokens"] // 2
@@ -144,8 +152,8 @@ def run_memory(
         f" ({100 * (plan.total / measured - 1):+.1f}%); with file pages"
         f" {found['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
-    if json_file is not None:
-        write_result(result, json_file)
+    if arguments.json is not None:
+        write_result(result, arguments.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Where the time of each phase goes: ONNX Runtime's own profile, summed by block and operator.
 
-    internvl-edge bench profile BUNDLE [--tiles N] [--prompt N] [--repeat N] [--top N] [--json]
+    internvl-edge bench latency profile BUNDLE [--tiles N] [--prompt N] [--repeat N] [--top N]
 
 Three phases are run: vision over some tiles, one prefill pass, one decode step behind it. Each node
 is counted once a pass, so the n-th event of a node belongs to the n-th pass. Operations come from
@@ -9,6 +9,7 @@ the shapes the profiler saw, not from the spec: the tests hold the roofline's fo
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -22,13 +23,14 @@ import numpy as np
 
 from internvl_edge.bench.common.summaries import percentile
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import BundleError, LimitError
+from internvl_edge.bundle.errors import BundleError, UsageError
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.quoting import named
 from internvl_edge.bundle.rope import rope_rows
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import use_exact_products
+from internvl_edge.runtime.options import add_threads, at_least
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -251,24 +253,41 @@ def _tensors(event: Mapping[str, Any], side: str) -> list[tuple[str, Shape]]:
     ]
 
 
-def run_profile(
-    path: Path, *, tiles: int, tokens: int, runs: int, top: int, threads: int | None, as_json: bool
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    for option, default, told in (
+        ("--tiles", 1, "of the vision phase"),
+        ("--prompt", 256, "tokens of a prefill"),
+        ("--repeat", 3, "measured runs of each phase"),
+        ("--top", 8, "lines of each list"),
+    ):
+        parser.add_argument(
+            option, type=at_least(1, option), default=default, metavar="N", help=told
+        )
+    add_threads(parser)
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Profile and print; returns the exit status.
 
     Raises:
-        LimitError: an option out of range.
+        UsageError: a prompt beyond the model's context.
         BundleError: not a bundle, or not one of ONNX Runtime's.
     """
-    options = {"--tiles": tiles, "--prompt": tokens, "--repeat": runs, "--top": top}
-    for option, value in options.items():
-        if value < 1:
-            raise LimitError(f"{option} is {value}, it must be at least 1")
-    bundle = open_bundle(path, verify="size")
+    bundle = open_bundle(arguments.bundle, verify="size")
+    tokens, top = arguments.prompt, arguments.top
     if tokens >= (limit := bundle.spec.language.max_context):
-        raise LimitError(f"--prompt is {tokens}, this model ends at {limit}; lower it")
-    phases = profile_bundle(bundle, tiles=tiles, tokens=tokens, runs=runs, threads=threads)
-    if as_json:
+        raise UsageError(f"--prompt is {tokens}, this model ends at {limit}; lower it")
+    phases = profile_bundle(
+        bundle,
+        tiles=arguments.tiles,
+        tokens=tokens,
+        runs=arguments.repeat,
+        threads=arguments.threads,
+    )
+    if arguments.json:
         print(json.dumps([_phase_dict(phase, top) for phase in phases], indent=1))
     else:
         print("\n\n".join(_render(phase, top) for phase in phases))

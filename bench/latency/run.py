@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,32 +42,37 @@ from internvl_edge.bundle.errors import ExportError, LimitError
 from internvl_edge.bundle.manifest import Manifest, open_bundle
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.options import add_threads
 
 #: Fresh processes per bundle; each hashes the whole bundle, as a user's load does.
 COLD_STARTS = 3
 COLD_PROMPT = "What is the total?"
 
 
-def run_latency(
-    bundles: Sequence[Path],
-    *,
-    tiles: Sequence[int],
-    prompt: Sequence[int],
-    new_tokens: Sequence[int],
-    rounds: int,
-    runs: int,
-    warmup: int,
-    threads: int | None,
-    json_file: Path | None,
-    html_file: Path | None,
-    png_file: Path | None,
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    parser.add_argument("--tiles", nargs="+", type=int, default=[1, 4, 13], metavar="N")
+    parser.add_argument(
+        "--prompt", nargs="+", type=int, default=[64], metavar="N", help="tokens of the question"
+    )
+    parser.add_argument("--new-tokens", nargs="+", type=int, default=[32], metavar="N")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="that count, each with the model loaded anew"
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="measured runs of a point a round")
+    parser.add_argument("--warmup", type=int, default=1, help="runs before them, not counted")
+    add_threads(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store every sample there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write the plots as a picture")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status.
 
-    Args:
-        rounds: how often the models are loaded and go over the grid; more where the machine was
-            in another state meanwhile, see `bench.rounds`.
-        runs: measured runs of each point in each round, after `warmup` others.
+    More rounds are measured than asked for where the machine was in another state meanwhile
+    (`bench.common.rounds`).
 
     Raises:
         LimitError: nothing to repeat, a bad grid, or an output that cannot be written.
@@ -74,19 +80,21 @@ def run_latency(
         DeviceError: a fresh process failed.
         BundleError: not a bundle.
     """
+    bundles, rounds, runs = arguments.bundles, arguments.rounds, arguments.repeat
+    warmup = arguments.warmup
     if rounds < 1 or runs < 1 or warmup < 0:
         raise LimitError(
             f"--rounds is {rounds}, --repeat {runs} and --warmup {warmup}; at least 1, 1 and 0 are"
             " needed"
         )
-    points = grid(tiles, prompt, new_tokens)
-    check_writable(json_file, html_file, png_file)
-    render_png = None if png_file is None else _png_renderer()
+    points = grid(arguments.tiles, arguments.prompt, arguments.new_tokens)
+    check_writable(arguments.json, arguments.html, arguments.png)
+    render_png = None if arguments.png is None else _png_renderer()
     manifests = [open_bundle(path, verify="size").manifest for path in bundles]
     for manifest in manifests:
         for point in points:
             check_tiles(manifest.spec, point.tiles)
-    count = threads or available_cores()
+    count = arguments.threads or available_cores()
     machine = describe_machine(count)
     names = [bundle_name(path, number, bundles) for number, path in enumerate(bundles)]
     _say("measuring this machine's ceilings")
@@ -141,12 +149,12 @@ def run_latency(
         "models": models,
     }
     print(render_text(result))
-    if json_file is not None:
-        write_result(result, json_file)
-    if html_file is not None:
-        write_whole(render_html(result).encode(), html_file)
-    if png_file is not None and render_png is not None:
-        write_whole(render_png(result), png_file)
+    if arguments.json is not None:
+        write_result(result, arguments.json)
+    if arguments.html is not None:
+        write_whole(render_html(result).encode(), arguments.html)
+    if render_png is not None:
+        write_whole(render_png(result), arguments.png)
     return 0
 
 

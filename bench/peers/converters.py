@@ -6,6 +6,7 @@ has answers; images stay where they are and are named relative to the output.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
@@ -55,6 +56,21 @@ def layouts() -> dict[str, Layout]:
         "mmmu": Layout("the rows as .json or .jsonl, image_1... being file names", ".", _mmmu),
         "mathvista": Layout("testmini.json beside images/", ".", _mathvista),
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("kind", choices=tuple(layouts()))
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="file or folder, as released")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where its images are instead")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, and print how many questions there are; returns the exit status."""
+    count = convert(arguments.kind, arguments.source, arguments.output, arguments.images)
+    print(f"wrote {count} questions to {arguments.output}")
+    return 0
 
 
 def convert(kind: str, source: Path, output: Path, images: Path | None = None) -> int:

@@ -11,6 +11,7 @@ and their median is printed: another process that slows the machine slows both.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.ops import available_cores
+from internvl_edge.runtime.options import add_threads, at_least
 
 OWN = "internvl-edge"
 SYNTHETIC = "internvl-chat-v1-5"
@@ -69,13 +71,6 @@ class Settings:
     def context(self) -> int:
         return self.prompt + self.new_tokens
 
-    def check(self) -> None:
-        """Raise LimitError for a number that makes no sense."""
-        for option in ("prompt", "new_tokens", "runs"):
-            if (value := getattr(self, option)) < 1:
-                name = "repeat" if option == "runs" else option.replace("_", "-")
-                raise LimitError(f"--{name} is {value}, it must be at least 1")
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -93,38 +88,66 @@ class Standing:
     rounds: list[Round]
 
 
-def run_peers(
-    checkpoint: Path | None,
-    *,
-    layers: int | None,
-    language: LanguagePrecision,
-    block: int,
-    head_bits: Literal[4, 8],
-    names: Sequence[str],
-    settings: Settings,
-    optimum_python: Path | None,
-    work: Path | None,
-    json_file: Path | None,
-) -> int:
-    """Measure and print; returns the exit status.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.description = (
+        "The language part in this runtime and in each peer that is installed: the same weights,"
+        "\nprompt and threads, one turn each."
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="default: InternVL 1.5's true shapes with drawn weights",
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help=f"of the drawn model (default: {SYNTHETIC_LAYERS})"
+    )
+    parser.add_argument("--language", choices=get_args(LanguagePrecision), default="int4")
+    parser.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
+    parser.add_argument("--head", choices=("int8", "int4"), default="int8")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME", help="its name's beginning; repeat"
+    )
+    for option, default, told in (
+        ("--prompt", 256, "tokens prefilled"),
+        ("--new-tokens", 16, "tokens decoded"),
+        ("--repeat", 5, "measured rounds of each pair"),
+    ):
+        parser.add_argument(
+            option, type=at_least(1, option), default=default, metavar="N", help=told
+        )
+    parser.add_argument(
+        "--optimum-python", type=Path, metavar="FILE", help="interpreter that has optimum-onnx"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where weights lie meanwhile")
+    add_threads(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store every round there")
 
-    Args:
-        block: inputs that share a scale where the decoder is stored as integers.
-        head_bits: of the output head there.
-        layers: of the drawn model; None is `SYNTHETIC_LAYERS`.
-        work: folder for the converted weights while they are needed; None is the system's.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status.
 
     Raises:
         LimitError: a number or a name that makes no sense, or an output that cannot be written.
     """
-    settings.check()
+    checkpoint, language, work = arguments.checkpoint, arguments.language, arguments.work
+    settings = Settings(
+        threads=arguments.threads or available_cores(),
+        prompt=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+        runs=arguments.repeat,
+    )
     # Rounded to nearest: how integers were chosen does not change the time.
-    options = QuantOptions(block=block, head_bits=head_bits, naive=True)
-    peers = choose_peers(names)
-    check_writable(json_file)
+    options = QuantOptions(
+        block=arguments.block, head_bits=4 if arguments.head == "int4" else 8, naive=True
+    )
+    peers = choose_peers(arguments.peer)
+    check_writable(arguments.json)
     if work is not None and not work.is_dir():
         raise LimitError(f"--work {work} is not a directory; make it first")
-    source = _source(checkpoint, layers)
+    source = _source(checkpoint, arguments.layers)
     longest = source.spec.language.max_position_embeddings
     if settings.context > longest:
         raise LimitError(f"{settings.context} tokens are beyond the {longest} of this model")
@@ -139,7 +162,7 @@ def run_peers(
         try:
             print(_head(settings, machine, language), flush=True)
             for peer in peers:
-                python = interpreter(peer, optimum_python)
+                python = interpreter(peer, arguments.optimum_python)
                 try:
                     installed = versions(peer.packages, python)
                     if reason := obstacle(peer, source.spec, installed):
@@ -155,7 +178,7 @@ def run_peers(
             own.close()
     if note is not None:
         print(f"note: {note}")
-    if json_file is not None:
+    if arguments.json is not None:
         result = {
             "format": "internvl-edge peers",
             "version": 1,
@@ -171,12 +194,8 @@ def run_peers(
             "peers": [asdict(standing) for standing in standings],
             "not_measured": skipped,
         }
-        write_result(result, json_file)
+        write_result(result, arguments.json)
     return 0
-
-
-def default_threads(threads: int | None) -> int:
-    return threads or available_cores()
 
 
 def compare(name: str, installed: dict[str, str], own: list[Round], peer: list[Round]) -> Standing:

@@ -1,6 +1,6 @@
 """Export at true size: a released member of the family, its weights drawn instead of read.
 
-    internvl-edge bench synthetic internvl-chat-v1-5 -o B --vision int8 --language int4 --kv int8
+    internvl-edge bench scale internvl-chat-v1-5 -o B --vision int8 --language int4 --kv int8
 
 Says before it starts what the bundle will take, exports as `internvl-edge export` does, and reports
 wall time, peak memory and the bytes written beside the computed ones. Integers are rounded to
@@ -9,10 +9,12 @@ nearest: nothing is gained by searching for what suits random weights.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
@@ -39,25 +41,30 @@ from internvl_edge.export.sizes import bundle_bytes
 PICTURES = 2
 
 
-def run_synthetic(
-    name: str,
-    output: Path,
-    *,
-    vision: VisionPrecision,
-    language: LanguagePrecision,
-    kv: CachePrecision | None,
-    layers: int | None,
-    overwrite: bool,
-    json_file: Path | None,
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("model", metavar="MODEL", help="such as internvl-chat-v1-5")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="BUNDLE")
+    parser.add_argument("--vision", choices=get_args(VisionPrecision), default="fp32")
+    parser.add_argument("--language", choices=get_args(LanguagePrecision), default="fp32")
+    parser.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
+    parser.add_argument("--layers", type=int, metavar="N", help="keep N of each tower's")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures there")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Export, measure, print; returns the exit status.
 
-    Args:
-        name: one of `CONFIGS`.
-        layers: keep so many of each tower's; None keeps all.
+    Raises:
+        CheckpointError: no such model.
+        LimitError: more layers than it has, or an output that cannot be written.
+        ExportError: the bundle cannot be written.
     """
-    check_writable(json_file)
-    spec = synthetic_spec(name, layers)
+    name, output = arguments.model, arguments.output
+    vision, language, kv = arguments.vision, arguments.language, arguments.kv
+    check_writable(arguments.json)
+    spec = synthetic_spec(name, arguments.layers)
     recipe = Recipe(vision, language, kv or default_cache(language), QuantOptions(naive=True))
     computed = sum(bundle_bytes(spec, recipe).values())
     print(f"{name}: the bundle will take {computed / 1e9:.2f} GB", flush=True)
@@ -76,7 +83,7 @@ def run_synthetic(
             options=recipe.options,
             calibration=_pictures(folder, spec.vision.tile_size),
             sensitivity=False,
-            overwrite=overwrite,
+            overwrite=arguments.overwrite,
             progress=progress,
             calibration_progress=unit_progress,
         )
@@ -101,8 +108,8 @@ def run_synthetic(
         f"{seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB,"
         f" {written / 1e9:.3f} GB written, {100 * (written / computed - 1):+.2f}% of the computed"
     )
-    if json_file is not None:
-        write_result(result, json_file)
+    if arguments.json is not None:
+        write_result(result, arguments.json)
     return 0
 
 

@@ -30,7 +30,7 @@ GIB = 1 << 30
 TEXT_TOKENS = 2048
 CONTEXT_MULTIPLE = 256
 #: The builder's anonymous memory: RTX 1.7 took 2.1 to 2.4 times the weights for one and two layers
-#: at true width (`bench engines`). TensorRT's own builder was not measured.
+#: at true width (`bench kernels engines`). TensorRT's own builder was not measured.
 BUILDER_FACTOR, BUILDER_BYTES = 2.2, 128 << 20
 #: A CUDA context with the library and its kernels.
 RUNTIME_BYTES = GIB

@@ -69,5 +69,5 @@ def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[
 def test_a_word_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     """Behind options too, where argparse before 3.12 hands it back."""
     with pytest.raises(SystemExit, match="2"):
-        main(["bench", "fidelity", "a", "--reference", "b", "c"])
+        main(["bench", "accuracy", "fidelity", "a", "--reference", "b", "c"])
     assert "unrecognized arguments: c" in capsys.readouterr().err

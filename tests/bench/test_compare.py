@@ -161,7 +161,7 @@ def test_command(
     after["machine"]["cpu"] = "another"
     for file, content in zip(files, (noisy(result, 0, {}), after), strict=True):
         write_result(content, file)
-    arguments = ["bench", "compare", *map(str, files)]
+    arguments = ["bench", "latency", "compare", *map(str, files)]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     (line,) = (line for line in text.splitlines() if line.startswith("vision  "))
@@ -180,5 +180,7 @@ def test_nothing_in_common(
     for point in result["models"][0]["points"]:
         point["text_tokens"] += 1
     write_result(result, tmp_path / "after.json")
-    line = error_line(capsys, "bench", "compare", tmp_path / "before.json", tmp_path / "after.json")
+    line = error_line(
+        capsys, "bench", "latency", "compare", tmp_path / "before.json", tmp_path / "after.json"
+    )
     assert "no point in common" in line

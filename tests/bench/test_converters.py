@@ -257,7 +257,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = lay_out(tmp_path, "chartqa"), tmp_path / "chartqa.jsonl"
     images = tmp_path / "moved"
     (tmp_path / "png").rename(images)
-    words = ["bench", "convert", "chartqa", str(source), "-o", str(output)]
+    words = ["bench", "accuracy", "convert", "chartqa", str(source), "-o", str(output)]
     assert main(words) == 2  # no image where the official layout has them
     assert main([*words, "--images", str(images)]) == 0
     assert "wrote 2 questions" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_command(
     lines.append({"id": "2", "image": "gone.png", "question": "What?", "answers": ["x"]})
     data, report = tmp_path / "data.jsonl", tmp_path / "report.json"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ["bench", "fidelity", str(halved), "--reference", str(golden_bundle)]
+    words = ["bench", "accuracy", "fidelity", str(halved), "--reference", str(golden_bundle)]
     words += ["--data", str(data), "--max-new-tokens", "3", "--max-tiles", "1", "--device", "cpu"]
     assert main([*words, "--json", str(report)]) == 0
     assert "top-1 agreement" in capsys.readouterr().out
@@ -166,6 +166,6 @@ def test_another_model_is_refused(
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["spec"]["tiling"]["max_tiles"] += 1
     manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
-    words = ["bench", "fidelity", str(bundle), "--reference", str(golden_bundle)]
+    words = ["bench", "accuracy", "fidelity", str(bundle), "--reference", str(golden_bundle)]
     assert main([*words, "--images", "1", "--device", "cpu"]) == 2
     assert "not of the same model" in capsys.readouterr().err

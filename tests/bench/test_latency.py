@@ -234,7 +234,9 @@ def test_stop_token_does_not_end_an_answer(result: dict[str, Any], integer_bundl
 
 
 def test_compare_of_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = error_line(capsys, "bench", "compare", tmp_path / "a.json", tmp_path / "b.json")
+    line = error_line(
+        capsys, "bench", "latency", "compare", tmp_path / "a.json", tmp_path / "b.json"
+    )
     assert "cannot read" in line
 
 

@@ -95,7 +95,16 @@ def test_a_float_bundle_has_nothing_to_blame(float_bundle: Path) -> None:
 
 
 def test_command(integer_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "profile", str(integer_bundle), "--prompt", "8", "--threads", "1"]
+    arguments = [
+        "bench",
+        "latency",
+        "profile",
+        str(integer_bundle),
+        "--prompt",
+        "8",
+        "--threads",
+        "1",
+    ]
     assert main([*arguments, "--top", "3"]) == 0
     text = capsys.readouterr().out
     assert "in float though stored as integers" in text
@@ -111,18 +120,20 @@ def test_command(integer_bundle: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("option", ["--tiles", "--prompt", "--repeat", "--threads", "--top"])
 def test_bad_options(option: str, integer_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = error_line(capsys, "bench", "profile", integer_bundle, option, "0")
+    line = error_line(capsys, "bench", "latency", "profile", integer_bundle, option, "0")
     assert f"{option} is 0" in line
 
 
 def test_a_tensorrt_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config())
     bundle = export_bundle(checkpoint, tmp_path / "bundle", dialect="tensorrt")
-    assert "export with --for onnxruntime" in error_line(capsys, "bench", "profile", bundle)
+    assert "export with --for onnxruntime" in error_line(
+        capsys, "bench", "latency", "profile", bundle
+    )
 
 
 def test_a_prompt_beyond_the_context(
     integer_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = error_line(capsys, "bench", "profile", integer_bundle, "--prompt", 10**6)
+    line = error_line(capsys, "bench", "latency", "profile", integer_bundle, "--prompt", 10**6)
     assert "--prompt" in line

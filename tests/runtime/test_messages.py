@@ -148,7 +148,10 @@ BAD: list[tuple[Any, str]] = [
     ([], "messages must end with a user message"),
 ]
 UNREADABLE = [
-    (image_url("https://example.com/a.png"), "is on the network, where nothing is fetched from here; download it"),
+    (
+        image_url("https://example.com/a.png"),
+        "is on the network, where nothing is fetched from here; download it",
+    ),
     (image_url("file://elsewhere/a.png"), "names another machine"),
     (image_url("data:image/png,abc"), "3 bytes of a data URI is not an image"),
     (image_url("data:image/png;base64,a*b"), "is no base64"),

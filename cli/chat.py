@@ -13,10 +13,39 @@ from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
 from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.options import add_device
 
 
-def run_chat(arguments: argparse.Namespace) -> int:
-    """Run `internvl-edge chat`; returns the exit status."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("images", nargs="*", metavar="IMAGE")
+    parser.add_argument("-p", "--prompt", help="ask this once; without it, a conversation")
+    parser.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--max-context", type=int, help="most tokens of prompt and answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the answer")
+    parser.add_argument("--system", help="system message instead of the checkpoint's")
+    parser.add_argument("--verify", choices=("hash", "size"), default="hash")
+    parser.add_argument(
+        "--auto-build", action="store_true", help="build TensorRT engines where none fit this GPU"
+    )
+    parser.add_argument("--json", action="store_true", help="print replies as JSON lines")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"
+    )
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="keep encoded images there for the next time"
+    )
+    add_device(parser)
+    parser.set_defaults(trailing="images")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask once, or hold a conversation; returns the exit status."""
     sampling = Sampling(
         temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed
     )
@@ -65,7 +94,7 @@ def summary(timings: Timings, tokens: int) -> str:
 
 
 def _builder() -> EngineBuilder:
-    with extra_installed():
+    with extra_installed("export"):
         from internvl_edge.export.tensorrt.engines import build_for_machine
     return build_for_machine
 
