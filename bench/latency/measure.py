@@ -8,7 +8,8 @@ a second question about the same picture. Runs come in rounds: each loads the mo
 over the whole grid, so that the spread holds what differs between processes' memory and minutes
 too, and not only between one run and the next. The runtime's own `Timings` say where the time went;
 decoding and cutting the picture are timed apart. The stop token is disabled, so that an answer is
-as long as asked. The projector is part of the vision graph: `bench latency profile` tells its share.
+as long as asked. The projector is part of the vision graph: `bench latency profile` tells its
+share.
 """
 
 from __future__ import annotations

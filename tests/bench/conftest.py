@@ -13,7 +13,7 @@ from calibrating import few_items
 from checkpoints import KV8, small_config, write_checkpoint
 
 from internvl_edge.bench.common import ceilings
-from internvl_edge.bench.latency.run import run_latency
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
 
@@ -59,19 +59,11 @@ def integer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latency_files(integer_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `result.json`, `report.html`, `plots.png`: once, no picture, and four tiles."""
     folder = tmp_path_factory.mktemp("latency")
-    run_latency(
-        [integer_bundle],
-        tiles=[0, 4],
-        prompt=[8],
-        new_tokens=[4],
-        rounds=2,
-        runs=2,
-        warmup=1,
-        threads=1,
-        json_file=folder / "result.json",
-        html_file=folder / "report.html",
-        png_file=folder / "plots.png",
-    )
+    options = {"--prompt": 8, "--new-tokens": 4, "--rounds": 2, "--repeat": 2, "--threads": 1}
+    files = {"--json": "result.json", "--html": "report.html", "--png": "plots.png"}
+    given = options | {option: folder / name for option, name in files.items()}
+    words = [str(word) for option in given.items() for word in option]
+    assert main(["bench", "latency", str(integer_bundle), "--tiles", "0", "4", *words]) == 0
     return folder
 
 

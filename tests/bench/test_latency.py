@@ -243,8 +243,8 @@ def test_compare_of_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [
-        ("scipy", ("compare", "result.json", "result.json")),
-        ("jsonschema", ("compare", "result.json", "result.json")),
+        ("scipy", ("latency", "compare", "result.json", "result.json")),
+        ("jsonschema", ("latency", "compare", "result.json", "result.json")),
         ("jsonschema", ("estimate", "result.json")),
         ("scipy", ("estimate", "internvl-1.5", "--target", "l4")),
     ],
@@ -261,8 +261,8 @@ def test_a_missing_package_is_named(
 
 
 def test_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("latency", "profile", "estimate", "compare"):
+    for name in ("latency", "latency profile", "latency compare", "estimate"):
         with pytest.raises(SystemExit) as ended:
-            main(["bench", name, "--help"])
+            main(["bench", *name.split(), "--help"])
         assert ended.value.code == 0
     assert "--target" in capsys.readouterr().out

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from calibrating import few_items
 from checkpoints import KV8, small_config, write_checkpoint
+from command_line import error_line
 
 from internvl_edge.bench.answers import layerwise
-from internvl_edge.bench.answers.layerwise import run_layerwise
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision
+from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
-from internvl_edge.runtime import BundleError
+
+COMMAND = ("bench", "accuracy", "layerwise", "--threads", "1", "--prompt", "9")
 
 
 def write_bundle(
@@ -57,7 +59,7 @@ def test_logits_are_the_runtimes(
     tmp_path: Path, language: LanguagePrecision, kv: CachePrecision | None, least: float
 ) -> None:
     bundle, file = write_bundle(tmp_path, language, kv=kv), tmp_path / "result.json"
-    assert run_layerwise(bundle, prompt=9, new_tokens=6, threads=1, json_file=file) == 0
+    assert main([*COMMAND, str(bundle), "--new-tokens", "6", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["as_run"]["cosine_least"] > least
     assert result["unrounded"]["cosine_least"] > 0.999999
@@ -71,11 +73,10 @@ def test_another_token_is_noticed(
     bundle = write_bundle(tmp_path, "fp32")
     exact = layerwise.reference_logits
     monkeypatch.setattr(layerwise, "reference_logits", lambda *given: -exact(*given))
-    assert run_layerwise(bundle, prompt=9, new_tokens=4, threads=1, json_file=None) == 1
+    assert main([*COMMAND, str(bundle), "--new-tokens", "4"]) == 1
     assert capsys.readouterr().out.startswith("as run: 0 of")
 
 
-def test_asymmetric_blocks_are_refused(tmp_path: Path) -> None:
+def test_asymmetric_blocks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = write_bundle(tmp_path, "int4", symmetric=False)
-    with pytest.raises(BundleError, match="symmetric"):
-        run_layerwise(bundle, prompt=4, new_tokens=2, threads=1, json_file=None)
+    assert "symmetric" in error_line(capsys, *COMMAND, bundle, "--new-tokens", "2")

@@ -14,13 +14,13 @@ from internvl_edge.cli.main import main
     [
         ["accuracy"],
         ["accuracy", "none", "--data", "none.jsonl"],
-        ["fidelity", "none", "--reference", "none"],
-        ["engines"],
+        ["accuracy", "fidelity", "none", "--reference", "none"],
+        ["kernels", "engines"],
         ["latency", "none"],
         ["memory", "none"],
-        ["layerwise", "none"],
+        ["accuracy", "layerwise", "none"],
         ["peers"],
-        ["synthetic", "internvl-chat-v1-5", "-o", "none"],
+        ["scale", "internvl-chat-v1-5", "-o", "none"],
     ],
     ids=" ".join,
 )

@@ -1,0 +1,131 @@
+"""The table of commands: each is where it says, helps, and is imported when it is typed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import BLOCK, error_line, run
+
+from internvl_edge.cli.commands import BENCH, COMMANDS, RENAMED, Command
+from internvl_edge.cli.main import main
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def commands(command: Command = COMMANDS, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command's words behind the program's name."""
+    for name, part in command.parts.items():
+        yield (*path, name)
+        yield from commands(part, (*path, name))
+
+
+def found(path: tuple[str, ...]) -> Command:
+    command = COMMANDS
+    for name in path:
+        command = command.parts[name]
+    return command
+
+
+@pytest.mark.parametrize("path", [*commands()], ids=" ".join)
+def test_a_command_is_where_the_table_says(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = found(path)
+    if command.module is not None:
+        module = importlib.import_module(f"internvl_edge.{command.module}")
+        assert callable(module.add_arguments)
+        assert callable(module.run)
+    with pytest.raises(SystemExit) as ended:
+        main([*path, "--help"])
+    assert ended.value.code == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert output.startswith(f"usage: internvl-edge {' '.join(path)} ")
+    assert all(part.help.split()[0] in output for part in command.parts.values())
+    assert all(name in output for name in command.parts)
+
+
+@pytest.mark.parametrize("words", [(), ("bench",)], ids=len)
+def test_the_list_of_commands_imports_none_of_them(words: tuple[str, ...]) -> None:
+    code = (
+        "import sys, json\nfrom internvl_edge.cli.main import main\n"
+        "try:\n    main([*sys.argv[1:], '--help'])\n"
+        "except SystemExit:\n    print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(ended.stderr))
+    assert not loaded & {"numpy", "PIL", "onnx", "onnxruntime"}
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("internvl_edge.")}
+    assert rooms == {"bundle", "cli"}
+    assert "accuracy" in ended.stdout if words else "chat" in ended.stdout
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_an_old_name_says_the_new_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, "bench", name, "BUNDLE", "--json")
+    assert line == f"error: 'bench {name}' is now 'bench {RENAMED[name]}'"
+    assert found(("bench", *RENAMED[name].split())).module is not None
+    assert name not in BENCH
+
+
+@pytest.mark.parametrize("words", [["bench"], ["bench", "fly"], ["--", "chat"], ["-x", "chat"]])
+def test_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "usage: internvl-edge" in capsys.readouterr().err
+
+
+def test_a_file_may_be_called_like_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "compare is not a bundle" in error_line(capsys, "bench", "latency", "./compare")
+
+
+def test_the_readme_lists_the_subjects_of_bench() -> None:
+    table = README.read_text(encoding="utf-8").split("| `internvl-edge bench …` | answers |")[1]
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    listed = [name for row in rows for name in re.findall("`([a-z ]+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(" ".join(path[1:]) for path in commands() if path[1:])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prepare B",
+        "build B",
+        "bench accuracy",
+        "bench accuracy fidelity B --reference B",
+        "bench accuracy layerwise B",
+        "bench latency B",
+        "bench memory B",
+        "bench estimate B",
+        "bench scale internvl-chat-v1-5 -o B",
+        "bench kernels precision",
+        "bench kernels engines",
+        "bench peers",
+    ],
+)
+def test_without_its_extra_a_command_names_it(words: str) -> None:
+    names = ["onnx", "safetensors", "ml_dtypes", "tqdm", "scipy"]
+    ended = run(*words.split(), hook=BLOCK.format(names=names))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    extra = "bench" if "estimate" in words else "export"
+    assert line.startswith("error: this command needs the package ")
+    assert line.endswith(f": pip install 'internvl-edge[{extra}]'")
+
+
+@pytest.mark.parametrize("name", ["export", "prepare", "build"])
+def test_help_of_the_main_commands_needs_no_extra(name: str) -> None:
+    ended = run(name, "--help", hook=BLOCK.format(names=["onnx", "safetensors", "tqdm"]))
+    assert (ended.returncode, ended.stderr) == (0, "")
