@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internvl_edge.bundle.errors import BundleError, ExportError
+from internvl_edge.bundle.errors import BundleError, MissingExtraError
 
 
 @contextmanager
@@ -16,8 +16,8 @@ def extra_installed(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ExportError(
-            f"this command needs the package {error.name}: pip install 'internvl-edge[{extra}]'"
+        raise MissingExtraError(
+            f"this command needs the package {error.name}", extra=extra
         ) from error
 
 

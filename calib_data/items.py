@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from internvl_edge.bundle.errors import ImageError, InternVLEdgeError
+from internvl_edge.bundle.errors import CalibrationDataError, ImageError
 from internvl_edge.bundle.files import DATA_BYTES, read_bytes
 from internvl_edge.bundle.json_reader import JsonError, parse_json
 from internvl_edge.bundle.quoting import named, reason
@@ -17,10 +17,6 @@ from internvl_edge.runtime.images.decode import load_image
 #: Asked of pictures that come without a question.
 DEFAULT_PROMPT = "Please describe the image in detail."
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-class CalibrationDataError(InternVLEdgeError):
-    """Calibration data cannot be read: no images, a malformed line."""
 
 
 @dataclass(frozen=True)

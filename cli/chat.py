@@ -78,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
         except InternVLEdgeError as error:
             if not interactive:
                 raise
-            print(f"error: {error}", file=sys.stderr)  # the conversation goes on as it was
+            print(
+                f"error: {error.told(flags=True)}", file=sys.stderr
+            )  # the conversation goes on as it was
     return 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.bundle.contract import MANIFEST
-from internvl_edge.bundle.errors import CheckpointError, ExportError
+from internvl_edge.bundle.errors import CheckpointError, OutputError
 from internvl_edge.bundle.extras import example_room, room
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.cli.chat import summary
@@ -127,7 +127,7 @@ def _bundle(checkpoint: Path, export: Export) -> Path:
             with locked(bundle.with_name(f"{bundle.name}.lock")):
                 _export_once(checkpoint, bundle, export)
         except OSError as error:
-            raise ExportError(
+            raise OutputError(
                 f"cannot write {named(bundle)}: {reason(error)}; set XDG_CACHE_HOME to a"
                 " directory that can be written"
             ) from error

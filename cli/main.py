@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except InternVLEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.told(flags=True)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OptionsError
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.calibration.calibrate import Sample
 from internvl_edge.export.calibration.decisions import Decisions, QuantOptions, Recipe
 from internvl_edge.export.calibration.report import most_sensitive, unit_costs
@@ -52,9 +53,10 @@ def within_budget(
 
     low, high = 0, len(unit_costs(decisions))
     if not meets(high):
-        raise ExportError(
+        raise OptionsError(
             f"a KL divergence of {budget} cannot be met: the KV cache alone, or half precision,"
-            " loses more; raise --budget"
+            " loses more",
+            [Remedy.RAISE_BUDGET],
         )
     while low < high:
         middle = (low + high) // 2

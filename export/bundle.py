@@ -16,7 +16,12 @@ from internvl_edge.bundle.contract import (
     VisionPrecision,
     default_cache,
 )
-from internvl_edge.bundle.errors import BundleError, CheckpointError, ExportError
+from internvl_edge.bundle.errors import (
+    BundleError,
+    CheckpointError,
+    OptionsError,
+    RangeError,
+)
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, get_template
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, tokenizer_files
@@ -187,7 +192,7 @@ def _decide(
     outside = ranges_of(decisions)
     try:
         check_ranges(outside, recipe)
-    except ExportError:
+    except RangeError:
         work.forget_calibration()  # the same export would only fail again
         raise
     options = recipe.options
@@ -205,7 +210,7 @@ def _decide(
 
 
 def _check_cache(recipe: Recipe) -> None:
-    """Raise ExportError unless the dialect's attention takes the KV cache's precision."""
+    """Raise OptionsError unless the dialect's attention takes the KV cache's precision."""
     computed = default_cache(recipe.language, recipe.dialect)
     if recipe.kv == "int8":
         _check_int8_cache(recipe.dialect, computed)
@@ -214,7 +219,7 @@ def _check_cache(recipe: Recipe) -> None:
     floats = dict.fromkeys([computed, *(["fp16"] if recipe.dialect == "onnxruntime" else [])])
     if recipe.kv not in floats:
         others = [] if recipe.dialect == "tensorrt" else ["int8"]
-        raise ExportError(
+        raise OptionsError(
             f"kv {recipe.kv} does not go with language {recipe.language} in graphs for"
             f" {recipe.dialect}; use {' or '.join([*floats, *others])}"
         )
@@ -222,13 +227,13 @@ def _check_cache(recipe: Recipe) -> None:
 
 def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
     if dialect == "tensorrt":
-        raise ExportError(
+        raise OptionsError(
             "kv int8 does not go with --for tensorrt: TensorRT's cache update (TensorScatter) takes"
             f" no integers; keep {computed}, or export --for tensorrt-portable"
         )
     # Whoever runs the graphs: calibration measures what such a cache costs.
     if not takes_int8_cache():
-        raise ExportError(
+        raise OptionsError(
             "kv int8 needs an onnxruntime whose attention takes a quantised cache on the CPU, which"
             f" {load_onnxruntime().__version__} does not; {REMEDY}"
         )

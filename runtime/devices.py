@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.errors import DeviceError, UsageError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted
 from internvl_edge.kernels.ops import cpu_kernels
@@ -77,12 +77,12 @@ def open_device(
     Raises:
         DeviceError: the device is unknown or not available.
         BundleError: a graph or engine does not load.
-        LimitError: `threads` is not positive.
+        UsageError: `threads` is not positive.
     """
     if device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
     if threads is not None and threads < 1:
-        raise LimitError(f"threads is {quoted(threads)}, it must be at least 1")
+        raise UsageError(f"is {quoted(threads)}, it must be at least 1", option="threads")
     if stream is not None and device == "cpu":
         raise DeviceError(f"a CUDA stream was given for device {quoted(device)}; use device='cuda'")
     if device == "cpu":

@@ -15,8 +15,9 @@ from internvl_edge.bundle.contract import (
     VISION_FILES,
     VISION_GRAPH,
 )
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.runtime.backends.prepared import WIDEST_BYTES, part_count
 from internvl_edge.runtime.decoding.passes import prefill_chunk, vision_batch
 from internvl_edge.runtime.free_memory import RESERVE_BYTES, available_memory
@@ -157,12 +158,12 @@ class MemoryGuard:
     low_memory: bool
 
     def check_load(self) -> None:
-        """Raise LimitError unless the weights, and a prompt with one tile, fit."""
+        """Raise CapacityError unless the weights, and a prompt with one tile, fit."""
         tokens = self.manifest.spec.vision.tokens_per_tile
         self._check(self._plan(tokens, 1), tokens, "loading this bundle")
 
     def check_prompt(self, tokens: int, tiles: int) -> None:
-        """Raise LimitError unless so many new positions and tiles fit beside what is loaded."""
+        """Raise CapacityError unless so many new positions and tiles fit beside what is loaded."""
         plan = replace(
             self._plan(tokens, tiles),
             process=0,
@@ -185,11 +186,13 @@ class MemoryGuard:
     def _check(self, plan: MemoryPlan, tokens: int, what: str) -> None:
         available = available_memory()
         if plan.total + RESERVE_BYTES > available:
-            raise LimitError(
+            raise CapacityError(
                 f"{what} takes {_gib(plan.total)} of memory (weights"
                 f" {_gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
-                f" {_gib(plan.kv_cache)}), {_gib(available)} are free;"
-                f" {_remedies(self.manifest, plan)}"
+                f" {_gib(plan.kv_cache)}), {_gib(available)} are free",
+                plan.total + RESERVE_BYTES,
+                available,
+                _remedies(self.manifest, plan),
             )
 
 
@@ -197,20 +200,21 @@ def _weights(manifest: Manifest, files: Sequence[str]) -> int:
     return int(PACKED_GROWTH * sum(manifest.files[name].bytes for name in files))
 
 
-def _remedies(manifest: Manifest, plan: MemoryPlan) -> str:
-    """What would take less, each with what it saves."""
+def _remedies(manifest: Manifest, plan: MemoryPlan) -> dict[Remedy, str]:
+    """Return what would take less, with what it saves where that is known."""
     weights = plan.vision_weights, plan.language_weights
-    options = []
+    found: dict[Remedy, str] = {}
     if all(weights) and "fp16" not in (manifest.vision, manifest.language):
-        options.append(f"'internvl-edge prepare' (maps {_gib(sum(weights))} of weights)")
+        found[Remedy.PREPARE] = f"maps {_gib(sum(weights))} of weights"
     if not plan.low_memory:
         saved = plan.total - replace(plan, low_memory=True).total
-        options.append(f"--low-memory (saves {_gib(saved)})")
+        found[Remedy.LOW_MEMORY] = f"saves {_gib(saved)}"
     if plan.kv_cache:
-        options.append("a smaller --max-context, fewer images or a lower --max-tiles")
+        smaller = [Remedy.LOWER_CONTEXT, Remedy.FEWER_IMAGES, Remedy.LOWER_TILES]
         if manifest.kv != "int8":
-            options.append("an export with --kv int8")
-    return "use " + ", or ".join(options) + ", or close other programs"
+            smaller.append(Remedy.INT8_CACHE)
+        found |= without_gains(smaller)
+    return found | without_gains([Remedy.CLOSE_PROGRAMS])
 
 
 def _gib(size: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.manifest import Bundle, Verify, open_bundle
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
@@ -144,8 +144,8 @@ class InternVL(NotCopied):
         bundle = open_bundle(Path(path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
-            raise LimitError(
-                f"max_context {quoted(max_context)} is outside 1..{limit} of this model"
+            raise UsageError(
+                f"{quoted(max_context)} is outside 1..{limit} of this model", option="max_context"
             )
         opened = open_device(
             bundle,

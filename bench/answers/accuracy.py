@@ -26,7 +26,7 @@ from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.peers.answers import NAMES as LLAMA_CPP
 from internvl_edge.bench.peers.answers import absent, llamacpp_models
 from internvl_edge.bundle.contract import DialectName
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.manifest import read_manifest
 from internvl_edge.bundle.quoting import quoted
@@ -143,10 +143,10 @@ def run_accuracy(
 ) -> int:
     """Print the table, row by row; returns the exit status."""
     if images < 1:
-        raise LimitError(f"--images is {quoted(images)}, it must be at least 1")
+        raise UsageError(f"--images is {quoted(images)}, it must be at least 1")
     known = [case.name for case in CASES] + (list(LLAMA_CPP) if peers else [])
     if unknown := set(only) - set(known):
-        raise LimitError(
+        raise UsageError(
             f"--only {quoted(sorted(unknown)[0])} is unknown; known: {', '.join(known)}"
         )
     check_writable(output)

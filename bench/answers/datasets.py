@@ -23,17 +23,13 @@ from typing import Any
 
 from internvl_edge.bench.answers.metrics import LETTERS, Metric, metrics
 from internvl_edge.bench.answers.vqa import ANNOTATORS
-from internvl_edge.bundle.errors import InternVLEdgeError
+from internvl_edge.bundle.errors import DataError
 from internvl_edge.bundle.files import DATA_BYTES, read_bytes
 from internvl_edge.bundle.json_reader import JsonError, parse_json
 from internvl_edge.bundle.quoting import named, quoted, reason
 
 FIELDS = frozenset({"id", "image", "images", "question", "answers", "choices", "metric"})
 MULTIPLE_CHOICE = "mc"
-
-
-class DataError(InternVLEdgeError):
-    """Evaluation data or stored results cannot be used: a malformed line, a mismatch."""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from internvl_edge.bench.answers.datasets import DataError, Dataset, Question, load_dataset
+from internvl_edge.bench.answers.datasets import Dataset, Question, load_dataset
 from internvl_edge.bench.answers.journal import Answer, Journal
 from internvl_edge.bench.common.intervals import Comparison, Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bundle.contract import MANIFEST
-from internvl_edge.bundle.errors import ImageError, LimitError, PromptError
+from internvl_edge.bundle.errors import DataError, ImageError, LimitError, PromptError, UsageError
 from internvl_edge.bundle.manifest import read_manifest, sha256_file
 from internvl_edge.bundle.quoting import named
 from internvl_edge.export.progress import progress_bar
@@ -90,7 +90,7 @@ def run_evaluation(
 
     Raises:
         DataError: the data or the answers of an earlier run cannot be used.
-        LimitError: options out of range.
+        UsageError: options out of range.
     """
     _check(bundles, outputs, options)
     check_writable(report)
@@ -241,10 +241,10 @@ def _failures(report: BundleReport) -> list[str]:
 
 def _check(bundles: Sequence[Path], outputs: Sequence[Path], options: RunOptions) -> None:
     if not 1 <= len(bundles) <= 2:
-        raise LimitError(f"{len(bundles)} bundles; give one, or two to compare them")
+        raise UsageError(f"{len(bundles)} bundles; give one, or two to compare them")
     if outputs and len(outputs) != len(bundles):
-        raise LimitError(f"{len(outputs)} files of answers (-o) for {len(bundles)} bundles")
+        raise UsageError(f"{len(outputs)} files of answers (-o) for {len(bundles)} bundles")
     for name in ("limit", "max_new_tokens", "max_tiles"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise LimitError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")

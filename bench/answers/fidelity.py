@@ -19,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.answers.accuracy import held_out
-from internvl_edge.bench.answers.datasets import DataError, load_dataset
+from internvl_edge.bench.answers.datasets import load_dataset
 from internvl_edge.bench.answers.evaluation import Engine
 from internvl_edge.bench.common.intervals import Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bundle.errors import BundleError, ImageError, LimitError, PromptError
+from internvl_edge.bundle.errors import BundleError, DataError, ImageError, LimitError, PromptError
 from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import named
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.images.preprocess import ImageLike
 from internvl_edge.runtime.images.sources import ImageLike
 from internvl_edge.runtime.options import add_device, at_least, filled
 

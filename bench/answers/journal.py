@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from internvl_edge.bench.answers.datasets import DataError
+from internvl_edge.bundle.errors import DataError
 from internvl_edge.bundle.files import DATA_BYTES, read_bytes
 from internvl_edge.bundle.json_reader import parse_json
 from internvl_edge.bundle.quoting import named, quoted, reason

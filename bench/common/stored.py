@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.bundle.disk import full_disk, is_full
-from internvl_edge.bundle.errors import ExportError, LimitError
+from internvl_edge.bundle.errors import MissingExtraError, OutputError, ResultError
 from internvl_edge.bundle.files import DATA_BYTES
 from internvl_edge.bundle.json_reader import JsonError, read_json
 from internvl_edge.bundle.quoting import named, quoted, reason
@@ -27,7 +27,7 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     """Write a result as JSON.
 
     Raises:
-        LimitError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     write_whole((json.dumps(result, indent=1) + "\n").encode(), path)
 
@@ -36,7 +36,7 @@ def write_whole(content: bytes, path: Path) -> None:
     """Write a file beside its place and rename it.
 
     Raises:
-        LimitError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -44,7 +44,7 @@ def write_whole(content: bytes, path: Path) -> None:
         aside.replace(path)
     except OSError as error:
         text = full_disk(error, path) if is_full(error) else reason(error)
-        raise LimitError(f"cannot write {named(path)}: {text}") from error
+        raise OutputError(f"cannot write {named(path)}: {text}") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -53,22 +53,22 @@ def read_result(path: Path) -> dict[str, Any]:
     """A stored latency result.
 
     Raises:
-        LimitError: unreadable, not such a result, of another version, or against the schema.
-        ExportError: the package that checks it is not installed.
+        ResultError: unreadable, not such a result, of another version, or against the schema.
+        MissingExtraError: the package that checks it is not installed.
     """
     try:
         result = read_json(path, DATA_BYTES)
     except (OSError, JsonError) as error:
-        raise LimitError(f"cannot read {named(path)}: {reason(error)}") from error
+        raise ResultError(f"cannot read {named(path)}: {reason(error)}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise LimitError(f"{named(path)} is no result of 'bench latency --json'")
+        raise ResultError(f"{named(path)} is no result of 'bench latency --json'")
     if result.get("version") != VERSION:
-        raise LimitError(
+        raise ResultError(
             f"{named(path)} has version {quoted(result.get('version'))}, this tool reads {VERSION};"
             " measure again"
         )
     if (wrong := violation(result)) is not None:
-        raise LimitError(f"{named(path)} is damaged: {wrong}; measure again")
+        raise ResultError(f"{named(path)} is damaged: {wrong}; measure again")
     return result
 
 
@@ -76,13 +76,13 @@ def violation(result: Any) -> str | None:
     """Where a result departs from the schema, and how; None where it does not.
 
     Raises:
-        ExportError: jsonschema is not installed.
+        MissingExtraError: jsonschema is not installed.
     """
     try:
         import jsonschema
     except ModuleNotFoundError as error:
-        raise ExportError(
-            "reading a result needs the package jsonschema: pip install 'internvl-edge[bench]'"
+        raise MissingExtraError(
+            "reading a result needs the package jsonschema", extra="bench"
         ) from error
     wrong = jsonschema.exceptions.best_match(
         jsonschema.Draft202012Validator(schema()).iter_errors(result)
@@ -94,13 +94,13 @@ def check_writable(*paths: Path | None) -> None:
     """Fail before anything is measured rather than after.
 
     Raises:
-        LimitError: a path is a directory, or its directory is not there or not writable.
+        OutputError: a path is a directory, or its directory is not there or not writable.
     """
     for path in filter(None, paths):
         if path.is_dir():
-            raise LimitError(f"cannot write {named(path)}: it is a directory")
+            raise OutputError(f"cannot write {named(path)}: it is a directory")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            raise LimitError(f"cannot write {named(path)}: no such directory, or not writable")
+            raise OutputError(f"cannot write {named(path)}: no such directory, or not writable")
 
 
 def schema() -> dict[str, Any]:

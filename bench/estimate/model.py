@@ -16,7 +16,7 @@ from internvl_edge.bench.common.ceilings import Ceilings
 from internvl_edge.bench.common.limits import Weights
 from internvl_edge.bench.common.roofline import Ceiling, Work, cache_token_bytes
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision, VisionPrecision
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
 from internvl_edge.export.sizes import bundle_bytes
@@ -160,7 +160,7 @@ def memory_bytes(spec: ModelSpec, request: Request, *, shared: bool) -> dict[str
     prefill pass (attention scores and the MLP's rows), the bounds the runtime keeps to.
 
     Raises:
-        LimitError: the prompt does not fit the context, or the context not the model.
+        UsageError: the prompt does not fit the context, or the context not the model.
     """
     language = spec.language
     check_lengths(spec, request)
@@ -180,19 +180,19 @@ def memory_bytes(spec: ModelSpec, request: Request, *, shared: bool) -> dict[str
 
 
 def check_lengths(spec: ModelSpec, request: Request) -> None:
-    """Raise LimitError unless the prompt fits the context, and the context the model."""
+    """Raise UsageError unless the prompt fits the context, and the context the model."""
     prompt, limit = request.prompt_tokens(spec), spec.language.max_context
     if request.tiles < 0 or request.text_tokens < 1:
-        raise LimitError(
+        raise UsageError(
             f"{request.tiles} tiles and {request.text_tokens} tokens of text; at least 0 and 1"
         )
     if prompt > request.context:
-        raise LimitError(
+        raise UsageError(
             f"the prompt has {prompt} tokens ({request.tiles} tiles), the context"
             f" {request.context}; raise --context or lower --tiles"
         )
     if request.context > limit:
-        raise LimitError(f"--context is {request.context}, this model ends at {limit}")
+        raise UsageError(f"--context is {request.context}, this model ends at {limit}")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from internvl_edge.bundle.contract import (
     LanguagePrecision,
     VisionPrecision,
 )
-from internvl_edge.bundle.errors import CheckpointError, LimitError
+from internvl_edge.bundle.errors import CheckpointError, UsageError
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.manifest import read_manifest
 from internvl_edge.bundle.quoting import named, quoted, reason
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Estimate and print; returns the exit status: 0 also where it does not fit.
 
     Raises:
-        LimitError: unknown target or mode, lengths that do not go together.
+        UsageError: unknown target or mode, lengths that do not go together.
         CheckpointError, BundleError: the model cannot be read.
     """
     model, as_json = arguments.model, arguments.json
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.target is None:
         known = ", ".join(item.name for item in TARGETS)
-        raise LimitError(f"--target is missing; known: {known}")
+        raise UsageError(f"--target is missing; known: {known}")
     wish = filled(Wish, arguments)
     spec, request = resolve(model, wish)
     target = get_target(arguments.target)
@@ -175,7 +175,7 @@ def check_result(path: Path) -> dict[str, Any]:
     """Predictions for the machine a result was measured on, beside what it measured.
 
     Raises:
-        LimitError: not a latency result.
+        UsageError: not a latency result.
     """
     result = read_result(path)
     ceilings = Ceilings(**result["ceilings"])
@@ -230,10 +230,10 @@ def _efficiency(wish: Wish) -> Efficiency | None:
     if wish.arithmetic is None and wish.bandwidth is None:
         return None
     if wish.arithmetic is None or wish.bandwidth is None:
-        raise LimitError("--arithmetic and --bandwidth go together")
+        raise UsageError("--arithmetic and --bandwidth go together")
     for option, share in (("--arithmetic", wish.arithmetic), ("--bandwidth", wish.bandwidth)):
         if not 0 < share <= 1:
-            raise LimitError(f"{option} is {quoted(share)}, a share of the peak lies in (0, 1]")
+            raise UsageError(f"{option} is {quoted(share)}, a share of the peak lies in (0, 1]")
     return Efficiency(wish.arithmetic, wish.bandwidth)
 
 

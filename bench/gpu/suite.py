@@ -23,7 +23,7 @@ from typing import Any
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.roofline import Ceiling, Work
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bundle.errors import DeviceError, InternVLEdgeError, LimitError
+from internvl_edge.bundle.errors import DeviceError, InternVLEdgeError, UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime.backends.cuda import Cuda
@@ -89,12 +89,12 @@ def run_suite(
         only: parts to run, whatever the time; none: all that fit.
 
     Raises:
-        LimitError: an unknown part, or the file cannot be written.
+        UsageError: an unknown part, or the file cannot be written.
     """
     parts = SUITES[name]
     if unknown := set(only) - {part.name for part in parts}:
         known = ", ".join(part.name for part in parts)
-        raise LimitError(f"no part {quoted(sorted(unknown)[0])} in suite {name}; it has: {known}")
+        raise UsageError(f"no part {quoted(sorted(unknown)[0])} in suite {name}; it has: {known}")
     check_writable(path)
     start = time.monotonic()
     found: dict[str, Any] = {}

@@ -23,7 +23,7 @@ import numpy as np
 from internvl_edge.bench.common.machine import MOST_DRIFT
 from internvl_edge.bench.common.stored import read_result
 from internvl_edge.bench.common.tables import PHASES
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import ResultError
 
 LEVEL = 0.05
 #: Vision per tile is vision again, by a constant.
@@ -67,13 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare and print; returns the exit status.
 
     Raises:
-        LimitError: not latency results, or nothing in common.
+        ResultError: not latency results, or nothing in common.
     """
     before, after = arguments.before, arguments.after
     results = read_result(before), read_result(after)
     rows = compare(*results)
     if not rows:
-        raise LimitError(f"{before} and {after} have no point in common: the same tiles, --prompt")
+        raise ResultError(f"{before} and {after} have no point in common: the same tiles, --prompt")
     notes = _notes(*results)
     if arguments.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1))
@@ -101,7 +101,7 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
     """Of two sets of positive samples; p is 0 or 1 where neither has any spread.
 
     Raises:
-        LimitError: a set of one sample.
+        ResultError: a set of one sample.
     """
     from scipy.stats import ttest_ind
 
@@ -109,7 +109,7 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
     shift = float(np.mean(y) - np.mean(x))
     means = float(np.exp(np.mean(x))), float(np.exp(np.mean(y)))
     if min(len(x), len(y)) < 2:
-        raise LimitError("one round of one run tells no spread; measure with --rounds 2 or more")
+        raise ResultError("one round of one run tells no spread; measure with --rounds 2 or more")
     if np.ptp(x) == 0 and np.ptp(y) == 0:
         ratio = float(np.exp(shift))
         return Difference(*means, ratio, ratio, ratio, float(shift == 0))

@@ -27,7 +27,7 @@ from PIL import Image
 from internvl_edge.bench.common.summaries import Summary, repeat, summarise
 from internvl_edge.bench.kernels.cpu import photo
 from internvl_edge.bench.latency.energy import Meter, Reading
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.images.decode import load_image
@@ -86,7 +86,7 @@ def grid(tiles: Sequence[int], prompt: Sequence[int], new_tokens: Sequence[int])
     """Every combination.
 
     Raises:
-        LimitError: a number below what makes sense.
+        UsageError: a number below what makes sense.
     """
     for option, values, least in (
         ("--tiles", tiles, 0),
@@ -94,7 +94,7 @@ def grid(tiles: Sequence[int], prompt: Sequence[int], new_tokens: Sequence[int])
         ("--new-tokens", new_tokens, 1),
     ):
         if (worst := min(values)) < least:
-            raise LimitError(f"{option} has {worst}, it must be at least {least}")
+            raise UsageError(f"{option} has {worst}, it must be at least {least}")
     return [Point(*corner) for corner in product(tiles, prompt, new_tokens)]
 
 
@@ -104,7 +104,7 @@ def measure_point(
     """Run the conversation of one point again and again; warm-up runs leave no trace.
 
     Raises:
-        LimitError: the prompt is too long.
+        UsageError: the prompt is too long.
     """
     image = picture(model.spec, point.tiles)
     limit = grid_tiles(model.spec, point.tiles)
@@ -178,12 +178,12 @@ def grid_shape(count: int) -> tuple[int, int]:
 
 
 def check_tiles(spec: ModelSpec, tiles: int) -> None:
-    """Raise LimitError unless the model cuts `picture` into that many, thumbnail included."""
+    """Raise UsageError unless the model cuts `picture` into that many, thumbnail included."""
     count = grid_tiles(spec, tiles)
     if count is None:
         return
     if count > MAX_TILES:
-        raise LimitError(f"--tiles {tiles}: at most {MAX_TILES} and a thumbnail")
+        raise UsageError(f"--tiles {tiles}: at most {MAX_TILES} and a thumbnail")
     side, (columns, rows) = spec.vision.tile_size, grid_shape(count)
     if spec.tiling.dynamic:
         columns, rows = select_grid(
@@ -197,7 +197,7 @@ def check_tiles(spec: ModelSpec, tiles: int) -> None:
         columns = rows = 1
     made = columns * rows + (spec.tiling.thumbnail and columns * rows > 1)
     if made != tiles:
-        raise LimitError(f"--tiles {tiles}: this model cuts no picture into so many, but {made}")
+        raise UsageError(f"--tiles {tiles}: this model cuts no picture into so many, but {made}")
 
 
 def picture(spec: ModelSpec, tiles: int) -> bytes | None:

@@ -17,7 +17,7 @@ from internvl_edge.bench.common.ceilings import read_bandwidth
 from internvl_edge.bench.common.limits import Weights
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import MeasurementError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime.backends.prepared import is_prepared
@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, store; returns the exit status.
 
     Raises:
-        LimitError: a number of tiles that no picture has, or the measured process failed.
+        UsageError: a number of tiles that no picture has.
+        MeasurementError: the measured process failed.
         BundleError: not a bundle.
     """
     tiles, low_memory = arguments.tiles, arguments.low_memory
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle, verify="size")
     columns = tiles - bundle.spec.tiling.thumbnail if tiles > 1 else 1
     if tiles < 1 or (tiles > 1 and columns < 2):
-        raise LimitError(f"--tiles is {tiles}; one picture has 1, or 3 and more with its thumbnail")
+        raise UsageError(f"--tiles is {tiles}; one picture has 1, or 3 and more with its thumbnail")
     request = {
         "bundle": str(bundle.path),
         "columns": columns,
@@ -163,5 +164,5 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LimitError(f"the measured process failed (status {done.returncode}): {reason}")
+        raise MeasurementError(f"the measured process failed (status {done.returncode}): {reason}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

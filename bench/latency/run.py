@@ -38,7 +38,7 @@ from internvl_edge.bench.latency.measure import (
     picture,
 )
 from internvl_edge.bench.latency.report import render_html
-from internvl_edge.bundle.errors import ExportError, LimitError
+from internvl_edge.bundle.errors import MissingExtraError, UsageError
 from internvl_edge.bundle.manifest import Manifest, open_bundle
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime import InternVL
@@ -75,15 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
     (`bench.common.rounds`).
 
     Raises:
-        LimitError: nothing to repeat, a bad grid, or an output that cannot be written.
-        ExportError: plots as PNG are wanted, and matplotlib is not installed.
+        UsageError: nothing to repeat, or a bad grid.
+        OutputError: an output cannot be written.
+        MissingExtraError: plots as PNG are wanted, and matplotlib is not installed.
         DeviceError: a fresh process failed.
         BundleError: not a bundle.
     """
     bundles, rounds, runs = arguments.bundles, arguments.rounds, arguments.repeat
     warmup = arguments.warmup
     if rounds < 1 or runs < 1 or warmup < 0:
-        raise LimitError(
+        raise UsageError(
             f"--rounds is {rounds}, --repeat {runs} and --warmup {warmup}; at least 1, 1 and 0 are"
             " needed"
         )
@@ -163,9 +164,8 @@ def _png_renderer() -> Callable[[Mapping[str, Any]], bytes]:
     try:
         from internvl_edge.bench.common.png import render_png
     except ModuleNotFoundError as error:
-        raise ExportError(
-            f"--png needs the package {error.name}: pip install 'internvl-edge[bench]'; --html"
-            " needs none"
+        raise MissingExtraError(
+            f"--png, other than --html, needs the package {error.name}", extra="bench"
         ) from error
     return render_png
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.peers.llamacpp import LlamaCpp
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import ContextError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime import InternVL
@@ -64,7 +64,9 @@ class LlamaCppBackend:
 
     def new_cache(self, capacity: int) -> LlamaCppCache:
         if capacity > self._language.context:
-            raise LimitError(f"{capacity} tokens > {self._language.context} of llama.cpp's context")
+            raise ContextError(
+                f"{capacity} tokens > {self._language.context} of llama.cpp's context"
+            )
         self._language.reset()
         self._current = LlamaCppCache(CacheState(capacity))
         return self._current
@@ -89,6 +91,6 @@ def load_with_llamacpp(bundle: Path, gguf: Path, threads: int, context: int) -> 
     opened = open_bundle(bundle, verify="size")
     limit = opened.spec.language.max_position_embeddings
     if context > limit:
-        raise LimitError(f"a context of {context} is beyond the trained length {limit}")
+        raise UsageError(f"a context of {context} is beyond the trained length {limit}")
     backend = LlamaCppBackend(OnnxRuntimeBackend(opened, threads), LlamaCpp(gguf, threads, context))
     return InternVL(opened, backend, Tokenizer.load(bundle), context, reuse_bytes=0)

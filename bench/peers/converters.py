@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bench.answers.datasets import DataError, load_dataset
+from internvl_edge.bench.answers.datasets import load_dataset
 from internvl_edge.bench.answers.metrics import LETTERS
+from internvl_edge.bundle.errors import DataError
 from internvl_edge.bundle.files import DATA_BYTES, read_bytes
 from internvl_edge.bundle.json_reader import JsonError, parse_json, read_json
 from internvl_edge.bundle.quoting import named, quoted, reason

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import BundleError, LimitError
+from internvl_edge.bundle.errors import BundleError, CapacityError, MeasurementError
 from internvl_edge.bundle.quoting import named
 
 #: llama.cpp's file types by the name people know them by.
@@ -100,7 +100,7 @@ class LlamaCpp:
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             llama_cpp.llama_model_free(self._model)
-            raise LimitError(f"llama.cpp made no context of {context} tokens for {named(path)}")
+            raise CapacityError(f"llama.cpp made no context of {context} tokens for {named(path)}")
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._hidden = llama_cpp.llama_model_n_embd(self._model)
         self.context = context
@@ -162,7 +162,7 @@ class LlamaCpp:
         status = api.llama_decode(self._context, batch)
         api.llama_batch_free(batch)
         if status:
-            raise LimitError(f"llama.cpp refused {count} tokens at {self.length} ({status})")
+            raise MeasurementError(f"llama.cpp refused {count} tokens at {self.length} ({status})")
         self.length += count
         logits = [
             np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, i), (self._vocab,)).copy()

@@ -36,7 +36,7 @@ from internvl_edge.bench.peers.worker import Round, Worker, versions
 from internvl_edge.bench.scale.run import synthetic_spec
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import LanguagePrecision
-from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.errors import DeviceError, UsageError
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status.
 
     Raises:
-        LimitError: a number or a name that makes no sense, or an output that cannot be written.
+        UsageError: a number or a name that makes no sense, or an output that cannot be written.
     """
     checkpoint, language, work = arguments.checkpoint, arguments.language, arguments.work
     settings = Settings(
@@ -146,11 +146,11 @@ def run(arguments: argparse.Namespace) -> int:
     peers = choose_peers(arguments.peer)
     check_writable(arguments.json)
     if work is not None and not work.is_dir():
-        raise LimitError(f"--work {work} is not a directory; make it first")
+        raise UsageError(f"--work {work} is not a directory; make it first")
     source = _source(checkpoint, arguments.layers)
     longest = source.spec.language.max_position_embeddings
     if settings.context > longest:
-        raise LimitError(f"{settings.context} tokens are beyond the {longest} of this model")
+        raise UsageError(f"{settings.context} tokens are beyond the {longest} of this model")
     machine = describe_machine(settings.threads)
     note = busy_note(machine)
     standings: list[Standing] = []
@@ -260,7 +260,7 @@ def _prompt(tokens: int) -> list[int]:
 def _source(checkpoint: Path | None, layers: int | None) -> ModelSource:
     if checkpoint is not None:
         if layers is not None:
-            raise LimitError("--layers is for the drawn model; a checkpoint is measured whole")
+            raise UsageError("--layers is for the drawn model; a checkpoint is measured whole")
         return Checkpoint(checkpoint)
     spec = synthetic_spec(SYNTHETIC, SYNTHETIC_LAYERS if layers is None else layers)
     # The vision tower is not measured: the smallest there is.

@@ -12,7 +12,7 @@ from pathlib import Path
 from internvl_edge.bench.peers.gguf_writer import write_gguf
 from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import quantize_gguf
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
@@ -64,7 +64,7 @@ def choose_peers(names: Sequence[str]) -> list[Peer]:
     """Those with one of `names`, or whose name begins so, in any case; all of them without.
 
     Raises:
-        LimitError: a name fits none.
+        UsageError: a name fits none.
     """
     chosen: list[Peer] = []
     for name in (name.lower() for name in names):
@@ -72,7 +72,7 @@ def choose_peers(names: Sequence[str]) -> list[Peer]:
         fits = exact or [peer for peer in PEERS if peer.name.lower().startswith(name)]
         if not fits:
             known = ", ".join(repr(peer.name) for peer in PEERS)
-            raise LimitError(f"--peer {quoted(name)} is unknown; known: {known}")
+            raise UsageError(f"--peer {quoted(name)} is unknown; known: {known}")
         chosen += [peer for peer in fits if peer not in chosen]
     return chosen or list(PEERS)
 

@@ -25,7 +25,7 @@ from internvl_edge.bundle.contract import (
     VisionPrecision,
     default_cache,
 )
-from internvl_edge.bundle.errors import CheckpointError, LimitError
+from internvl_edge.bundle.errors import CheckpointError, UsageError
 from internvl_edge.bundle.manifest import read_manifest
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: no such model.
-        LimitError: more layers than it has, or an output that cannot be written.
+        UsageError: more layers than it has, or an output that cannot be written.
         ExportError: the bundle cannot be written.
     """
     name, output = arguments.model, arguments.output
@@ -122,7 +122,7 @@ def synthetic_spec(name: str, layers: int | None) -> ModelSpec:
         return spec
     most = min(spec.vision.num_hidden_layers, spec.language.num_hidden_layers)
     if not 1 <= layers <= most:
-        raise LimitError(f"--layers is {layers}, {name} has 1..{most} of each kind")
+        raise UsageError(f"--layers is {layers}, {name} has 1..{most} of each kind")
     return replace(
         spec,
         vision=replace(spec.vision, num_hidden_layers=layers),

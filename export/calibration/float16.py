@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from internvl_edge.bundle.contract import stored_name
-from internvl_edge.bundle.errors import ExportError, RangeWarning
+from internvl_edge.bundle.errors import RangeError, RangeWarning
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
 from internvl_edge.export.checkpoint.names import is_language
@@ -28,7 +28,7 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
         found: the values that float16 does not hold, as calibration saw them.
 
     Raises:
-        ExportError: one overflows that is computed or cached in float16.
+        RangeError: one overflows that is computed or cached in float16.
 
     Warns:
         RangeWarning: values come near an end, or lose precision; other pictures may go further.
@@ -36,7 +36,7 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
     exposed = [value for value in found if _is_exposed(value, recipe)]
     for value in exposed:
         if value.overflows:
-            raise ExportError(f"{_describe(value)}; {_remedy(value, recipe)}")
+            raise RangeError(f"{_describe(value)}; {_remedy(value, recipe)}")
     if exposed and recipe.dialect == "onnxruntime":
         worst = max(exposed, key=lambda value: value.largest)
         warnings.warn(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import CheckpointError, ExportError
+from internvl_edge.bundle.errors import CheckpointError, RangeError
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
@@ -67,7 +67,7 @@ class Weight:
                 cast = wide.astype(self.dtype, copy=False)
             if not np.isfinite(cast).all():
                 largest = float(np.abs(wide).max())
-                raise ExportError(
+                raise RangeError(
                     f"{self.label} reaches {largest:.6g}, {self.dtype} ends at"
                     f" {np.finfo(self.dtype).max}; export this part as fp32"
                 )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.contract import embedding_runs
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OptionsError
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import LinearPlan
 from internvl_edge.export.formats.quantize import (
@@ -190,5 +190,5 @@ def _whole(weight: Weight) -> Floats:
 
 def _form(plan: LinearPlan) -> BlockFormat:
     if plan.form is None:
-        raise ExportError("a block-quantised layer needs a block format")
+        raise OptionsError("a block-quantised layer needs a block format")
     return plan.form

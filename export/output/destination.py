@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OutputError
 from internvl_edge.bundle.quoting import named
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.output.ownership import own_files
 from internvl_edge.export.output.work import check_replaceable
 
@@ -20,15 +21,15 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises:
         BusyError: a process is adding to what is there.
-        ExportError: it exists, is not a bundle, holds other files, or cannot be renamed.
+        OutputError: it exists, is not a bundle, holds other files, or cannot be renamed.
     """
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise ExportError(f"{named(target)} exists; choose another output or pass --overwrite")
+        raise OutputError(f"{named(target)} exists", [Remedy.OTHER_OUTPUT, Remedy.OVERWRITE])
     check_replaceable(target)
     if os.path.ismount(target):
-        raise ExportError(
+        raise OutputError(
             f"{named(target)} is a mount, which cannot be replaced; give a folder inside it"
         )
 
@@ -41,18 +42,19 @@ def check_apart(target: Path, checkpoint: Path, data: Path | None) -> None:
         data: folder or file of pictures.
 
     Raises:
-        ExportError: one lies in the other, or they share files, under whatever names.
+        OutputError: one lies in the other, or they share files, under whatever names.
     """
     for what, source in (("checkpoint", checkpoint), ("calibration data", data)):
         if source is None:
             continue
         if _id(target) in {_id(path) for path in _upwards(source)} - {None}:
-            raise ExportError(
+            raise OutputError(
                 f"{named(target)} is, or holds, the {what} {named(source)}, which would be"
-                " replaced; choose another output"
+                " replaced",
+                [Remedy.OTHER_OUTPUT],
             )
     if _id(checkpoint) in {_id(path) for path in _upwards(target)} - {None}:
-        raise ExportError(
+        raise OutputError(
             f"{named(target)} lies in the checkpoint {named(checkpoint)}; choose an output"
             " outside of it"
         )
@@ -60,9 +62,9 @@ def check_apart(target: Path, checkpoint: Path, data: Path | None) -> None:
         written = {_id(path): path for path in own_files(target)}
         for path in _files(checkpoint, data):
             if _id(path) in written.keys() - {None}:
-                raise ExportError(
-                    f"{named(written[_id(path)])} is the same file as {named(path)}, which is"
-                    " read; choose another output"
+                raise OutputError(
+                    f"{named(written[_id(path)])} is the same file as {named(path)}, which is read",
+                    [Remedy.OTHER_OUTPUT],
                 )
 
 

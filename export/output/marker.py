@@ -24,9 +24,10 @@ from io import FileIO
 from pathlib import Path
 
 from internvl_edge.bundle.disk import full_disk, is_full
-from internvl_edge.bundle.errors import BusyError, ExportError
+from internvl_edge.bundle.errors import BusyError, CapacityError, OutputError
 from internvl_edge.bundle.json_reader import parse_json
 from internvl_edge.bundle.quoting import named, reason
+from internvl_edge.bundle.remedies import Remedy
 
 MARKER = "internvl-edge-work.json"
 FORMAT = "internvl-edge work folder"
@@ -91,14 +92,14 @@ def claim(path: Path, mode: int = 0o777) -> Claim:
 
     Raises:
         BusyError: another process, or another thread of this one, holds it.
-        ExportError: what is there is not marked, or the file system has no locks.
+        OutputError: what is there is not marked, or the file system has no locks.
         OSError: it cannot be written.
     """
     for _ in range(ATTEMPTS):
         found = _take(path) if os.path.lexists(path) else _make(path, mode)
         if found is not None:
             return found
-    raise ExportError(
+    raise OutputError(
         f"{named(path)} is made and removed all the time; end the other processes there"
     )
 
@@ -132,7 +133,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         parent: where; None is the system's place for temporary files.
 
     Raises:
-        ExportError: the disk is full, now or at any time within.
+        OutputError: the disk is full, now or at any time within.
         OSError: it cannot be written.
     """
     place = Path(tempfile.gettempdir() if parent is None else parent)
@@ -149,7 +150,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         if not is_full(error):
             raise
-        raise ExportError(f"{full_disk(error, path)}; free some space") from error
+        raise CapacityError(full_disk(error, path), remedies=[Remedy.FREE_SPACE]) from error
 
 
 def _make(path: Path, mode: int) -> Claim | None:
@@ -182,7 +183,7 @@ def _take(path: Path) -> Claim | None:
     if not is_marked(path):
         if not os.path.lexists(path):
             return None
-        raise ExportError(
+        raise OutputError(
             f"{named(path)} is in the way: it was not made by this program, which needs that name"
             " to work in; rename it or choose another output"
         )
@@ -213,7 +214,7 @@ def _lock(marker: FileIO, path: Path) -> None:
             f"{named(path)} is in use by {holder}; wait for it, end it, or choose another output"
         ) from None
     except OSError as error:
-        raise ExportError(
+        raise OutputError(
             f"{named(path)} cannot be locked ({reason(error)}); choose an output on a local disk"
         ) from error
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from internvl_edge.bundle.disk import free_bytes, full_disk, is_full, size_text
-from internvl_edge.bundle.errors import ExportError, LeftoverWarning
+from internvl_edge.bundle.errors import CapacityError, LeftoverWarning, OutputError
 from internvl_edge.bundle.quoting import named, reason
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.output.marker import (
     MARKER,
     Claim,
@@ -79,7 +80,7 @@ class WorkFolder:
         """Give a folder the destination's name; a published one that had it is removed.
 
         Raises:
-            ExportError: what is there has files of somebody else by now; it stays as it is.
+            OutputError: what is there has files of somebody else by now; it stays as it is.
         """
         if os.path.lexists(self.target):
             check_replaceable(self.target)
@@ -176,7 +177,7 @@ def work_folder(target: Path) -> Iterator[WorkFolder]:
 
     Raises:
         BusyError: another process works on this destination.
-        ExportError: the place cannot be written, the name is too long, the disk is full (now or
+        OutputError: the place cannot be written, the name is too long, the disk is full (now or
             at any time within), or a folder of somebody else has the name.
     """
     path = _work_path(target)
@@ -196,19 +197,19 @@ def work_folder(target: Path) -> Iterator[WorkFolder]:
 
 
 def raise_unwritable(error: OSError, work: Path) -> NoReturn:
-    """Raise ExportError for an error of writing to a work folder or to its destination.
+    """Raise OutputError, or CapacityError, for an error of writing a work folder or destination.
 
     An error about a file elsewhere, which was only read, is raised as it is.
     """
     if is_full(error):
         kept = "" if (work / CALIBRATION).exists() else "; nothing was kept"
-        raise ExportError(f"{full_disk(error, work)}{kept}") from error
+        raise CapacityError(f"{full_disk(error, work)}{kept}") from error
     told = error.filename2 or error.filename
     path = work if told is None else Path(os.fsdecode(told))
     target = work.with_name(work.name.removesuffix(SUFFIX))
     if not str(path).startswith(str(target)) and not target.is_relative_to(path):
         raise error
-    raise ExportError(f"cannot write {named(path)}: {reason(error)}") from error
+    raise OutputError(f"cannot write {named(path)}: {reason(error)}") from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -216,10 +217,10 @@ def check_replaceable(folder: Path) -> None:
 
     Raises:
         BusyError: a process is adding to it.
-        ExportError: it is not published, or somebody else's files are in it.
+        OutputError: it is not published, or somebody else's files are in it.
     """
     if not folder.is_dir() or not is_published(folder):
-        raise ExportError(
+        raise OutputError(
             f"{folder} is not a bundle, nor a part of one that this program wrote, so it will not"
             " be replaced; remove it first"
         )
@@ -229,23 +230,25 @@ def check_replaceable(folder: Path) -> None:
             _say(f"removed {named(path)}, left by a run that was cut short")
     if others := foreign_files(folder):
         names = _some([str(path.relative_to(folder)) for path in others])
-        raise ExportError(
+        raise OutputError(
             f"{folder} will not be replaced: this program did not write {names}, which would be"
             " lost; move that elsewhere or choose another output"
         )
 
 
 def check_space(target: Path, needed: int, what: str = "the bundle") -> None:
-    """Raise ExportError unless the disk that will hold a path has room for so many bytes."""
+    """Raise CapacityError unless the disk that will hold a path has room for so many bytes."""
     parent = target.absolute().parent
     try:
         free = free_bytes(parent)
     except OSError as error:
-        raise ExportError(f"cannot write to {named(parent)}: {reason(error)}") from error
+        raise OutputError(f"cannot write to {named(parent)}: {reason(error)}") from error
     if free < needed + SLACK_BYTES:
-        raise ExportError(
-            f"{named(parent)} has {size_text(free)} free, {what} takes {size_text(needed)}; free"
-            " some space or choose another disk"
+        raise CapacityError(
+            f"{named(parent)} has {size_text(free)} free, {what} takes {size_text(needed)}",
+            needed,
+            free,
+            [Remedy.FREE_SPACE, Remedy.OTHER_DISK],
         )
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from internvl_edge.bundle.disk import check_room
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import PrepareError
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.export.graphs.graph import ALIGNMENT
 from internvl_edge.export.graphs.node_model import PACKED_OPERATORS, node_model
@@ -83,7 +83,7 @@ def prepack_graph(
         unsigned: store the weights of W8A8 products as unsigned bytes.
 
     Raises:
-        ExportError: ONNX Runtime packs in a way that cannot be stored like this.
+        PrepareError: ONNX Runtime packs in a way that cannot be stored like this.
     """
     model = onnx.load(str(source), load_external_data=False)
     flipped = make_unsigned(model) if unsigned else set()
@@ -189,11 +189,11 @@ class _Data:
             window = np.fromfile(self._path, np.uint8, nbytes, offset=start)
             again = probe.packing(name, window)
             if again is None:
-                raise ExportError(f"{name}: ONNX Runtime packs it only for some values")
+                raise PrepareError(f"{name}: ONNX Runtime packs it only for some values")
             if self._digests.setdefault(again.key, digest) == digest:
                 self._packed += 1
                 return start, again.key
-        raise ExportError(f"{name}: its packed form cannot be told from another's")
+        raise PrepareError(f"{name}: its packed form cannot be told from another's")
 
     def _append(self, data: Bytes) -> int:
         self._out.write(bytes(-self._out.tell() % ALIGNMENT))
@@ -242,7 +242,7 @@ class _Probe:
             )
         except Exception as error:  # ONNX Runtime's have no common class, and no code for a disk
             check_room(self._scratch / "packed.data", 2 * values.nbytes)
-            raise ExportError(f"{name}: ONNX Runtime does not pack it: {reason(error)}") from error
+            raise PrepareError(f"{name}: ONNX Runtime does not pack it: {reason(error)}") from error
         saved = onnx.load(str(self._scratch / "packed.onnx"), load_external_data=False)
         stored = [
             entry.value
@@ -255,7 +255,7 @@ class _Probe:
             return None
         key, *forms = stored[0].split("|")
         if len(stored) > 1 or len(forms) > 1:
-            raise ExportError(f"{name}: ONNX Runtime packs it into several parts")
+            raise PrepareError(f"{name}: ONNX Runtime packs it into several parts")
         offset, length, flags = forms[0].split(";")
         data = np.fromfile(self._scratch / "packed.data", np.uint8, int(length), offset=int(offset))
         return Packing(key, data, flags)

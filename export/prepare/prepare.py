@@ -11,9 +11,10 @@ from internvl_edge.bundle.contract import (
     VISION_FILES,
     VISION_GRAPH,
 )
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OutputError, PrepareError
 from internvl_edge.bundle.manifest import file_entry, open_bundle
 from internvl_edge.bundle.quoting import named
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.graph import Progress
 from internvl_edge.export.output.destination import check_target
 from internvl_edge.export.output.ownership import remove_own
@@ -64,7 +65,7 @@ def prepare_bundle(
     bundle = open_bundle(path)
     for part in ("vision", "language"):
         if getattr(bundle.manifest, part) == "fp16":
-            raise ExportError(
+            raise PrepareError(
                 f"the {part} graph is fp16, which the CPU holds in memory as float32: there is"
                 f" nothing to map; export with --{part} int8"
             )
@@ -73,7 +74,7 @@ def prepare_bundle(
     _check_target(target, overwrite)
     form = bundle_form(bundle.manifest)
     if not form.packs:
-        raise ExportError(
+        raise PrepareError(
             "on this machine integer products are exact only with weights that are not packed:"
             " there is nothing to prepare"
         )
@@ -99,5 +100,5 @@ def prepare_bundle(
 
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise ExportError(f"{named(target)} exists; pass --overwrite to write it again")
+        raise OutputError(f"{named(target)} exists", [Remedy.OVERWRITE])
     check_target(target, overwrite)

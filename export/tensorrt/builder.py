@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import EngineBuildError
 from internvl_edge.export.tensorrt.rtx import EngineLayer, ShapeRange, parse_layers
 from internvl_edge.runtime.backends.tensorrt_library import Library, error_logger
 
@@ -77,7 +77,7 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
         model: the graph in the form TensorRT takes, weights outside.
 
     Raises:
-        ExportError: the builder does not take the graph, or died.
+        EngineBuildError: the builder does not take the graph, or died.
         OSError: the plan cannot be written.
     """
     command = [sys.executable, "-m", __name__, json.dumps(asdict(request))]
@@ -93,14 +93,14 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
         errors.seek(0)
         tail = errors.read().decode(errors="replace").strip().splitlines()[-SHOWN_ERRORS:]
     if result is None:
-        raise ExportError(
+        raise EngineBuildError(
             f"{request.graph}: {request.library} ended with status {process.returncode}"
             f" (-9: killed, most often for memory): {' | '.join(tail)}"
         )
     if (code := result.get("errno")) is not None:
         raise OSError(code, os.strerror(code), request.plan)
     if result["errors"]:
-        raise ExportError(
+        raise EngineBuildError(
             f"{request.graph}: {request.library} does not build it:"
             f" {' | '.join(result['errors'][:SHOWN_ERRORS])}"
         )

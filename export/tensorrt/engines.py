@@ -18,10 +18,11 @@ from typing import Any
 import onnx
 
 from internvl_edge.bundle.contract import TILES
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OutputError
 from internvl_edge.bundle.json_reader import read_object
 from internvl_edge.bundle.manifest import Bundle, file_entry
 from internvl_edge.bundle.quoting import named
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.dialects.engine_form import engine_form
 from internvl_edge.export.output.destination import check_target
 from internvl_edge.export.output.work import NEW, check_space, work_folder
@@ -88,12 +89,12 @@ def build_engines(
     key = engine_key(place.machine, limits, precision, source, FLAGS)
     target = Path(os.path.realpath(bundle.path)) / FOLDER / key
     if not overwrite and _fits(bundle, key, place.machine):
-        raise ExportError(f"{named(target)} exists; pass --overwrite to build it again")
+        raise OutputError(f"{named(target)} exists", [Remedy.OVERWRITE])
     check_target(target, overwrite=True)
     check_space(target, int(PLAN_GROWTH * sum(memory.weights.values())), "the engines")
     with work_folder(target) as work:
         if not overwrite and _fits(bundle, key, place.machine):
-            raise ExportError(f"{named(target)} was built meanwhile by another process")
+            raise OutputError(f"{named(target)} was built meanwhile by another process")
         aside = work.fresh(NEW)
         report = {}
         for graph, plan in PLANS.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 import onnx
 
 from internvl_edge.bundle.contract import EMBEDDING_TABLE
-from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.errors import CapacityError, DeviceError, UsageError
 from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.tensorrt.built import weight_bytes
 from internvl_edge.export.tensorrt.targets import (
@@ -110,11 +111,11 @@ def limits_of(spec: ModelSpec, max_tiles: int | None, max_context: int | None) -
         max_context: tokens of prompt and answer; None: the tiles' and `TEXT_TOKENS`.
 
     Raises:
-        LimitError: not positive, beyond the model, or the tiles do not fit the context.
+        UsageError: not positive, beyond the model, or the tiles do not fit the context.
     """
     tiles = spec.tiling.max_tiles if max_tiles is None else max_tiles
     if tiles < 1:
-        raise LimitError(f"--max-tiles is {tiles}, it must be at least 1")
+        raise UsageError(f"is {tiles}, it must be at least 1", option="max_tiles")
     tiles += int(spec.tiling.thumbnail and tiles > 1)
     rows, most = tiles * spec.vision.tokens_per_tile, spec.language.max_context
     if max_context is None:
@@ -123,11 +124,11 @@ def limits_of(spec: ModelSpec, max_tiles: int | None, max_context: int | None) -
     else:
         context = max_context
     if not 1 <= context <= most:
-        raise LimitError(f"--max-context is {context}, outside 1..{most} of this model")
+        raise UsageError(f"is {context}, outside 1..{most} of this model", option="max_context")
     if max_tiles is not None and rows >= context:
-        raise LimitError(
-            f"{tiles} tiles with thumbnail are {rows} tokens, the context holds {context};"
-            f"{' raise --max-context or' if context < most else ''} lower --max-tiles"
+        raise UsageError(
+            f"{tiles} tiles with thumbnail are {rows} tokens, the context holds {context}",
+            [*([Remedy.RAISE_CONTEXT] if context < most else []), Remedy.LOWER_TILES],
         )
     defaults = Limits(context)
     return Limits(
@@ -153,7 +154,7 @@ def target_place(name: str, library: Library, open_cuda: Callable[[], Cuda] = Cu
     must be of that kind.
 
     Raises:
-        LimitError: unknown name.
+        UsageError: unknown name.
         DeviceError: it cannot be built for here.
     """
     target = get_target(name)
@@ -190,7 +191,7 @@ def plan_build(
         available: bytes of host memory that are free now; None asks the system, swap included.
 
     Raises:
-        LimitError: it does not fit; the message says what it takes and what would make it fit.
+        CapacityError: it does not fit; it says what it takes and what would make it fit.
     """
     manifest = bundle.manifest
     need = plan_memory(
@@ -209,15 +210,19 @@ def plan_build(
         usable=usable,
     )
     if memory.running > usable:
-        raise LimitError(
-            f"the engines take {memory.parts}, {place.name} has {gib(usable)} for them; use a lower"
-            " --max-context or --max-tiles, or export with --vision int8 --language int4"
+        raise CapacityError(
+            f"the engines take {memory.parts}, {place.name} has {gib(usable)} for them",
+            memory.running,
+            usable,
+            [Remedy.LOWER_CONTEXT, Remedy.LOWER_TILES, Remedy.SMALL_WEIGHTS],
         )
     free = (available or _free_memory)()
     if memory.building > free:
-        raise LimitError(
-            f"building takes about {gib(memory.building)} of host memory, {gib(free)} are free;"
-            " stop other programs, add swap, or export at a lower precision"
+        raise CapacityError(
+            f"building takes about {gib(memory.building)} of host memory, {gib(free)} are free",
+            memory.building,
+            free,
+            [Remedy.CLOSE_PROGRAMS, Remedy.ADD_SWAP, Remedy.SMALL_WEIGHTS],
         )
     return memory
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.errors import DeviceError, ExportError
+from internvl_edge.bundle.errors import EngineBuildError, MissingExtraError
 from internvl_edge.bundle.quoting import named
 
 #: Compute capabilities TensorRT for RTX 1.7 can build for without a GPU, of those in use.
@@ -111,9 +111,10 @@ def require_builder() -> str:
         DeviceError: it is not installed.
     """
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        raise DeviceError(
+        raise MissingExtraError(
             "checking a TensorRT graph needs TensorRT for RTX (no GPU), for Linux on x86-64 or"
-            " Windows: pip install 'internvl-edge[tensorrt]'"
+            " Windows",
+            extra="tensorrt",
         )
     return importlib.metadata.version("tensorrt_rtx")
 
@@ -129,7 +130,7 @@ def build(model: bytes, path: Path, profile: Mapping[str, ShapeRange], capabilit
 
     Raises:
         DeviceError: the builder is not installed.
-        ExportError: it does not take the graph, or died.
+        EngineBuildError: it does not take the graph, or died.
     """
     require_builder()
     request = {
@@ -185,16 +186,16 @@ def _result(path: Path, status: int, output: bytes, errors: bytes, peak: int | N
         result: dict[str, Any] = json.loads(output)
     except ValueError as error:
         tail = errors.decode(errors="replace").strip().splitlines()[-SHOWN_ERRORS:]
-        raise ExportError(
+        raise EngineBuildError(
             f"{named(path)}: TensorRT for RTX ended with status {status}: {' | '.join(tail)}"
         ) from error
     if result["errors"]:
-        raise ExportError(
+        raise EngineBuildError(
             f"{named(path)}: TensorRT for RTX does not build it: {' | '.join(result['errors'])}"
         )
     layers = parse_layers(result["layers"])
     if not layers:
-        raise ExportError(
+        raise EngineBuildError(
             f"{named(path)} builds, but the layers TensorRT for RTX lists cannot be read; use the"
             " version internvl-edge was tested with (constraints.txt)"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
 
 GIB = 1 << 30
@@ -81,7 +81,7 @@ class Target:
         """A power mode by name; None is the fastest.
 
         Raises:
-            LimitError: there is none of that name.
+            UsageError: there is none of that name.
         """
         if name is None:
             return self.modes[0]
@@ -89,7 +89,7 @@ class Target:
             if mode.name == name:
                 return mode
         known = ", ".join(mode.name for mode in self.modes)
-        raise LimitError(f"{self.name} has no power mode {quoted(name)}; it has: {known}")
+        raise UsageError(f"{self.name} has no power mode {quoted(name)}; it has: {known}")
 
     def rate(self, dtype: str, mode: PowerMode) -> float:
         """Dense operations a second; a dtype without a published figure runs as float16."""
@@ -101,13 +101,13 @@ def get_target(name: str) -> Target:
     """A target by name.
 
     Raises:
-        LimitError: unknown name.
+        UsageError: unknown name.
     """
     for target in TARGETS:
         if target.name == name:
             return target
     known = ", ".join(target.name for target in TARGETS)
-    raise LimitError(f"unknown target {quoted(name)}; known: {known}")
+    raise UsageError(f"unknown target {quoted(name)}; known: {known}")
 
 
 def _card(sm_count: int, clock: float, bandwidth: float) -> tuple[PowerMode, ...]:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.chain import Chain, ChainBinding
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
@@ -149,8 +150,8 @@ class OnnxRuntimeBackend:
         try:
             return self._allocate(capacity)
         except MemoryError as error:
-            raise LimitError(
-                f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
+            raise CapacityError(
+                f"no memory for a KV cache of {capacity} tokens", remedies=[Remedy.LOWER_CONTEXT]
             ) from error
 
     def _allocate(self, capacity: int) -> OrtCache:

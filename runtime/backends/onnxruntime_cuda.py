@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.errors import CapacityError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import reason
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime.backends import Cache, Slice, single
@@ -280,9 +281,9 @@ class OnnxRuntimeCudaBackend:
                 given = (self._bundle, capacity, self._kernels)
                 return CudaCache(self._place, binding, *given)
         except DeviceError as error:
-            raise LimitError(
-                f"no device memory for a KV cache of {capacity} tokens ({reason(error)}); use a"
-                " smaller max_context"
+            raise CapacityError(
+                f"no device memory for a KV cache of {capacity} tokens ({reason(error)})",
+                remedies=[Remedy.LOWER_CONTEXT],
             ) from error
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import BundleError, LimitError
+from internvl_edge.bundle.errors import BundleError, CapacityError
 from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.backends import Cache, Slice, single
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
@@ -133,8 +134,8 @@ class ReferenceBackend:
                 for past, _ in contract.cache_pairs(self._spec)
             }
         except MemoryError as error:
-            raise LimitError(
-                f"no memory for a KV cache of {capacity} tokens; use a smaller max_context"
+            raise CapacityError(
+                f"no memory for a KV cache of {capacity} tokens", remedies=[Remedy.LOWER_CONTEXT]
             ) from error
         pasts = {name: self._ort_value.ortvalue_from_numpy(a) for name, a in arrays.items()}
         rope = CacheRope(self._rope, self._spec, capacity)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import DeviceError, LimitError
+from internvl_edge.bundle.errors import CapacityError, ContextError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
@@ -185,7 +185,7 @@ class TensorRtBackend:
         """
         limits = self.limits
         if capacity > limits.context:
-            raise LimitError(
+            raise ContextError(
                 f"{capacity} tokens > {limits.context} the engines were built for; rebuild with"
                 f" 'internvl-edge build {named(self._bundle.path)} --max-context {capacity}'"
             )
@@ -287,9 +287,10 @@ class TensorRtBackend:
         try:
             return Storage(self._bundle, self._cuda, self.limits, self._dtype)
         except DeviceError as error:
-            raise LimitError(
+            raise CapacityError(
                 f"no device memory for a KV cache of {self.limits.context} tokens"
-                f" ({reason(error)}); rebuild the engines with a smaller --max-context"
+                f" ({reason(error)}); rebuild the engines with 'internvl-edge build --max-context'"
+                " and fewer"
             ) from error
 
     def _check_language(self, plan: Plan) -> None:

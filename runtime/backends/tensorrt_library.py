@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.bundle.contract import DialectName, Tensor
-from internvl_edge.bundle.errors import BundleError, DeviceError
+from internvl_edge.bundle.errors import BundleError, DeviceError, MissingExtraError
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.runtime.backends.cuda import Cuda
@@ -112,10 +112,10 @@ class Library:
         for candidate in names:
             if importlib.util.find_spec(candidate) is not None:
                 return cls.of(_imported(candidate))
-        raise DeviceError(
+        raise MissingExtraError(
             f"engines need {' or '.join(names)}, which is not installed: on a Jetson it comes with"
-            " JetPack (make the environment with --system-site-packages), elsewhere"
-            " pip install 'internvl-edge[tensorrt]'"
+            " JetPack (make the environment with --system-site-packages), elsewhere by the extra",
+            extra="tensorrt",
         )
 
     @classmethod

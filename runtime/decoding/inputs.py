@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import LimitError, PromptError
+from internvl_edge.bundle.errors import ContextError, PromptError, UsageError
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
@@ -71,7 +71,9 @@ class Inputs:
         told = self._spec.tiling
         limit = told.max_tiles if max_tiles is None else max_tiles
         if not 1 <= limit <= MAX_TILES:
-            raise LimitError(f"max_tiles is {quoted(limit)}, it must be in 1..{MAX_TILES}")
+            raise UsageError(
+                f"is {quoted(limit)}, it must be in 1..{MAX_TILES}", option="max_tiles"
+            )
         return Tiling(
             tile_size=self._spec.vision.tile_size,
             min_tiles=min(told.min_tiles, limit) if told.dynamic else 1,
@@ -102,7 +104,7 @@ class Inputs:
 
         Raises:
             PromptError: no ids, ids the vocabulary lacks, or not one slot for each image row.
-            LimitError: more than the context holds.
+            ContextError: more than the context holds.
         """
         checked, vocab = [int(token) for token in ids], self._spec.language.vocab_size
         if not checked:
@@ -113,9 +115,9 @@ class Inputs:
                 f" {quoted(max(checked))}"
             )
         if len(checked) > self._max_context:
-            raise LimitError(
-                f"the prompt has {len(checked)} tokens, the context holds {self._max_context};"
-                f" {shortening(self._spec.language, self._max_context)}"
+            raise ContextError(
+                f"the prompt has {len(checked)} tokens, the context holds {self._max_context}",
+                shortening(self._spec.language, self._max_context),
             )
         check_slots(checked.count(self.context_id), sum(map(self.rows, tiled)))
         return checked

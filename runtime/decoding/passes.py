@@ -10,7 +10,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import LimitError, PromptError
+from internvl_edge.bundle.errors import ContextError, PromptError
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice
@@ -127,12 +128,10 @@ class ImageRows:
                 target[self._slots[begin:end] - start] = part[begin - offset : end - offset]
 
 
-def shortening(language: LanguageSpec, context: int) -> str:
+def shortening(language: LanguageSpec, context: int) -> list[Remedy]:
     """Return what helps where a prompt does not fit a context of so many tokens."""
-    most = language.max_context
-    if context < most:
-        return "use fewer images, a lower max_tiles, or a larger max_context"
-    return f"use fewer images, a lower max_tiles, or less text: the model takes no more than {most}"
+    last = Remedy.RAISE_CONTEXT if context < language.max_context else Remedy.LESS_TEXT
+    return [Remedy.FEWER_IMAGES, Remedy.LOWER_TILES, last]
 
 
 def check_slots(slots: int, rows: int) -> None:
@@ -316,7 +315,7 @@ class Engine:
 
     def _check_length(self, cache: Cache, length: int) -> None:
         if length > cache.state.capacity:
-            raise LimitError(
-                f"{length} tokens > {cache.state.capacity} the KV cache holds;"
-                f" {shortening(self._spec.language, cache.state.capacity)}"
+            raise ContextError(
+                f"{length} tokens > {cache.state.capacity} the KV cache holds",
+                shortening(self._spec.language, cache.state.capacity),
             )

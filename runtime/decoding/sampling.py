@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
 
 
@@ -151,4 +151,4 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check(valid: bool, name: str, value: object, limit: str) -> None:
     if not valid:
-        raise LimitError(f"{name} is {quoted(value)}, it must be {limit}")
+        raise UsageError(f"is {quoted(value)}, it must be {limit}", option=name)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import LimitError, PrecisionError
+from internvl_edge.bundle.errors import PrecisionError, UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.backends import Cache
@@ -45,7 +45,7 @@ class Scheduler:
         means, asked = self._answering, request.max_new_tokens
         means.home.check()
         if asked < 1:
-            raise LimitError(f"max_new_tokens is {quoted(asked)}, it must be at least 1")
+            raise UsageError(f"is {quoted(asked)}, it must be at least 1", option="max_new_tokens")
         ids = means.inputs.checked(request.ids, request.images)
         request.timings.prompt_tokens = len(ids)
         self._check_memory(request, len(ids))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted
 from internvl_edge.runtime.images.identity import ImageIdentity
@@ -63,11 +63,15 @@ class ImageFolder:
 
     def __init__(self, path: Path, *, limit: int = FOLDER_BYTES, days: float = FOLDER_DAYS) -> None:
         if limit < 1:
-            raise LimitError(f"image_folder_bytes is {quoted(limit)}, it must be at least 1")
+            raise UsageError(
+                f"is {quoted(limit)}, it must be at least 1", option="image_folder_bytes"
+            )
         if not days > 0:
-            raise LimitError(f"image_folder_days is {quoted(days)}, it must be more than 0")
+            raise UsageError(
+                f"is {quoted(days)}, it must be more than 0", option="image_folder_days"
+            )
         if path.exists() and not path.is_dir():
-            raise LimitError(f"image_folder {named(path)} is a file; name a folder")
+            raise UsageError(f"{named(path)} is a file; name a folder", option="image_folder")
         self._path = path
         self._limit = limit
         self._age_s = days * 24 * 3600

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import DialectName
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OptionsError
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.packing import pack_blocks, pack_channels
@@ -148,7 +148,7 @@ class OnnxRuntimeDialect:
         """Weight-only blocks; accuracy level 4 rounds activations to int8 per block and row."""
         form = plan.form
         if form is None:
-            raise ExportError(f"{weight.label}: a block-quantised layer needs a block format")
+            raise OptionsError(f"{weight.label}: a block-quantised layer needs a block format")
         values, scales, *zeros = (self.graph.weight(part) for part in pack_blocks(weight, plan))
         inputs = [x, values, scales, *(zeros or [""]), "", *self._bias(bias)]
         while not inputs[-1]:
@@ -218,7 +218,7 @@ class OnnxRuntimeDialect:
         self, qkv: str, cache: CacheNames, spec: LanguageSpec, name: str
     ) -> tuple[str, str, str]:
         if spec.head_dim % HEAD_MULTIPLE:
-            raise ExportError(
+            raise OptionsError(
                 f"the decoder's head size is {spec.head_dim}; ONNX Runtime's GroupQueryAttention"
                 f" takes multiples of {HEAD_MULTIPLE} only"
             )

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import ExportError
+from internvl_edge.bundle.errors import OptionsError
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.packing import Packed, Part, pack_blocks
 from internvl_edge.export.formats.plan import LinearPlan
@@ -23,22 +24,23 @@ def check_form(weight: Weight, form: BlockFormat) -> None:
     """See that TensorRT takes a weight `(out, in)` in this format; 8 bits are stored by row.
 
     Raises:
-        ExportError: a stored zero point, or INT4 of another block length or with a part of one.
+        OptionsError: a stored zero point, or INT4 of another block length or with a part of one.
     """
     if not form.symmetric:
-        raise ExportError("TensorRT takes no stored zero points; leave --asymmetric out")
+        raise OptionsError("TensorRT takes no stored zero points", [Remedy.SYMMETRIC])
     if form.bits == 8:
         return
     if form.block not in BLOCKS:
-        raise ExportError(
+        raise OptionsError(
             f"TensorRT takes INT4 weights in blocks of {' or '.join(map(str, BLOCKS))}, not of"
-            f" {form.block}; pass --block 128"
+            f" {form.block}",
+            [Remedy.BLOCK_128],
         )
     if weight.shape[1] % form.block:
-        raise ExportError(
+        raise OptionsError(
             f"{weight.label} has {weight.shape[1]} inputs, which is no multiple of the block"
-            f" {form.block}; TensorRT takes whole blocks only: pass another --block, or"
-            " --language int8"
+            f" {form.block}, and TensorRT takes whole blocks only",
+            [Remedy.OTHER_BLOCK, Remedy.INT8_DECODER],
         )
 
 
