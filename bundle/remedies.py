@@ -34,6 +34,8 @@ class Remedy(Enum):
     INT8_DECODER = Spelling("pass --language int8", "pass language='int8'")
     RAISE_BUDGET = Spelling("raise --budget", "raise budget")
     ON_CPU = Spelling("pass --device cpu", "pass device='cpu'")
+    ON_TENSORRT = Spelling("pass --device tensorrt", "pass device='tensorrt'")
+    BUILD_ENGINES = Spelling("pass --auto-build", "pass build_engines=...")
     PREPARE = Spelling("run 'internvl-edge prepare'", "run 'internvl-edge prepare'")
     FEWER_IMAGES = Spelling("give fewer images", "give fewer images")
     LESS_TEXT = Spelling("give less text", "give less text")

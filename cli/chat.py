@@ -78,9 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         except InternVLEdgeError as error:
             if not interactive:
                 raise
-            print(
-                f"error: {error.told(flags=True)}", file=sys.stderr
-            )  # the conversation goes on as it was
+            # The conversation goes on as it was.
+            print(f"error: {error.told(flags=True)}", file=sys.stderr)
     return 0
 
 

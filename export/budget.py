@@ -41,7 +41,7 @@ def within_budget(
         scratch: folder for one bundle at a time.
 
     Raises:
-        ExportError: not even keeping every unit is enough.
+        OptionsError: not even keeping every unit is enough.
     """
     judge = Judge(source, decisions, samples, tokenizer, scratch)
     exact = judge.logits(replace(recipe, vision="fp32", language="fp32", kv="fp32"))

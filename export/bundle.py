@@ -113,8 +113,11 @@ def export_bundle(
         CheckpointError: the checkpoint cannot be read.
         CalibrationDataError: the calibration data cannot be read.
         DeviceError: the calibration's device is not available.
+        OptionsError: options do not go together, or not with the model.
+        RangeError: float16 does not hold the model's values.
         BusyError: another process works on the same output.
-        ExportError: the bundle cannot be written, or float16 cannot hold the model's values.
+        OutputError: the bundle cannot be written, or is in the way.
+        CapacityError: the disk has no room for it.
     """
     source = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     identity = source.identity
@@ -181,7 +184,8 @@ def _decide(
     """Calibrate, going on with what an interrupted run of the same kind decided.
 
     Raises:
-        ExportError: a part cannot be written as asked for.
+        RangeError: float16 does not hold a part that is to be written in it.
+        OptionsError: the budget cannot be met.
     """
     key = calibration_key(source, recipe, data, how.device)
     workspace = work.open_calibration(key)

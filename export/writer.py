@@ -74,7 +74,8 @@ def write_bundle(
         tokenizer, reports, progress: see `write_files`.
 
     Raises:
-        ExportError: no space, or the directory cannot be written; nothing is left behind.
+        CapacityError: no space; nothing is left behind.
+        OutputError: the directory cannot be written.
     """
     with work_folder(Path(os.path.realpath(target))) as work:
         new = work.fresh(NEW)
@@ -102,7 +103,7 @@ def write_files(
         progress: called with the total of bytes; returns a function called with each increment.
 
     Raises:
-        ExportError: no space.
+        CapacityError: no space.
         OSError: the folder cannot be written.
     """
     plan = make_plan(recipe, decisions)
@@ -137,7 +138,7 @@ def planned_layout(source: WeightSource, recipe: Recipe) -> Layout:
     """Plan the export before calibration has decided anything: formats are known by then.
 
     Raises:
-        ExportError: the dialect does not take a format, or a shape in it.
+        OptionsError: the dialect does not take a format, or a shape in it.
     """
     linears = {
         name: LinearPlan(kind, recipe.block_form(name) if kind == "blocks" else None)
@@ -152,7 +153,7 @@ def check_half_weights(layout: Layout) -> None:
 
     Raises:
         CheckpointError: one is NaN or infinite.
-        ExportError: one does not fit.
+        RangeError: one does not fit.
     """
     for weight in layout.weights:
         if weight.dtype == "float16":

@@ -57,7 +57,7 @@ class Driver:
             from cuda.bindings import driver as bindings
         except ImportError as error:
             raise failure(
-                "CUDA needs cuda-python: pip install 'internvl-edge[gpu]', or use device='cpu'"
+                "CUDA needs cuda-python: pip install 'internvl-edge[gpu]', or use the CPU"
             ) from error
         driver = cls(bindings, failure)
         driver("cuInit", 0)
@@ -69,7 +69,7 @@ class Driver:
         except RuntimeError as error:  # the bindings load libcuda at the first call
             reason = " ".join(str(error).split()).rstrip(".")
             raise self.failure(
-                f"{name}: {reason}; install an NVIDIA driver, or use device='cpu'"
+                f"{name}: {reason}; install an NVIDIA driver, or use the CPU"
             ) from error
         if int(status) != 0:
             reason = getattr(status, "name", status)

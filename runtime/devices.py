@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from internvl_edge.bundle.errors import DeviceError, UsageError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.ops import cpu_kernels
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.backends.prepared import is_prepared
@@ -91,7 +92,8 @@ def open_device(
     if device == "cuda" and dialect != "onnxruntime":
         raise DeviceError(
             f"{named(bundle.path)} was written --for {dialect}: device 'cuda' runs the onnxruntime"
-            " dialect; use device='tensorrt', or device='cpu' for reference results"
+            " dialect, 'cpu' gives reference results",
+            [Remedy.ON_TENSORRT, Remedy.ON_CPU],
         )
     try:
         if device == "cuda" or (device == "auto" and dialect == "onnxruntime"):
@@ -150,7 +152,7 @@ def _open_tensorrt(
     engines = find_engines(bundle, machine, context)
     if engines is None:
         if build_engines is None:
-            raise DeviceError(why_none(bundle, machine, context))
+            raise DeviceError(why_none(bundle, machine, context), [Remedy.BUILD_ENGINES])
         engines = build_engines(bundle, cuda, library, context)
     backend = TensorRtBackend(bundle, cuda, library, engines)
     return Opened(backend, DeviceTiler.of(cuda), backend.limits.context)

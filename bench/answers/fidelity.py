@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         BundleError: the bundles are not of one model.
         DataError: the data cannot be used, or not one of its questions.
-        LimitError: the report cannot be written.
+        OutputError: the report cannot be written.
     """
     bundle, reference, data = arguments.bundle, arguments.reference, arguments.data
     answers, max_tiles = arguments.answers, arguments.max_tiles

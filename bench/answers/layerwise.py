@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         BundleError: not a bundle of the onnxruntime dialect in symmetric blocks.
-        LimitError: the output cannot be written.
+        OutputError: the output cannot be written.
     """
     prompt, threads = arguments.prompt, arguments.threads
     check_writable(arguments.json)

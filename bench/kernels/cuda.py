@@ -62,7 +62,7 @@ def run_cuda_kernels(*, as_json: bool = False, store: Path | None = None) -> int
 
     Raises:
         DeviceError, BuildError: no device, driver, bindings or nvcc.
-        LimitError: the directory cannot be written to.
+        OutputError: the directory cannot be written to.
     """
     cuda = Cuda.open()
     path = None if store is None else store / f"kernels-{_slug(cuda.name)}-{date.today()}.json"

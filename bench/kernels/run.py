@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         DeviceError: no device, driver, bindings or compiler.
-        LimitError: the report cannot be written.
+        OutputError: the report cannot be written.
     """
     if arguments.device == "cpu":
         return run_kernels(threads=arguments.threads, as_json=arguments.json)

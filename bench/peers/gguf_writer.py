@@ -26,7 +26,7 @@ def write_gguf(source: WeightSource, path: Path, dtype: GgufDtype = "float16") -
 
     Raises:
         CheckpointError: a value is NaN or infinite.
-        ExportError: a finite value does not fit float16.
+        RangeError: a finite value does not fit float16.
     """
     from gguf import GGUFWriter
 

@@ -109,7 +109,7 @@ def read_tensor(source: WeightSource, tensor: Tensor, dtype: str) -> NDArray[np.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
-        ExportError: a finite value does not fit float16.
+        RangeError: a finite value does not fit float16.
     """
     weight = WeightReader(source, dtype).tensor(tensor.ours)
     values = np.concatenate(list(weight.cast_blocks()))

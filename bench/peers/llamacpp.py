@@ -138,7 +138,7 @@ class LlamaCpp:
             Logits `(1, vocab)` or `(tokens, vocab)`.
 
         Raises:
-            LimitError: the KV cache is full.
+            MeasurementError: the KV cache is full.
         """
         return self._append(np.ascontiguousarray(rows, np.float32), every)
 

@@ -51,7 +51,7 @@ class Weight:
 
         Raises:
             CheckpointError: a value is NaN or infinite.
-            ExportError: a finite value does not fit `dtype`.
+            RangeError: a finite value does not fit `dtype`.
         """
         if self.dtype not in ("float32", "float16"):  # packed already
             yield from self.blocks()

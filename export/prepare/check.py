@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
-from internvl_edge.bundle.errors import BundleError, ExportError
+from internvl_edge.bundle.errors import BundleError, PrepareError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.export.graphs.node_model import PACKED_OPERATORS, node_model
 from internvl_edge.export.prepare.prepack import PREPACKED, read_external
@@ -34,7 +34,7 @@ def check_prepared(bundle: Bundle, folder: Path) -> None:
     """Open every part in `folder`, and compare one product of each kind with the plain graph's.
 
     Raises:
-        ExportError: a part does not load, or a product differs in a bit.
+        PrepareError: a part does not load, or a product differs in a bit.
     """
     for graph in (VISION_GRAPH, LANGUAGE_GRAPH):
         plain = onnx.load(str(bundle.file(graph)), load_external_data=False)
@@ -133,8 +133,8 @@ def _tensors(model: onnx.ModelProto) -> Tensors:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
-def _unusable(what: str) -> ExportError:
-    return ExportError(
+def _unusable(what: str) -> PrepareError:
+    return PrepareError(
         f"onnxruntime {load_onnxruntime().__version__} {what}; nothing was kept: the bundle runs"
         " as it is, only its load takes longer"
     )

@@ -59,8 +59,9 @@ def prepare_bundle(
         BundleError: not a bundle, or a damaged one.
         DeviceError: integer products are wrong on this machine.
         BusyError: another process prepares it.
-        ExportError: it exists already, no space, the bundle cannot be written to, a graph is
-            float16, or ONNX Runtime does not load what it packed.
+        OutputError: it exists already, or the bundle cannot be written to.
+        CapacityError: no space.
+        PrepareError: a graph is float16, or ONNX Runtime does not load what it packed.
     """
     bundle = open_bundle(path)
     for part in ("vision", "language"):

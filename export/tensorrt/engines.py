@@ -82,7 +82,9 @@ def build_engines(
     Raises:
         DeviceError: the library does not take the bundle's dialect.
         BusyError: another process builds them.
-        ExportError: they exist, a graph does not build, no space, or the bundle is read-only.
+        OutputError: they exist, or the bundle is read-only.
+        CapacityError: no space.
+        EngineBuildError: a graph does not build.
     """
     library.check_dialect(bundle.manifest.dialect)
     source, precision = source_hashes(bundle), bundle.manifest.precision
@@ -123,8 +125,8 @@ def build_for_machine(
     """Build engines for the GPU that is here, with the defaults: `InternVL.load`'s `build_engines`.
 
     Raises:
-        LimitError: they do not fit the memory.
-        ExportError: see `build_engines`.
+        CapacityError: they do not fit the memory.
+        EngineBuildError, OutputError: see `build_engines`.
     """
     place = this_place(cuda, library)
     limits = limits_of(bundle.spec, None, context)

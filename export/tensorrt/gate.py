@@ -159,7 +159,7 @@ def check_bundle(
     Raises:
         BundleError: not a bundle, or of the onnxruntime dialect; the reference does not fit.
         DeviceError: TensorRT for RTX is not installed.
-        ExportError: it does not build a graph.
+        EngineBuildError: it does not build a graph.
     """
     bundle = open_bundle(path)
     if bundle.manifest.dialect == "onnxruntime":
@@ -212,7 +212,7 @@ def build_graph(path: Path, capability: int, shapes: EngineShapes) -> GraphRepor
 
     Raises:
         DeviceError: TensorRT for RTX is not installed.
-        ExportError: it does not build the graph.
+        EngineBuildError: it does not build the graph.
     """
     form = engine_form(path, shapes.context)
     graph = onnx.load_from_string(form).graph

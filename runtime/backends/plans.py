@@ -176,7 +176,7 @@ def why_none(bundle: Bundle, machine: Machine, context: int | None = None) -> st
     command = f"internvl-edge build {named(bundle.path)}"
     if context is not None:
         command += f" --max-context {context}"
-    remedy = f"run '{command}', or load with --auto-build (build_engines=...)"
+    remedy = f"run '{command}'"
     found = built_engines(bundle)
     if not found:
         return f"{named(bundle.path)} has no engines for this machine; {remedy}"

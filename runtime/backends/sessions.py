@@ -17,6 +17,7 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, DeviceError, PreparedWarning
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
 from internvl_edge.runtime.backends.chain import Chain
 from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
@@ -84,8 +85,8 @@ def check_provider(device: str) -> None:
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
             f"device {quoted(device)} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
-            f" has {ort.get_available_providers()}; install internvl-edge[gpu] or use"
-            " device='cpu'"
+            f" has {ort.get_available_providers()}; install internvl-edge[gpu]",
+            [Remedy.ON_CPU],
         )
 
 
@@ -120,7 +121,7 @@ class CpuGraphs:
     Raises:
         BundleError: a graph does not load, or its inputs are not the contract's.
         DeviceError: integer products are wrong on this machine.
-        LimitError: prepared graphs do not fit, and the plain ones do not fit into memory.
+        CapacityError: prepared graphs do not fit, and the plain ones do not fit into memory.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
@@ -281,9 +282,10 @@ def open_session(
     if session.get_providers()[0] != provider.name:
         cause = " ".join(line for line in said.getvalue().split("\n") if line.strip(" *"))
         raise DeviceError(
-            f"{provider.name} is installed but did not start (got {session.get_providers()});"
-            " check the driver and CUDA libraries, or use device='cpu'"
-            + (f" (ONNX Runtime: {cause[:500]})" if cause else "")
+            f"{provider.name} is installed but did not start (got {session.get_providers()}"
+            + (f"; ONNX Runtime: {cause[:500]}" if cause else "")
+            + "); check the driver and CUDA libraries",
+            [Remedy.ON_CPU],
         )
     return session
 

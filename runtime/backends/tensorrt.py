@@ -181,7 +181,8 @@ class TensorRtBackend:
         """Memory of a cache that is no longer used, with its captured steps, or new memory.
 
         Raises:
-            LimitError: the engine's context is shorter, or the memory is not there.
+            ContextError: the engine's context is shorter.
+            CapacityError: the memory is not there.
         """
         limits = self.limits
         if capacity > limits.context:

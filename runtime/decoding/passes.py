@@ -195,7 +195,7 @@ class Engine:
             logits of the last position `(vocab,)`, and how many tokens were reused.
 
         Raises:
-            LimitError: the sequence does not fit the cache.
+            ContextError: the sequence does not fit the cache.
         """
         reused = self.begin(cache, sequence)
         (logits,) = deque(self.prefill_chunks(cache, sequence, reused), maxlen=1)

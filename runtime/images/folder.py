@@ -58,7 +58,7 @@ class ImageFolder:
         days: since the last use, after which rows are removed.
 
     Raises:
-        LimitError: a bound is not positive, or `path` is a file.
+        UsageError: a bound is not positive, or `path` is a file.
     """
 
     def __init__(self, path: Path, *, limit: int = FOLDER_BYTES, days: float = FOLDER_DAYS) -> None:
