@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import ContextError, PromptError
-from internvl_edge.bundle.remedies import Remedy
+from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice
@@ -128,10 +128,13 @@ class ImageRows:
                 target[self._slots[begin:end] - start] = part[begin - offset : end - offset]
 
 
-def shortening(language: LanguageSpec, context: int) -> list[Remedy]:
+def shortening(language: LanguageSpec, context: int) -> dict[Remedy, str]:
     """Return what helps where a prompt does not fit a context of so many tokens."""
-    last = Remedy.RAISE_CONTEXT if context < language.max_context else Remedy.LESS_TEXT
-    return [Remedy.FEWER_IMAGES, Remedy.LOWER_TILES, last]
+    most = language.max_context
+    remedies = without_gains([Remedy.FEWER_IMAGES, Remedy.LOWER_TILES])
+    if context < most:
+        return remedies | {Remedy.RAISE_CONTEXT: ""}
+    return remedies | {Remedy.LESS_TEXT: f"the model takes no more than {most}"}
 
 
 def check_slots(slots: int, rows: int) -> None:

@@ -78,14 +78,14 @@ def test_size_mode(
         (["-p", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens for 0 image rows"),
         (["-p", "caf\udce9"], "not valid Unicode"),
         (["-p", "word " * 9999], "the context holds 1536"),
-        (["-p", "Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        ([IMAGE, "-p", "Hi", "--max-tiles", "0"], "max_tiles is 0"),
-        (["-p", "Hi", "--max-context", "0"], "max_context 0 is outside 1..1536"),
-        (["-p", "Hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["-p", "Hi", "--temperature", "nan"], "temperature is nan"),
-        (["-p", "Hi", "--top-p", "0"], "top_p is 0.0"),
-        (["-p", "Hi", "--seed", "-1"], "seed is -1"),
-        (["-p", "Hi", "--threads", "0"], "threads is 0"),
+        (["-p", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([IMAGE, "-p", "Hi", "--max-tiles", "0"], "--max-tiles is 0"),
+        (["-p", "Hi", "--max-context", "0"], "--max-context 0 is outside 1..1536"),
+        (["-p", "Hi", "--temperature", "-1"], "--temperature is -1.0"),
+        (["-p", "Hi", "--temperature", "nan"], "--temperature is nan"),
+        (["-p", "Hi", "--top-p", "0"], "--top-p is 0.0"),
+        (["-p", "Hi", "--seed", "-1"], "--seed is -1"),
+        (["-p", "Hi", "--threads", "0"], "--threads is 0"),
         (["-p", "Hi", "--system", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens"),
     ],
     ids=lambda item: ascii(item)[:40],
@@ -107,7 +107,7 @@ def test_device_error(
 ) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     line = error_line(capsys, "chat", golden_bundle, "-p", "Hi", "--device", "cuda")
-    assert "use device='cpu'" in line
+    assert "pass --device cpu" in line
 
 
 def test_limit_error_of_demo(capsys: pytest.CaptureFixture[str]) -> None:

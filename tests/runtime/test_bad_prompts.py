@@ -109,12 +109,12 @@ def test_other_special_tokens_stay_live(golden_model: InternVL) -> None:
 def test_prompt_beyond_the_context(ask: Ask) -> None:
     message = refusal(LimitError, ask, SENTENCE * 100)
     assert "the context holds 1536" in message
-    assert "or less text: the model takes no more than 1536" in message
+    assert "or give less text (the model takes no more than 1536)" in message
 
 
 def test_prompt_beyond_a_context_that_could_be_larger(golden_bundle: Path) -> None:
     model = InternVL.load(golden_bundle, device="cpu", threads=1, max_context=300)
-    with pytest.raises(LimitError, match=r"the context holds 300; .*, or a larger max_context"):
+    with pytest.raises(LimitError, match=r"the context holds 300; .*, or raise max_context"):
         model.generate(SENTENCE * 100)
 
 
@@ -241,7 +241,7 @@ def test_device_that_is_not_there(golden_bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     message = refusal(DeviceError, InternVL.load, golden_bundle, device="cuda")
     assert "CUDAExecutionProvider" in message
-    assert "install internvl-edge[gpu] or use device='cpu'" in message
+    assert "install internvl-edge[gpu]; pass device='cpu'" in message
 
 
 # A turn that fails.

@@ -241,7 +241,7 @@ def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             RuntimeError("libcuda.so.1:\n not found"),
-            "install an NVIDIA driver, or use device='cpu'",
+            "install an NVIDIA driver, or use the CPU",
         ),
         ((100,), "no NVIDIA GPU here"),
     ],

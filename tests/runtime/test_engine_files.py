@@ -106,8 +106,7 @@ def test_another_machine(opened: Bundle, field: str) -> None:
     assert find_engines(opened, MACHINES[field]) is None
     said = why_none(opened, MACHINES[field])
     assert SAID[field] in said
-    assert f"internvl-edge build {opened.path}" in said
-    assert "build_engines" in said
+    assert f"run 'internvl-edge build {opened.path}'" in said
 
 
 @pytest.mark.parametrize(

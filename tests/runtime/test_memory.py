@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from internvl_edge.bundle.manifest import Manifest, open_bundle
 from internvl_edge.cli.main import main
-from internvl_edge.runtime import InternVL, LimitError, memory
+from internvl_edge.runtime import CapacityError, InternVL, LimitError, memory
 from internvl_edge.runtime.backends import prepared as prepared_module
 from internvl_edge.runtime.memory import (
     MemoryGuard,
@@ -110,10 +110,17 @@ def test_what_does_not_fit_is_refused_with_remedies(
     golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 40 << 20)
-    with pytest.raises(LimitError, match=r"0.04 GiB are free; use 'internvl-edge prepare'") as said:
+    with pytest.raises(LimitError, match=r"0.04 GiB are free; run 'internvl-edge prepare'") as said:
         InternVL.load(golden_bundle, device="cpu", threads=1)
-    for remedy in ("--low-memory", "--max-context", "--kv int8"):
-        assert remedy in str(said.value)
+    error = said.value
+    assert isinstance(error, CapacityError)
+    assert error.needed is not None
+    assert error.needed > error.free == 40 << 20
+    for parameter in ("low_memory=True (saves ", "lower max_context", "kv='int8'"):
+        assert parameter in str(error)
+    assert "--" not in str(error)
+    for option in ("--low-memory (saves ", "lower --max-context", "--kv int8"):
+        assert option in error.told(flags=True)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_is_computed(
