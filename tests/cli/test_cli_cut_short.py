@@ -30,7 +30,7 @@ def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object]
         module="internvl_edge.runtime.decoding.passes", owner="Engine", function="decode"
     )
     prefill = SLOW.format(
-        module="internvl_edge.runtime.decoding.passes", owner="Engine", function="prefill"
+        module="internvl_edge.runtime.decoding.passes", owner="Engine", function="begin"
     )
     tile = SLOW.format(module="internvl_edge.runtime.model", owner="InternVL", function="tile")
     demo = f"""
