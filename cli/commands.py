@@ -107,7 +107,7 @@ RENAMED = {
 COMMANDS = Command(
     "Edge inference runtime for InternVL 1.5 and its family",
     parts={
-        "demo": Command("run the bundled tiny model on a real picture", "cli.demo", "export"),
+        "demo": Command("run the bundled tiny model on a real picture", "cli.demo"),
         "inspect": Command("what a checkpoint or bundle is, and its sizes", "cli.inspection"),
         "doctor": Command(
             "what this machine runs with, and what optional parts lack: for bug reports",

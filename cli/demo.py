@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export on first use, ask, stream, report; returns 0 when every answer is right, else 1."""
     room = example_room()
-    checkpoint = room / "checkpoint"
     picture, turns = _questions(room)
-    bundle = _bundle(checkpoint, _export)
+    export = _exporter()
+    bundle = _ready(room) if export is None else _bundle(room / "checkpoint", export)
     started = time.perf_counter()
     # Nothing is kept between conversations: every repetition does the whole work.
     model = InternVL.load(bundle, device=arguments.device, threads=arguments.threads, reuse_bytes=0)
@@ -76,10 +76,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if right else 1
 
 
-def _export(checkpoint: Path, bundle: Path) -> Path:
-    from internvl_edge.export.bundle import export_bundle
+def _exporter() -> Export | None:
+    """Import what exports; None where the extra's packages are not installed."""
+    try:
+        from internvl_edge.export.bundle import export_bundle
+    except ModuleNotFoundError:
+        return None
+    return export_bundle
 
-    return export_bundle(checkpoint, bundle)
+
+def _ready(room: Path) -> Path:
+    """The bundle that ships with the example, for who has installed the runtime alone."""
+    _say("bundle", "tiny_ocr, INT8 + INT4, as it ships: exporting needs internvl-edge[export]")
+    return room / "bundle"
 
 
 def _conversation(model: InternVL, picture: Path, turns: list[Turn]) -> tuple[list[Reply], bool]:
