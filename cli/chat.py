@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from internvl_edge.bundle.errors import InternVLEdgeError, PromptError
 from internvl_edge.bundle.extras import extra_installed
+from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
+from internvl_edge.runtime.images.sources import Picture
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import add_device
 
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("images", nargs="*", metavar="IMAGE")
     parser.add_argument("-p", "--prompt", help="ask this once; without it, a conversation")
+    parser.add_argument(
+        "--upright", action="store_true", help="turn images as their EXIF orientation says"
+    )
     parser.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--max-context", type=int, help="most tokens of prompt and answer")
@@ -62,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_folder=arguments.image_folder,
     )
     chat = model.chat(system_message=arguments.system, max_tiles=arguments.max_tiles)
-    images = list(arguments.images)
+    images = [Picture(path, upright=arguments.upright) for path in arguments.images]
     if arguments.prompt is not None:
         _turn(chat, arguments.prompt, images, arguments, sampling)
         return 0
@@ -103,7 +107,7 @@ def _builder() -> EngineBuilder:
 def _turn(
     chat: Chat,
     prompt: str,
-    images: list[str],
+    images: list[Picture],
     arguments: argparse.Namespace,
     sampling: Sampling,
 ) -> None:
@@ -115,7 +119,7 @@ def _turn(
         stop=arguments.stop,
     )
     if arguments.json:
-        print(json.dumps(_as_dict(stream.finish()), ensure_ascii=False), flush=True)
+        print_json(_as_dict(stream.finish()))
         return
     try:
         for piece in stream:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.doctor import examine
 from internvl_edge.runtime.inspection import render
 
@@ -17,5 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; returns the exit status."""
     report = examine()
-    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
+    if arguments.json:
+        print_json(report, indent=2)
+    else:
+        print(render(report))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.extras import extra_installed
+from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.inspection import inspect_bundle, render
 
 
@@ -44,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         with extra_installed("export"):
             from internvl_edge.export.inspection import inspect_checkpoint
         report = inspect_checkpoint(arguments.path)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
+    if arguments.json:
+        print_json(report, indent=2)
+    else:
+        print(render(report))
     return 0
 
 

@@ -23,6 +23,7 @@ from internvl_edge.bundle.errors import InternVLEdgeError, InternVLEdgeWarning, 
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.bundle.quoting import LONGEST, named, reason
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
+from internvl_edge.cli.streams import write_anything
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
+    write_anything()
     try:
         with _warnings_in_a_line():
             status = _run(_typed(words))

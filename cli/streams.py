@@ -1,0 +1,36 @@
+"""Terminals and pipes of any encoding: what they cannot show is replaced, never an error."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import sys
+
+
+def write_anything() -> None:
+    """Let the standard streams write and read any text.
+
+    Answers are Unicode, and paths may hold bytes that are no text: after an export or an answer of
+    minutes, one character that a terminal lacks must not end the command. What is typed at an
+    ASCII terminal is read as UTF-8, of which ASCII is a part.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and _encoding(sys.stdin) == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+
+
+def print_json(value: object, *, indent: int | None = None) -> None:
+    """Print a value as JSON, escaped where standard output does not take every character."""
+    unicode = _encoding(sys.stdout) in ("utf-8", "utf-16", "utf-32")
+    print(json.dumps(value, indent=indent, ensure_ascii=not unicode), flush=True)
+
+
+def _encoding(stream: object) -> str:
+    name = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return name

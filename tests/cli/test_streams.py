@@ -1,0 +1,90 @@
+"""Output anywhere: terminals of few characters, paths that are no text, readers that leave."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import CHAT, CHECKPOINT, IMAGE, command
+from PIL import Image
+
+from internvl_edge.bundle.contract import MANIFEST
+
+ENCODINGS = ["ascii", "latin-1", "cp437", "utf-8"]
+QUESTION = "这是什么？ 模型 – “what”?"
+
+
+def run(
+    *words: object, encoding: str, text: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command(*words),
+        input=text,
+        stdin=subprocess.DEVNULL if text is None else None,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_question_of_any_script(golden_bundle: Path, encoding: str) -> None:
+    ended = run("chat", golden_bundle, IMAGE, "-p", QUESTION, *CHAT, encoding=encoding)
+    assert ended.returncode == 0, ended.stderr
+    ended.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_conversation_is_read_in_any_encoding(golden_bundle: Path, encoding: str) -> None:
+    typed = f"{QUESTION}\n".encode()  # a terminal that calls itself something else
+    ended = run("chat", golden_bundle, *CHAT, encoding=encoding, text=typed)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_json_loses_nothing(golden_bundle: Path, encoding: str) -> None:
+    words = ("chat", golden_bundle, IMAGE, "-p", QUESTION, "--json", *CHAT)
+    told, expected = (run(*words, encoding=name) for name in (encoding, "utf-8"))
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.decode(encoding))
+    assert found["text"] == json.loads(expected.stdout.decode())["text"]
+
+
+@pytest.mark.parametrize("name", ["模型", os.fsdecode(b"\xff\xfe")], ids=["unicode", "bytes"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_paths_of_any_name(tmp_path: Path, name: str, encoding: str) -> None:
+    bundle = tmp_path / name
+    ended = run("export", CHECKPOINT, "-o", bundle, encoding=encoding)
+    assert ended.returncode == 0, ended.stderr
+    assert (bundle / MANIFEST).exists()
+    ended = run("inspect", bundle, encoding=encoding)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_picture_of_any_name(golden_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    shutil.copyfile(IMAGE, path)
+    ended = run("chat", golden_bundle, path, "-p", "What?", *CHAT, encoding="ascii")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_upright(golden_bundle: Path, tmp_path: Path) -> None:
+    """The tall picture is cut into other tiles than the wide one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 240, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", exif=exif)
+    (tmp_path / "turned.png").write_bytes(stream.getvalue())
+    words = ("chat", golden_bundle, tmp_path / "turned.png", "-p", "What?", "--json", *CHAT)
+    plain, upright = (
+        json.loads(run(*words, *option, encoding="utf-8").stdout) for option in ([], ["--upright"])
+    )
+    assert plain["token_ids"] != upright["token_ids"]
