@@ -44,7 +44,13 @@ from internvl_edge.export.tensorrt.profiles import (
     this_place,
 )
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime import DeviceError, ExportError, LeftoverWarning, LimitError
+from internvl_edge.runtime import (
+    DeviceError,
+    ExportError,
+    LeftoverWarning,
+    LimitError,
+    OutputError,
+)
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import (
     FOLDER,
@@ -113,8 +119,8 @@ def test_the_context_of_the_true_model() -> None:
 @pytest.mark.parametrize(
     ("tiles", "context", "said"),
     [
-        (0, None, "--max-tiles is 0"),
-        (None, 0, "--max-context is 0"),
+        (0, None, "^max_tiles is 0"),
+        (None, 0, "^max_context is 0"),
         (None, 1025, r"outside 1\.\.1024"),
         (40, 100, "41 tiles with thumbnail are 164 tokens, the context holds 100"),
     ],
@@ -143,7 +149,7 @@ def test_memory_is_the_sum_of_its_parts(opened: Bundle) -> None:
 
 
 def test_engines_that_would_not_fit_the_device(opened: Bundle) -> None:
-    with pytest.raises(LimitError, match=r"Orin has 0.50 GiB for them; use a lower --max-context"):
+    with pytest.raises(LimitError, match=r"Orin has 0.50 GiB for them; lower max_context, "):
         plan_build(opened, LIMITS, PLACE, device_memory=GIB // 2, available=plenty)
     with pytest.raises(LimitError, match="Orin has"):
         plan_build(opened, LIMITS, replace(PLACE, usable_bytes=GIB), available=plenty)
@@ -151,7 +157,7 @@ def test_engines_that_would_not_fit_the_device(opened: Bundle) -> None:
 
 def test_a_build_that_would_not_fit_the_host(opened: Bundle) -> None:
     with pytest.raises(
-        LimitError, match=r"of host memory, 0.06 GiB are free; stop other programs, add swap"
+        LimitError, match=r"of host memory, 0.06 GiB are free; close other programs, add swap"
     ):
         plan_build(opened, LIMITS, PLACE, available=lambda: GIB // 16)
 
@@ -243,7 +249,7 @@ def test_the_key_tells_shapes_apart(opened: Bundle) -> None:
 
 def test_what_exists_is_not_built_again_unless_told(opened: Bundle) -> None:
     before = build(opened)
-    with pytest.raises(ExportError, match="pass --overwrite"):
+    with pytest.raises(OutputError, match="pass overwrite=True"):
         build(opened)
     assert build(opened, overwrite=True) == before
 

@@ -204,14 +204,14 @@ def test_output_that_is_no_bundle_is_kept(checkpoint: Path, kind: str, overwrite
     if kind == "directory":
         (target / "thesis.tex").write_text("mine")
     before = contents(checkpoint.parent)
-    with pytest.raises(ExportError, match="is not a bundle" if overwrite else "--overwrite"):
+    with pytest.raises(ExportError, match="is not a bundle" if overwrite else "overwrite=True"):
         export_bundle(checkpoint, target, overwrite=overwrite)
     assert contents(checkpoint.parent) == before
 
 
 def test_existing_bundle_is_kept(checkpoint: Path, old: Path) -> None:
     before = contents(old)
-    with pytest.raises(ExportError, match="exists; choose another output or pass --overwrite"):
+    with pytest.raises(ExportError, match="exists; choose another output or pass overwrite=True"):
         export_bundle(checkpoint, old)
     assert contents(old) == before
 
