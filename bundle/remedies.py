@@ -27,11 +27,24 @@ class Remedy(Enum):
     SMALL_WEIGHTS = Spelling(
         "export with --vision int8 --language int4", "export with vision='int8', language='int4'"
     )
+    FP32_VISION = Spelling("export with --vision fp32", "export with vision='fp32'")
+    FP32_LANGUAGE = Spelling("export with --language fp32", "export with language='fp32'")
+    INT8_VISION = Spelling("export with --vision int8", "export with vision='int8'")
+    INT8_LANGUAGE = Spelling("export with --language int8", "export with language='int8'")
+    FP32_CACHE = Spelling("export with --kv fp32", "export with kv='fp32'")
+    CACHE_AS_COMPUTED = Spelling("export without --kv", "export with kv=None")
+    FOR_TENSORRT = Spelling("export --for tensorrt", "export with dialect='tensorrt'")
+    FOR_PORTABLE = Spelling(
+        "export --for tensorrt-portable", "export with dialect='tensorrt-portable'"
+    )
+    FOR_ONNXRUNTIME = Spelling("export without --for", "export with dialect='onnxruntime'")
+    CALIBRATION = Spelling(
+        "export with --calibration data of this kind", "export with calibration data of this kind"
+    )
     OVERWRITE = Spelling("pass --overwrite", "pass overwrite=True")
     SYMMETRIC = Spelling("leave --asymmetric out", "pass symmetric=True")
     BLOCK_128 = Spelling("pass --block 128", "pass block=128")
     OTHER_BLOCK = Spelling("pass another --block", "pass another block")
-    INT8_DECODER = Spelling("pass --language int8", "pass language='int8'")
     RAISE_BUDGET = Spelling("raise --budget", "raise budget")
     ON_CPU = Spelling("pass --device cpu", "pass device='cpu'")
     ON_TENSORRT = Spelling("pass --device tensorrt", "pass device='tensorrt'")

@@ -23,6 +23,7 @@ from internvl_edge.bundle.errors import (
     RangeError,
 )
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, get_template
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, tokenizer_files
 from internvl_edge.export.budget import within_budget
@@ -232,8 +233,9 @@ def _check_cache(recipe: Recipe) -> None:
 def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
     if dialect == "tensorrt":
         raise OptionsError(
-            "kv int8 does not go with --for tensorrt: TensorRT's cache update (TensorScatter) takes"
-            f" no integers; keep {computed}, or export --for tensorrt-portable"
+            "kv int8 does not go with the tensorrt dialect: TensorRT's cache update (TensorScatter)"
+            f" takes no integers, only {computed}",
+            [Remedy.CACHE_AS_COMPUTED, Remedy.FOR_PORTABLE],
         )
     # Whoever runs the graphs: calibration measures what such a cache costs.
     if not takes_int8_cache():

@@ -91,7 +91,7 @@ def open_device(
     dialect = bundle.manifest.dialect
     if device == "cuda" and dialect != "onnxruntime":
         raise DeviceError(
-            f"{named(bundle.path)} was written --for {dialect}: device 'cuda' runs the onnxruntime"
+            f"{named(bundle.path)} is of the {dialect} dialect: device 'cuda' runs the onnxruntime"
             " dialect, 'cpu' gives reference results",
             [Remedy.ON_TENSORRT, Remedy.ON_CPU],
         )

@@ -196,24 +196,26 @@ def check_lengths(spec: ModelSpec, request: Request) -> None:
 
 
 @dataclass(frozen=True)
-class Remedy:
+class SmallerRequest:
     """A smaller request that fits, what changed, and the bytes it takes."""
 
     text: str
     total: int
 
 
-def remedies(spec: ModelSpec, request: Request, usable: int, *, shared: bool) -> list[Remedy]:
+def remedies(
+    spec: ModelSpec, request: Request, usable: int, *, shared: bool
+) -> list[SmallerRequest]:
     """What would make it fit: fewer tokens, or lower precision; both where neither is enough.
 
     Of each kind the mildest; empty where nothing this project offers fits.
     """
 
-    def first(changes: Iterator[tuple[Request, str]]) -> list[Remedy]:
+    def first(changes: Iterator[tuple[Request, str]]) -> list[SmallerRequest]:
         for smaller, text in changes:
             total = sum(memory_bytes(spec, smaller, shared=shared).values())
             if total <= usable:
-                return [Remedy(text, total)]
+                return [SmallerRequest(text, total)]
         return []
 
     found = first(_shorter(spec, request)) + first(_lighter(spec, request))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.errors import RangeError, RangeWarning
+from internvl_edge.bundle.remedies import Remedy, told
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
 from internvl_edge.export.checkpoint.names import is_language
@@ -36,12 +37,13 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
     exposed = [value for value in found if _is_exposed(value, recipe)]
     for value in exposed:
         if value.overflows:
-            raise RangeError(f"{_describe(value)}; {_remedy(value, recipe)}")
+            raise RangeError(_describe(value), _remedies(value, recipe))
     if exposed and recipe.dialect == "onnxruntime":
         worst = max(exposed, key=lambda value: value.largest)
+        remedies = _remedies(worst, recipe)
         warnings.warn(
             f"{len(exposed)} values come near the ends of float16 or lose precision in it:"
-            f" {_describe(worst)}; if answers are refused or poor, {_remedy(worst, recipe)}",
+            f" {_describe(worst)}; if answers are refused or poor, {told(remedies, flags=True)}",
             RangeWarning,
             stacklevel=2,
         )
@@ -68,11 +70,13 @@ def _describe(value: ValueRange) -> str:
     return f"{subject} reaches {value.largest:.3g}, float16 ends at {END:.0f}"
 
 
-def _remedy(value: ValueRange, recipe: Recipe) -> str:
-    part = "language" if is_language(value.weight) else "vision"
-    if part == "language" and not recipe.computes_in_float16(value.weight):
-        return "export with --kv fp32"
-    whole = f"export this part as fp32 (--{part} fp32)"
+def _remedies(value: ValueRange, recipe: Recipe) -> dict[Remedy, str]:
+    decoder = is_language(value.weight)
+    if decoder and not recipe.computes_in_float16(value.weight):
+        return {Remedy.FP32_CACHE: ""}
+    whole = {Remedy.FP32_LANGUAGE if decoder else Remedy.FP32_VISION: ""}
     if recipe.dialect != "onnxruntime":
         return whole
-    return f"{whole} or int8, or --for tensorrt, whose graphs keep single layers in float32"
+    integers = Remedy.INT8_LANGUAGE if decoder else Remedy.INT8_VISION
+    kept = "whose graphs keep single layers in float32"
+    return {**whole, integers: "", Remedy.FOR_TENSORRT: kept}

@@ -23,6 +23,7 @@ from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.quoting import named, reason
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.dialects.engine_form import engine_form
 from internvl_edge.export.tensorrt.built import as_built, products, weight_bytes
 from internvl_edge.export.tensorrt.oracle import Comparison, compare_bundles
@@ -164,8 +165,8 @@ def check_bundle(
     bundle = open_bundle(path)
     if bundle.manifest.dialect == "onnxruntime":
         raise BundleError(
-            f"{named(path)} is of the onnxruntime dialect, the check is for TensorRT's graphs;"
-            " export with --for tensorrt or --for tensorrt-portable"
+            f"{named(path)} is of the onnxruntime dialect, the check is for TensorRT's graphs",
+            [Remedy.FOR_TENSORRT, Remedy.FOR_PORTABLE],
         )
     versions = {
         "tensorrt_rtx": require_builder(),

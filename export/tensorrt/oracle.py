@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.manifest import Bundle, Manifest, open_bundle, read_manifest
 from internvl_edge.bundle.quoting import named
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.calibration.ranges import sqnr_db
@@ -147,7 +148,7 @@ def _check_reference(manifest: Manifest, reference: Path) -> None:
     other = read_manifest(reference)
     if other.dialect != "onnxruntime":
         raise BundleError(
-            f"{named(reference)} is of the {other.dialect} dialect; export it anew without --for"
+            f"{named(reference)} is of the {other.dialect} dialect", [Remedy.FOR_ONNXRUNTIME]
         )
     if (other.spec, other.vision, other.language) != (
         manifest.spec,

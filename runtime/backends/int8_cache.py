@@ -13,6 +13,7 @@ import numpy as np
 
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import DeviceError
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 
@@ -45,8 +46,8 @@ def check_int8_cache() -> None:
     if not takes_int8_cache():
         raise DeviceError(
             "the bundle's KV cache is int8, which the attention of onnxruntime"
-            f" {load_onnxruntime().__version__} does not take on the CPU; {REMEDY}, or export"
-            " without --kv int8"
+            f" {load_onnxruntime().__version__} does not take on the CPU; {REMEDY}",
+            [Remedy.CACHE_AS_COMPUTED],
         )
 
 

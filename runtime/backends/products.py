@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.build import user_cache
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -128,8 +129,9 @@ def exact_form(products: tuple[Product, ...]) -> Form:
     ort = load_onnxruntime()
     raise DeviceError(
         f"onnxruntime {ort.__version__} multiplies integers wrongly on this CPU"
-        f" ({', '.join(wrong)}, compared with NumPy); install another version of it, or export"
-        " with --vision fp32 --language fp32; 'internvl-edge doctor' says more for a bug report"
+        f" ({', '.join(wrong)}, compared with NumPy); install another version of it;"
+        " 'internvl-edge doctor' says more for a bug report",
+        [Remedy.FP32_VISION, Remedy.FP32_LANGUAGE],
     )
 
 

@@ -18,6 +18,7 @@ from internvl_edge.bundle.contract import DialectName, Tensor
 from internvl_edge.bundle.errors import BundleError, DeviceError, MissingExtraError
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Machine
 
@@ -135,13 +136,13 @@ class Library:
         """Raise DeviceError unless the parser takes graphs of this dialect."""
         if dialect == "onnxruntime":
             raise DeviceError(
-                "a bundle of the onnxruntime dialect has no engines; export it with"
-                " --for tensorrt or --for tensorrt-portable"
+                "a bundle of the onnxruntime dialect has no engines",
+                [Remedy.FOR_TENSORRT, Remedy.FOR_PORTABLE],
             )
         if dialect == "tensorrt" and not self.api.modern:
             raise DeviceError(
-                f"graphs of the tensorrt dialect need TensorRT 10.15, this is {self.version};"
-                " export with --for tensorrt-portable"
+                f"graphs of the tensorrt dialect need TensorRT 10.15, this is {self.version}",
+                [Remedy.FOR_PORTABLE],
             )
 
     def machine(self, cuda: Cuda) -> Machine:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.contract import compute_dtype
 from internvl_edge.bundle.errors import PrecisionError
 from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.remedies import Remedy
 
 Part = Literal["vision", "language"]
 
@@ -49,11 +50,15 @@ class FiniteCheck:
         said = f"the {part} part of this bundle ({precision}) computed values that are not finite"
         if compute_dtype(precision, manifest.dialect) == "float16":
             return PrecisionError(
-                f"{said}: float16 ends at 65,504; export with --{part} fp32, or with --calibration"
-                " data of this kind, whose range check finds the layers that need float32"
+                f"{said}: float16 ends at 65,504",
+                {
+                    Remedy.FP32_VISION if part == "vision" else Remedy.FP32_LANGUAGE: "",
+                    Remedy.CALIBRATION: "its range check finds the layers that need float32",
+                },
             )
         if part == "language" and manifest.kv == "fp16":
             return PrecisionError(
-                f"{said}: its attention is float16, which ends at 65,504; export without --kv fp16"
+                f"{said}: its attention is float16, which ends at 65,504",
+                [Remedy.CACHE_AS_COMPUTED],
             )
         return PrecisionError(f"{said}; the checkpoint's weights are damaged: get it again")

@@ -63,7 +63,7 @@ def test_a_tower_that_overflows_is_refused(tmp_path: Path) -> None:
     checkpoint = scale(Path(shutil.copytree(TINY_OCR, tmp_path / "checkpoint")), {LS2: 3e4})
     refusal = (
         r"what vision_model\.encoder\.layers\.1\.norm1\.weight reads reaches \d\S+, float16 ends at"
-        r" 65504; export this part as fp32 \(--vision fp32\) or int8, or --for tensorrt"
+        r" 65504; export with vision='fp32', export with vision='int8', or export with dialect="
     )
     with pytest.raises(ExportError, match=refusal):
         export_bundle(checkpoint, tmp_path / "bundle", vision="fp16")
@@ -74,7 +74,7 @@ def test_a_tower_that_overflows_is_refused(tmp_path: Path) -> None:
 def test_a_decoder_that_overflows_is_refused(tmp_path: Path) -> None:
     """Values between two matrices; the weights themselves fit."""
     checkpoint = small(tmp_path / "checkpoint", {W1: 6e4, W2: 1e-6})
-    with pytest.raises(ExportError, match=r"feed_forward.w.\.weight .*\(--language fp32\) or int8"):
+    with pytest.raises(ExportError, match=r"feed_forward.w.\.weight .*language='fp32', .*='int8'"):
         export_bundle(checkpoint, tmp_path / "bundle", language="fp16")
     bundle = export_bundle(checkpoint, tmp_path / "bundle", vision="fp16")
     assert InternVL.load(bundle, device="cpu", threads=1).generate("Hi", max_new_tokens=2)
@@ -83,7 +83,7 @@ def test_a_decoder_that_overflows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("language", ["fp32", "int8"])
 def test_a_float16_cache_that_overflows_is_refused(tmp_path: Path, language: Any) -> None:
     checkpoint = loud_keys(tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match=r"wqkv.weight gives reaches .*; export with --kv fp32"):
+    with pytest.raises(ExportError, match=r"wqkv.weight gives reaches .*; export with kv=.fp32"):
         export_bundle(checkpoint, tmp_path / "bundle", language=language, kv="fp16")
     export_bundle(checkpoint, tmp_path / "bundle", language=language)
 

@@ -199,7 +199,7 @@ def test_other_dialects_and_references_are_refused(
     golden_bundle: Path, exported: Export, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "--check", str(golden_bundle)]) == 2
-    assert "export with --for tensorrt" in capsys.readouterr().err
+    assert "export --for tensorrt or export --for tensorrt-portable" in capsys.readouterr().err
     assert main(["inspect", "--all-gpus", str(golden_bundle)]) == 2
     assert "add --check" in capsys.readouterr().err
     portable = exported("tensorrt-portable", "fp32")

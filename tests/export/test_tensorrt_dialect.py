@@ -324,7 +324,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*words, "--for", "tensorrt-portable"]) == 0
     assert main(["inspect", target, "--json"]) == 0
     assert '"dialect": "tensorrt-portable"' in capsys.readouterr().out
-    with pytest.raises(DeviceError, match="was written --for tensorrt-portable"):
+    with pytest.raises(DeviceError, match="is of the tensorrt-portable dialect"):
         InternVL.load(target, device="cuda")
     assert "as reference for" in InternVL.load(target).engine.backend.description
 

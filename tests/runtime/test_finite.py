@@ -145,10 +145,10 @@ def put(bindings: HostDriver, logits: Any, value: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "part", "remedy"),
     [
-        ({"vision": "fp16"}, "vision", "--vision fp32"),
-        ({"language": "fp16"}, "language", "--language fp32"),
+        ({"vision": "fp16"}, "vision", "vision='fp32'"),
+        ({"language": "fp16"}, "language", "language='fp32'"),
         ({"vision": "int8", "dialect": "tensorrt"}, "vision", "--calibration"),
-        ({"kv": "fp16"}, "language", "without --kv fp16"),
+        ({"kv": "fp16"}, "language", "kv=None"),
         ({}, "vision", "weights are damaged"),
         ({}, "language", "weights are damaged"),
     ],

@@ -40,7 +40,7 @@ def check_form(weight: Weight, form: BlockFormat) -> None:
         raise OptionsError(
             f"{weight.label} has {weight.shape[1]} inputs, which is no multiple of the block"
             f" {form.block}, and TensorRT takes whole blocks only",
-            [Remedy.OTHER_BLOCK, Remedy.INT8_DECODER],
+            [Remedy.OTHER_BLOCK, Remedy.INT8_LANGUAGE],
         )
 
 
