@@ -188,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = 60 * arguments.minutes
         return run_suite(arguments.suite, device, path, only=arguments.only, budget_s=budget)
     except DeviceError as error:
-        print(f"error: this suite needs a GPU: {error}", file=sys.stderr)
+        print(f"error: this suite needs a GPU: {error.told(flags=True)}", file=sys.stderr)
         return 2
     except InternVLEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.told(flags=True)}", file=sys.stderr)
         return 2
 
 

@@ -205,7 +205,7 @@ def test_other_dialects_and_references_are_refused(
     portable = exported("tensorrt-portable", "fp32")
     with pytest.raises(BundleError, match="another model"):
         check_bundle(portable, reference=golden_bundle)
-    with pytest.raises(BundleError, match="without --for"):
+    with pytest.raises(BundleError, match="with dialect='onnxruntime'"):
         check_bundle(portable, reference=portable)
 
 

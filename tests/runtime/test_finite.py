@@ -147,7 +147,7 @@ def put(bindings: HostDriver, logits: Any, value: float) -> None:
     [
         ({"vision": "fp16"}, "vision", "vision='fp32'"),
         ({"language": "fp16"}, "language", "language='fp32'"),
-        ({"vision": "int8", "dialect": "tensorrt"}, "vision", "--calibration"),
+        ({"vision": "int8", "dialect": "tensorrt"}, "vision", "calibration data"),
         ({"kv": "fp16"}, "language", "kv=None"),
         ({}, "vision", "weights are damaged"),
         ({}, "language", "weights are damaged"),

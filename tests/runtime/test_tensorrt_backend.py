@@ -388,4 +388,4 @@ def test_a_bundle_that_has_no_engines(
     golden_bundle: Path, trt: FakeTensorRt, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["chat", str(golden_bundle), "-p", "Hi", "--device", "tensorrt"]) == 2
-    assert "export it with --for tensorrt" in capsys.readouterr().err
+    assert "has no engines; export --for tensorrt" in capsys.readouterr().err
