@@ -75,7 +75,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells a file from one that took its place, or from itself after a change."""
+    """An identity that another file in its place, or the same one after a change, does not have."""
 
     device: int
     inode: int

@@ -264,7 +264,7 @@ def check_file(
 
 
 def _difference(path: str, digest: str, listed: str) -> str:
-    """Which of the two is wrong, and where they differ."""
+    """Say which of the two is wrong, and where they differ."""
     places = [
         place for place, pair in enumerate(zip(digest, listed, strict=True)) if len(set(pair)) > 1
     ]

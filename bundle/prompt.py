@@ -28,7 +28,7 @@ _INTERNVL_2_5 = (
 
 @dataclass(frozen=True)
 class Template:
-    """How one family of checkpoints writes a conversation.
+    """The way one family of checkpoints writes a conversation.
 
     `system`, `user` and `assistant` open a turn, `separator` closes the first two; a finished
     answer stands between `answer_start` and `answer_end`.

@@ -17,7 +17,7 @@ class Spelling(NamedTuple):
 
 
 class Remedy(Enum):
-    """What a caller can do."""
+    """A thing that a caller can do."""
 
     LOW_MEMORY = Spelling("pass --low-memory", "pass low_memory=True")
     LOWER_CONTEXT = Spelling("lower --max-context", "lower max_context")

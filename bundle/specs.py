@@ -136,7 +136,7 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class TilingSpec:
-    """How an image is cut when the caller does not say."""
+    """The cutting of an image where the caller does not say."""
 
     dynamic: bool
     min_tiles: int

@@ -156,7 +156,7 @@ def source_hash() -> str:
 
 
 def cpu_identity() -> str:
-    """What -march=native depends on: the lines of /proc/cpuinfo that name model and features."""
+    """Return what -march=native depends on: the model and features that /proc/cpuinfo names."""
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "CPU variant")
     lines = [platform.machine()]
     try:
@@ -170,13 +170,13 @@ def cpu_identity() -> str:
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept for this user, whether or not it exists yet."""
+    """Return the user's folder of what can be made again, whether or not it exists yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "internvl-edge"
 
 
 def cache_directory() -> Path:
-    """Where products are kept, whether or not it exists yet."""
+    """Return the folder of products, whether or not it exists yet."""
     return user_cache() / "kernels"
 
 

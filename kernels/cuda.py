@@ -322,7 +322,7 @@ def select_shape(size: int) -> LaunchShape:
 
 
 def select_levels(size: int, count: int) -> list[int]:
-    """How many candidates each launch leaves, until `count` are left."""
+    """Return how many candidates each launch leaves, until `count` are left."""
     levels = [select_shape(size).x * count]
     while levels[-1] > count:
         levels.append(select_shape(levels[-1]).x * count)
@@ -335,7 +335,7 @@ def select_scratch(size: int, count: int) -> int:
 
 
 def read_candidates(found: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What `CudaKernels.select` found, on the host: indices and logits, the largest first.
+    """Return what `CudaKernels.select` found: indices and logits on the host, largest first.
 
     Inverts `candidate` of select.cuh; -0 comes back as 0.
 
@@ -366,7 +366,7 @@ def _check_contiguous(array: NDArray[Any] | None) -> None:
 
 
 def _moved(plane: NDArray[np.uint8], address: int | None) -> NDArray[np.uint8]:
-    """The same plane at another address."""
+    """Return the same plane at another address."""
 
     class Moved:
         __array_interface__ = plane.__array_interface__ | {

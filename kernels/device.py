@@ -99,7 +99,7 @@ class Driver:
             self("cuCtxPopCurrent")
 
     def order(self, first: int, then: int) -> None:
-        """What is on stream `then` from now on waits for what is on `first`; the host does not."""
+        """Make what comes on stream `then` wait for what is on `first`; the host does not wait."""
         if (first or LEGACY_STREAM) == (then or LEGACY_STREAM):
             return
         event = self("cuEventCreate", EVENT_WITHOUT_TIME)
@@ -120,7 +120,7 @@ class Driver:
         return address
 
     def address_on_device(self, array: NDArray[Any]) -> int | None:
-        """Where the device reads a host array in place: pinned or managed memory; else None."""
+        """Return the address at which the device reads pinned or managed host memory; else None."""
         attribute = self.bindings.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
         try:
             return int(self("cuPointerGetAttribute", attribute, array.ctypes.data)) or None
@@ -195,7 +195,7 @@ class DeviceArray:
         return self._part((max(stop - start, 0), *self.shape[1:]), begin)
 
     def of_shape(self, shape: tuple[int, ...]) -> DeviceArray:
-        """The same memory in another shape."""
+        """Return the same memory in another shape."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"{self.shape} cannot be seen as {shape}: sizes differ")
         return self._part(shape, self.address)
@@ -249,7 +249,7 @@ def _nothing() -> None:
 
 
 class _Described:
-    """What NumPy reads to describe memory by address, shape and strides."""
+    """An object that describes memory to NumPy by address, shape and strides."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface

@@ -115,7 +115,7 @@ class LaunchShape(ctypes.Structure):
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What to make of an image: the grid, the output's layout and element type."""
+    """A tiling to be made: the grid, the output's layout and element type."""
 
     columns: int
     rows: int

@@ -37,7 +37,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture; shared memory without the dynamic part."""
+    """Resources of one kernel on one architecture; shared memory without the dynamic part."""
 
     kernel: str
     architecture: int

@@ -98,7 +98,7 @@ def _tiling() -> str:
 
 
 def _reason(opened: Callable[[], str]) -> str:
-    """What there is, or why there is none."""
+    """Return what is opened, or why there is none."""
     try:
         return opened()
     except DeviceError as error:

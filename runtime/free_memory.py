@@ -10,7 +10,7 @@ RESERVE_BYTES = 256 << 20
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes this process can still take: of the machine, and of its control group.
+    """Return bytes this process can still take: of the machine, and of its control group.
 
     On a Jetson the GPU's memory is this memory: it is counted once.
     """
@@ -24,7 +24,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _meminfo(root: Path) -> int:
-    """What the kernel would give without swapping; where it does not tell, what there is."""
+    """Return MemAvailable in bytes, or physical memory where /proc is absent."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii")
     except OSError:

@@ -51,7 +51,7 @@ def inspect_bundle(path: Path) -> Report:
 
 
 def _here(path: Path, manifest: Manifest) -> Report:
-    """How this machine's CPU runs the bundle; `doctor` says more of the machine."""
+    """Describe how this machine's CPU runs the bundle; `doctor` says more of the machine."""
     products = products_of(manifest)
     bundle = Bundle(path, manifest)
     form = bundle_form(manifest).name if products else "none"
@@ -138,7 +138,7 @@ def render(report: Report) -> str:
 
 
 def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecision) -> Report:
-    """What is the same for a checkpoint and a bundle; the KV cache is in `cache`."""
+    """Describe what a checkpoint and a bundle share; the KV cache is in `cache`."""
     vision, language = spec.vision, spec.language
     kv_token = 2 * language.num_hidden_layers * language.key_value_size * ITEM_BYTES[cache]
     most_tiles = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
@@ -170,7 +170,7 @@ def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecisi
 
 
 def fits_in_memory(size: int) -> str:
-    """Whether weights of `size` bytes fit the memory that is free now, and both figures."""
+    """Say whether weights of `size` bytes fit the memory that is free now, with both figures."""
     free = available_memory()
     verdict = "yes" if size < free else "no"
     return f"{verdict}: weights {_bytes(size)}, free memory {_bytes(free)}"

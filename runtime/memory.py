@@ -90,7 +90,7 @@ class MemoryPlan:
 def plan_memory(
     manifest: Manifest, *, tokens: int, tiles: int, prepared: bool, low_memory: bool
 ) -> MemoryPlan:
-    """What running a bundle takes.
+    """Plan the memory that running a bundle takes.
 
     Args:
         manifest: of the bundle.

@@ -57,7 +57,7 @@ class Case:
 
     @property
     def has_naive(self) -> bool:
-        """Whether rounding to nearest is measured too: once for each quantised precision."""
+        """Tell whether rounding to nearest is measured too: once for each quantised precision."""
         integers = self.vision == "int8" or self.language in ("int8", "int4")
         return integers and self.dialect == "onnxruntime"
 

@@ -56,7 +56,7 @@ class Question:
         return "\n".join([self.text, *lines, suffix]).strip()
 
     def score(self, reply: str) -> float:
-        """How right a reply is, 0..1."""
+        """Return the reply's score, 0..1."""
         return self.scoring.score(reply, self.answers, self.choices)
 
 

@@ -31,7 +31,7 @@ NAMED_FAILURES = 5
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the questions are asked.
+    """Options that every question is asked with.
 
     Attributes:
         suffix: follows every question instead of its metric's own.
@@ -48,7 +48,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where a bundle is run."""
+    """The device and threads that run a bundle."""
 
     device: Device = "auto"
     threads: int | None = None
@@ -56,7 +56,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class BundleReport:
-    """What one bundle scored.
+    """Scores and failures of one bundle.
 
     Attributes:
         bundle: its directory.

@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is compared at each token of an answer, `(tokens,)` each.
+    """Measures at each token of an answer, `(tokens,)` each.
 
     Attributes:
         divergence: Kullback-Leibler divergence KL(reference || bundle) in nats.

@@ -26,7 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one question.
+    """The reply to one question, or its error.
 
     Attributes:
         id: the question's.
@@ -132,7 +132,7 @@ class Journal:
 
 
 def _content(path: Path) -> bytes:
-    """What is stored already; nothing where there is no file yet."""
+    """Read what is stored already; return nothing where there is no file yet."""
     try:
         return read_bytes(path, DATA_BYTES)
     except FileNotFoundError:

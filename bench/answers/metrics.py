@@ -28,7 +28,7 @@ SHORT_REPLY = 5
 
 @dataclass(frozen=True)
 class Metric:
-    """How a question is put and its answer scored.
+    """A way to put a question and to score its answer.
 
     Attributes:
         score: see `Scorer`.

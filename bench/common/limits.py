@@ -30,7 +30,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a bundle's roofline needs to know: the model, its bytes by part, its precisions."""
+    """A bundle's part of a roofline: the model, its bytes by part, its precisions."""
 
     spec: ModelSpec
     parts: Mapping[str, int]
@@ -40,7 +40,7 @@ class Weights:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Weights:
-        """From a bundle; one written before parts were recorded is computed at block 128."""
+        """Read a bundle's; without recorded parts they are computed at block 128."""
         parts = {name: entry.bytes for name, entry in manifest.parts.items()}
         recipe = Recipe(manifest.vision, manifest.language, manifest.kv, QuantOptions())
         return cls(
@@ -53,7 +53,7 @@ class Weights:
 
     @classmethod
     def from_dict(cls, model: Mapping[str, Any]) -> Weights:
-        """From one model of a stored result."""
+        """Read those of one model in a stored result."""
         precision = model["precision"]
         return cls(
             ModelSpec.from_dict(model["spec"]),

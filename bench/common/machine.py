@@ -50,7 +50,7 @@ def describe_machine(threads: int, root: Path = Path("/")) -> dict[str, Any]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """What was typed, to be typed again; of whole paths the last name: results are shared."""
+    """Return the command as typed, with whole paths cut to their last name: results are shared."""
     # A path stands alone or behind "--option=".
     return shlex.join(
         re.sub(r"^(--[\w-]+=)?/(?:.*/(?!$))?", r"\1", a, flags=re.S) for a in arguments

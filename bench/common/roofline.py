@@ -31,7 +31,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a machine can do: operations a second (linear, attention), bytes read a second."""
+    """A machine's rates: operations a second (linear, attention), bytes read a second."""
 
     linear: float
     attention: float

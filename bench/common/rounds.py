@@ -22,7 +22,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Rounds(Generic[Found]):
-    """What was measured.
+    """The rounds that were measured, and which of them count.
 
     Attributes:
         found: of each round.
@@ -47,7 +47,7 @@ class Rounds(Generic[Found]):
 
     @property
     def note(self) -> str | None:
-        """What a reader should know; None after rounds of which each counts."""
+        """Return a warning for the reader; None after rounds of which each counts."""
         if not self.steady:
             return (
                 f"memory was read at {_span(self.read_bytes_per_s)} between rounds: other work, of"

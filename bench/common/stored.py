@@ -73,7 +73,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def violation(result: Any) -> str | None:
-    """Where a result departs from the schema, and how; None where it does not.
+    """Return where a result departs from the schema, and how; None where it does not.
 
     Raises:
         MissingExtraError: jsonschema is not installed.

@@ -17,7 +17,7 @@ FENCE = 1.5
 
 @dataclass(frozen=True)
 class Summary:
-    """What repeated runs of one phase came to, in the unit of the samples.
+    """Statistics of repeated runs of one phase, in the unit of the samples.
 
     Attributes:
         samples: every run in order, warm-up excluded.

@@ -55,7 +55,7 @@ MEASURED = Efficiency(0.7, 0.85)
 
 @dataclass(frozen=True)
 class Request:
-    """What one wants to run: precisions, pictures, lengths. `context` bounds prompt and answer."""
+    """A wish: precisions, pictures, lengths. `context` bounds prompt and answer."""
 
     vision: VisionPrecision
     language: LanguagePrecision
@@ -74,7 +74,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Device:
-    """Where passes run: a ceiling for each graph and the shares of it assumed."""
+    """A machine that runs passes: a ceiling for each graph and the shares of it assumed."""
 
     vision: Ceiling
     language: Ceiling
@@ -206,7 +206,7 @@ class SmallerRequest:
 def remedies(
     spec: ModelSpec, request: Request, usable: int, *, shared: bool
 ) -> list[SmallerRequest]:
-    """What would make it fit: fewer tokens, or lower precision; both where neither is enough.
+    """Return requests that fit: fewer tokens, or lower precision; both where neither is enough.
 
     Of each kind the mildest; empty where nothing this project offers fits.
     """

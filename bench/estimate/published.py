@@ -117,7 +117,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Error:
-    """Of the estimate over some published figures: median and largest size."""
+    """Error of the estimate over some published figures: median and largest size."""
 
     count: int
     median: float

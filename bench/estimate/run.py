@@ -265,7 +265,7 @@ def _speed_dict(speed: Speed, request: Request) -> dict[str, float]:
 
 
 def _published(target: Target) -> dict[str, Any]:
-    """How far off the estimate is of published figures: of this target, else of all."""
+    """Return the error against published figures: of this target, else of all."""
     errors = {}
     for phase in ("prefill", "decode"):
         own = published_error(phase, target.name)

@@ -48,7 +48,7 @@ STRIDE = 4099
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where and with what engines are made.
+    """A GPU and the TensorRT that makes engines for it.
 
     Attributes:
         folder: for bundles; they are as large as the models.
@@ -62,7 +62,7 @@ class Workshop:
 
     @classmethod
     def open(cls, folder: Path) -> Workshop:
-        """On the GPU that is here, with the TensorRT that is installed.
+        """Open the GPU that is here, with the TensorRT that is installed.
 
         Raises:
             DeviceError: one of them is not.
@@ -204,7 +204,7 @@ class Sequence:
 
 
 def median_seconds(run: Callable[[], Any], repeat: int, warmup: int = 2) -> float:
-    """Of one call that waits for its result."""
+    """Return the median seconds of one call that waits for its result."""
     times = []
     for index in range(warmup + repeat):
         start = time.perf_counter()
@@ -226,5 +226,5 @@ def row(name: str, seconds: float, work: Work) -> dict[str, Any]:
 
 
 def weights_of(bundle: Bundle) -> Weights:
-    """For the roofline."""
+    """Return a bundle's weights for the roofline."""
     return Weights.of(bundle.manifest)

@@ -195,7 +195,7 @@ PARTS: Mapping[str, Callable[[Workshop], Result]] = {
 
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Of two arrays of one shape, in float64; NaN in either is 0."""
+    """Return the cosine of two arrays of one shape, in float64; 0 with NaN in either."""
     x, y = (np.asarray(v, np.float64).ravel() for v in (a, b))
     value = float(x @ y / np.sqrt((x @ x) * (y @ y)))
     return value if np.isfinite(value) else 0.0

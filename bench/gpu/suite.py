@@ -160,7 +160,7 @@ def add_shares(parts: dict[str, Any]) -> None:
 
 
 def render_part(name: str, part: dict[str, Any]) -> str:
-    """What a part found, for people."""
+    """Return a part's findings as text."""
     head = f"  {'passed' if part['passed'] else 'FAILED'} {part.get('error', '')}".rstrip()
     lines = [head]
     for item in part.get("rows", ()):

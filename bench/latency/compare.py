@@ -98,7 +98,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
-    """Of two sets of positive samples; p is 0 or 1 where neither has any spread.
+    """Compare two sets of positive samples; p is 0 or 1 where neither has any spread.
 
     Raises:
         ResultError: a set of one sample.
@@ -120,7 +120,7 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
-    """Which hypotheses are rejected, so that any false rejection has probability `level`."""
+    """Reject hypotheses so that any false rejection has probability `level`."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     rejected = [False] * len(p_values)
     for rank, index in enumerate(order):
@@ -158,12 +158,12 @@ def _samples(result: Mapping[str, Any]) -> dict[Key, list[float]]:
 
 
 def _medians(values: Sequence[float], groups: int) -> list[float]:
-    """Of equal runs of the values; gaps between tokens are many a run."""
+    """Return medians of equal runs of the values; gaps between tokens are many a run."""
     return [float(np.median(group)) for group in np.array_split(np.asarray(values), groups)]
 
 
 def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What else differs than the bundles."""
+    """Return what differs besides the bundles."""
     notes = [
         f"{name}: {before['machine'][name]} before, {after['machine'][name]} after"
         for name in ("cpu", "threads", "governor", "power_mode", "libraries")

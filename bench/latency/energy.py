@@ -39,7 +39,7 @@ class Meter(Protocol):
 
     @property
     def source(self) -> str:
-        """What is measured, and by what."""
+        """Return the name of what is measured, and by what."""
 
     def measure(self) -> AbstractContextManager[Reading]:
         """A context whose reading is filled when it ends."""

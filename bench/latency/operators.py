@@ -60,14 +60,14 @@ class Node:
 
     @property
     def block(self) -> str:
-        """Its place without the layer's number: `layers/attention`, `projector/fc1`."""
+        """Return its place without the layer's number: `layers/attention`, `projector/fc1`."""
         place = re.sub(r"^/[^/]+/", "", self.name)
         place = re.sub(r"layers\.\d+", "layers", place)
         return "/".join(place.split("/")[:2]).split(".")[0]
 
     @property
     def float_product(self) -> bool:
-        """Whether it multiplies floating-point numbers."""
+        """Tell whether it multiplies floating-point numbers."""
         multiplies = self.operator in PRODUCTS | ATTENTIONS
         return multiplies and "float" in self.dtype and self.operator not in INTEGER_INSIDE
 

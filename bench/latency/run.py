@@ -173,7 +173,7 @@ def _png_renderer() -> Callable[[Mapping[str, Any]], bytes]:
 def _notes(
     machine: dict[str, Any], names: Sequence[str], manifests: Sequence[Manifest]
 ) -> list[str | None]:
-    """What is known to make figures doubtful before anything is measured."""
+    """Return what makes figures doubtful before anything is measured."""
     weights = [sum(Weights.of(manifest).parts.values()) for manifest in manifests]
     return [
         busy_note(machine),
@@ -290,7 +290,7 @@ def _summary_dict(summary: Summary) -> dict[str, Any]:
 
 
 def _energy_dict(readings: Sequence[Reading] | None, tokens: int) -> dict[str, Any] | None:
-    """Of one first turn: joules, mean watts, joules a generated token (pictures included)."""
+    """Summarise one first turn: joules, mean watts, joules a generated token with its pictures."""
     if readings is None:
         return None
     joules = summarise([reading.joules for reading in readings])

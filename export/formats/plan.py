@@ -23,7 +23,7 @@ Kind = Literal["float", "fp16", "int8", "blocks"]
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one linear layer is stored and run.
+    """The stored form of one linear layer, and how it is run.
 
     Attributes:
         kind: "float" in the graph's own precision, "fp16" kept at half precision in a quantised

@@ -26,7 +26,7 @@ ACTIVATION_ZERO_POINT = 128
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How a weight is cut into blocks.
+    """The blocks that a weight is cut into.
 
     Attributes:
         bits: 4 or 8.
@@ -154,7 +154,7 @@ def quantize_channels(
 
 
 def fake_quantize_activation(x: Floats, scale: float) -> Floats:
-    """What x becomes when stored as int8 with one scale: rounded and saturated."""
+    """Return x as int8 with one scale would hold it: rounded and saturated."""
     return np.asarray(np.clip(np.rint(x / scale), -128, INT8_MAX) * np.float32(scale))
 
 

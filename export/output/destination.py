@@ -82,7 +82,7 @@ def _upwards(path: Path) -> Iterator[Path]:
 
 
 def _id(path: Path) -> FileId | None:
-    """What a path leads to; None where there is nothing."""
+    """Return the identity of what a path leads to; None where there is nothing."""
     try:
         status = path.stat()
     except OSError:

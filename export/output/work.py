@@ -64,7 +64,7 @@ class WorkFolder:
 
     @property
     def calibration(self) -> Path:
-        """Where decisions are kept."""
+        """The folder that keeps decisions."""
         return self.path / CALIBRATION
 
     def fresh(self, kind: str) -> Path:

@@ -36,7 +36,7 @@ def cut_graph(model: onnx.ModelProto, count: int) -> list[onnx.ModelProto]:
 
 
 def _cuts(model: onnx.ModelProto, count: int) -> list[int]:
-    """Which nodes begin the second and later parts."""
+    """Return the nodes that begin the second and later parts."""
     sizes = {tensor.name: weight_bytes(tensor) for tensor in model.graph.initializer}
     before, layers, starts = [0], {"0"}, []  # starts: the first node of each layer but the first
     for i, node in enumerate(model.graph.node):

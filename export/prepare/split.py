@@ -72,12 +72,12 @@ def _part(
 
 
 def _by_column(node: NodeProto) -> list[int]:
-    """Which inputs there are to cut."""
+    """Return the inputs that can be cut."""
     return [i for i in BY_COLUMN if i < len(node.input) and node.input[i]]
 
 
 def _rows(tensor: TensorProto, start: int, stop: int, columns: int) -> TensorProto:
-    """Of a tensor with as many values for each of `columns`, those of columns `start..stop`."""
+    """Return the values of columns `start..stop` of a tensor with as many for each of `columns`."""
     name = f"{tensor.name}/{start}"
     if tensor.data_location != TensorProto.EXTERNAL:
         array = numpy_helper.to_array(tensor)
@@ -97,6 +97,6 @@ def _rows(tensor: TensorProto, start: int, stop: int, columns: int) -> TensorPro
 
 
 def weight_bytes(tensor: TensorProto) -> int:
-    """Of an initializer, wherever it is stored."""
+    """Return the bytes of an initializer, wherever it is stored."""
     lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
     return lengths[0] if lengths else numpy_helper.to_array(tensor).nbytes

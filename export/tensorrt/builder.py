@@ -33,7 +33,7 @@ SHOWN_ERRORS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What to build, and with what.
+    """One build: the graph, and what it is built with.
 
     Attributes:
         library: module to build with.
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gave, beside the plan.
+    """The outcome of a build, beside the plan.
 
     Attributes:
         layers: of the engine; empty where the builder lists them in a way not known here.
@@ -133,7 +133,7 @@ def _converse(
 
 
 def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
-    """What the child does; a result ready for JSON."""
+    """Build in the child process; return a result ready for JSON."""
     library = Library.open(request["library"])
     trt, start, listed = library.module, time.monotonic(), [""]
 

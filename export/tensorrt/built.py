@@ -63,7 +63,7 @@ class BuiltProduct:
 
     @property
     def types(self) -> str:
-        """For people: "int8 x int8", "fp16 x int4 apart", "attention fp16"."""
+        """Return the types as text: "int8 x int8", "fp16 x int4 apart", "attention fp16"."""
         if self.activation is None:
             return "not listed"
         if self.product.weight is None:
@@ -72,7 +72,7 @@ class BuiltProduct:
 
     @property
     def widened(self) -> bool:
-        """Whether a factor takes more bits than the graph gives it."""
+        """Tell whether a factor takes more bits than the graph gives it."""
         asked = (self.product.weight, self.product.activation)
         built = (self.weight, self.activation)
         pairs = zip(asked, built, strict=True)
@@ -101,7 +101,7 @@ def products(graph: onnx.GraphProto) -> Iterator[Product]:
 
 
 def as_built(product: Product, layers: Sequence[EngineLayer]) -> BuiltProduct:
-    """How one product is computed in an engine."""
+    """Find how an engine computes one product."""
     found = sorted((layer for layer in layers if product.node in layer.nodes), key=_rank)
     if not found:
         return BuiltProduct(product, None, None)

@@ -137,7 +137,7 @@ def build_for_machine(
 
 
 def timing_cache_path(library: Library, sm: int) -> Path | None:
-    """Where timings of kernels are kept between builds; None: the library has none."""
+    """Return the file of kernels' timings between builds; None: the library has none."""
     if not library.api.timing_cache:
         return None
     folder = cache_directory().with_name("timing")

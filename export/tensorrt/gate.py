@@ -39,7 +39,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """What engines are built for: one profile from a single row to the largest.
+    """Shapes that engines are built for: one profile from a single row to the largest.
 
     Attributes:
         context: positions of the KV cache, fixed.
@@ -94,7 +94,7 @@ class GraphReport:
 
     @property
     def failures(self) -> list[str]:
-        """What does not hold, for people."""
+        """Say what does not hold."""
         place = f"{self.graph}, GPU {self.capability}"
         found = [f"{place}: {node} is wider than in the graph" for node in self.widened]
         allowed = WEIGHT_TOLERANCE * self.expected_bytes + WEIGHT_SLACK
@@ -128,7 +128,7 @@ class GateReport:
 
     @property
     def failures(self) -> list[str]:
-        """What does not hold, for people; empty: the bundle passes."""
+        """Say what does not hold; empty: the bundle passes."""
         found = list(self.broken)
         found += [
             f"{item.name}: {item.sqnr_db:.1f} dB, at least {item.floor_db:.0f} is asked for"

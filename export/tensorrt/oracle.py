@@ -56,13 +56,13 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the results agree; not-a-number never does."""
+        """Tell whether the results agree; not-a-number never does."""
         return self.sqnr_db >= self.floor_db
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a bundle computes.
+    """The results of a bundle.
 
     Attributes:
         rows: image embeddings `(rows, hidden)`.

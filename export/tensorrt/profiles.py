@@ -39,7 +39,7 @@ RUNTIME_BYTES = GIB
 
 @dataclass(frozen=True)
 class Place:
-    """Where engines will run.
+    """The GPU that engines will run on.
 
     Attributes:
         name: for people.
@@ -88,7 +88,7 @@ class MemoryNeed:
 
     @property
     def parts(self) -> str:
-        """What running takes, for people."""
+        """Say what running takes, part by part."""
         return (
             f"{gib(self.running)} (weights {gib(sum(self.weights.values()))}, KV cache"
             f" {gib(self.kv_cache)}, activations {gib(self.activations)}, other"
@@ -96,7 +96,7 @@ class MemoryNeed:
         )
 
     def describe(self) -> str:
-        """What is going to be taken, for people."""
+        """Say what building and running will take."""
         return (
             f"building takes about {gib(self.building)} of host memory; running {self.parts} of"
             f" {gib(self.usable)}; workspace at most {gib(self.workspace)}"
@@ -184,7 +184,7 @@ def plan_build(
     device_memory: int | None = None,
     available: Callable[[], int] | None = None,
 ) -> MemoryNeed:
-    """What building and running takes, refused where it is not there.
+    """Plan the memory of building and running; refuse what is not there.
 
     Args:
         device_memory: bytes that may be used of the device's; None: all that is usable.
@@ -238,5 +238,5 @@ def _free_memory(root: Path = Path("/")) -> int:
 
 
 def gib(size: int) -> str:
-    """For people."""
+    """Return a size in GiB as text."""
     return f"{size / GIB:.2f} GiB"

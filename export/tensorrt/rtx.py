@@ -81,7 +81,7 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class Build:
-    """What a build gave.
+    """The outcome of a build.
 
     Attributes:
         parsed_layers: layers of the parsed network.
@@ -235,7 +235,7 @@ def _operands(text: str) -> tuple[Operand, ...]:
 
 
 def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
-    """What the child process does; a result ready for JSON."""
+    """Build in the child process; return a result ready for JSON."""
     import tensorrt_rtx as trt
 
     log = _logger(trt)

@@ -38,7 +38,7 @@ _THOR = "https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetso
 
 @dataclass(frozen=True)
 class PowerMode:
-    """What runs in one mode: SMs, their clock in Hz, memory bandwidth in bytes a second."""
+    """One power mode: SMs, their clock in Hz, memory bandwidth in bytes a second."""
 
     name: str
     sm_count: int

@@ -24,7 +24,7 @@ from internvl_edge.runtime.images.sources import ImageLike
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut: with its pixels, all that its tiles depend on.
+    """The cutting of an image: with its pixels, all that its tiles depend on.
 
     Attributes:
         tile_size: side of a tile in pixels.

@@ -48,7 +48,7 @@ def rgb_pixels(image: Image.Image, label: str) -> NDArray[np.uint8]:
 
 
 def decoding_bytes(image: Image.Image, scale: int = 1) -> int:
-    """What decoding takes at its peak: told by the header, before any pixel is there.
+    """Return the peak bytes of decoding: told by the header, before any pixel is there.
 
     Args:
         image: opened.
@@ -68,7 +68,7 @@ def decoding_bytes(image: Image.Image, scale: int = 1) -> int:
 
 
 def _is_decoded(image: Image.Image) -> bool:
-    """Whether pixels are there: Pillow calls them `im`, from version 11 on `_im`."""
+    """Tell whether pixels are there: Pillow calls them `im`, from version 11 on `_im`."""
     held = vars(image)
     return held.get("_im", held.get("im")) is not None
 
