@@ -9,7 +9,7 @@ from internvl_edge.bundle.specs import LanguageSpec
 
 
 def rope_base(spec: LanguageSpec, total_length: int) -> float:
-    """Base theta for a sequence of `total_length` keys.
+    """Return the theta for a sequence of `total_length` keys.
 
     Dynamic NTK: beyond the trained length M, theta * (s * L / M - (s - 1)) ** (d / (d - 2)).
     """
@@ -21,10 +21,10 @@ def rope_base(spec: LanguageSpec, total_length: int) -> float:
 
 
 def rope_rows(
-    spec: LanguageSpec, base: float, start: int, stop: int
+    spec: LanguageSpec, rope_theta: float, start: int, stop: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """cos and sin for positions start..stop-1, each float64 `(stop - start, head_dim / 2)`."""
-    inverse_frequency = base ** (-np.arange(0, spec.head_dim, 2) / spec.head_dim)
+    """Cosines and sines of positions start..stop-1, each float64 `(stop - start, head_dim / 2)`."""
+    inverse_frequency = rope_theta ** (-np.arange(0, spec.head_dim, 2) / spec.head_dim)
     positions = np.arange(start, stop, dtype=np.float64)
     if spec.rope_type == "linear":
         positions /= spec.rope_factor

@@ -135,12 +135,12 @@ def _decode(
         The logits of the last `logit_rows` rows of every pass.
     """
     cache = backend.new_cache(len(embeddings) + UNUSED)
-    base = rope_base(bundle.spec.language, len(embeddings))
+    theta = rope_base(bundle.spec.language, len(embeddings))
     logits = []
     for start, end in pairwise([0, *ends]):
         wanted = np.arange(end - start)[-logit_rows:]
-        logits.append(backend.forward([Slice(cache, embeddings[start:end], base, wanted)]))
-        cache.state.extend(np.arange(start, end), base)
+        logits.append(backend.forward([Slice(cache, embeddings[start:end], theta, wanted)]))
+        cache.state.extend(np.arange(start, end), theta)
     return np.concatenate(logits)
 
 
