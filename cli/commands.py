@@ -43,7 +43,7 @@ BENCH = {
             "layerwise": Command(
                 "the decoder beside transformers' layers in float32, one at a time",
                 "bench.answers.layerwise",
-                "export",
+                "train",
             ),
             "convert": Command(
                 "a dataset's official layout to FILE.jsonl", "bench.peers.converters", "export"
