@@ -16,7 +16,7 @@ from command_line import BLOCK, error_line, run
 from internvl_edge.cli.commands import BENCH, COMMANDS, RENAMED, Command
 from internvl_edge.cli.main import main
 
-README = Path(__file__).parents[2] / "README.md"
+PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def commands(command: Command = COMMANDS, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -91,8 +91,10 @@ def test_a_file_may_be_called_like_a_command(
     assert "compare is not a bundle" in error_line(capsys, "bench", "latency", "./compare")
 
 
-def test_the_readme_lists_the_subjects_of_bench() -> None:
-    table = README.read_text(encoding="utf-8").split("| `internvl-edge bench …` | answers |")[1]
+def test_a_document_lists_the_subjects_of_bench() -> None:
+    table = PERFORMANCE.read_text(encoding="utf-8").split("| `internvl-edge bench …` | answers |")[
+        1
+    ]
     rows = table.split("\n\n")[0].splitlines()[2:]
     listed = [name for row in rows for name in re.findall("`([a-z ]+)`", row.split("|")[1])]
     assert sorted(listed) == sorted(" ".join(path[1:]) for path in commands() if path[1:])

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> InternVL:
 
 
 def test_reads_held_out_pictures(model: InternVL) -> None:
-    """Two turns each; the README's figure is for 2,000 pictures, five standard errors above."""
+    """Two turns each; the example's README is about 2,000 pictures, five standard errors above."""
     scores = evaluate(model, list(held_out(PICTURES)))
     assert len(scores) > PICTURES
     assert np.mean(scores) > 0.92

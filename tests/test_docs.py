@@ -1,0 +1,249 @@
+"""The documents: links lead somewhere, commands parse, Python runs, tables agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from documents import ROOT, Document, documents, read
+from PIL import Image
+
+from internvl_edge.bundle import errors
+from internvl_edge.bundle.extras import example_room
+from internvl_edge.bundle.remedies import Remedy
+from internvl_edge.cli.commands import COMMANDS, PROGRAM, Command
+from internvl_edge.cli.main import main
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.runtime import InternVL
+
+README = read(ROOT / "README.md")
+PYTHON_API = read(ROOT / "docs" / "python-api.md")
+ROOMS = ("bench", "bundle", "calib_data", "cli", "docs", "examples", "export", "kernels", "runtime")
+
+each_document = pytest.mark.parametrize("document", documents(), ids=lambda found: found.name)
+
+
+@each_document
+def test_links_lead_somewhere(document: Document) -> None:
+    for link in document.links():
+        target, _, anchor = link.partition("#")
+        if re.match(r"https?://", target):
+            continue
+        found = (document.path.parent / target).resolve() if target else document.path
+        assert found.is_relative_to(ROOT), link
+        assert found.exists(), link
+        assert not anchor or anchor in read(found).anchors(), link
+
+
+@each_document
+def test_files_that_are_named_are_there(document: Document) -> None:
+    names = "|".join((*ROOMS, "tests"))
+    for span in document.spans():
+        if re.fullmatch(rf"({names})/[\w./-]*", span) and "/NAME" not in span:
+            assert (ROOT / span).exists(), span
+
+
+@each_document
+def test_commands_parse(document: Document, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in document.commands():
+        if words[0] != PROGRAM or "…" in words:
+            continue
+        command, path = found(words[1:])
+        if len(path) == len(words) - 1:
+            continue  # only named
+        assert command.module is not None, words
+        module = import_module(f"internvl_edge.{command.module}")
+        monkeypatch.setattr(module, "run", lambda arguments: 0)
+        assert status(words[1:]) == 0, words
+
+
+@each_document
+def test_commands_that_are_named_exist(document: Document) -> None:
+    """Also those without the program's name: `bench memory --tiles 1`, `prepare B`."""
+    for span in document.spans():
+        words = [word for word in span.split() if word != "…"]
+        if words[0] == PROGRAM:
+            words = words[1:]
+        if not words or words[0] not in COMMANDS.parts:
+            continue
+        command, path = found(words)
+        rest = words[len(path) :]
+        assert command.module is not None or not rest, span
+
+
+@each_document
+def test_modules_targets_and_extras_exist(document: Document) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split())
+    for words in document.commands():
+        if words[0] == "make":
+            assert {word for word in words[1:] if re.fullmatch(r"[a-z-]+", word)} <= targets, words
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:]), words
+        elif words[0] == "pip":
+            named = re.findall(r"\[([a-z,]+)\]", " ".join(words))
+            assert {extra for group in named for extra in group.split(",")} <= {*extras()}, words
+        elif re.fullmatch(r"python3?", words[0]) and words[1] == "-m":
+            check_module(words[2], words[3:])
+
+
+def check_module(name: str, arguments: Sequence[str]) -> None:
+    """Find a module, and what it is given in its source: parsing would import torch."""
+    specification = importlib.util.find_spec(name)
+    assert specification is not None, name
+    assert specification.origin is not None, name
+    source = Path(specification.origin).read_text(encoding="utf-8")
+    for word in arguments:
+        if word.startswith("--") and ROOT in Path(specification.origin).parents:
+            assert f'"{word}"' in source, word
+
+
+def test_the_readme_is_a_page() -> None:
+    assert len(README.path.read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_what_the_tables_of_errors_say() -> None:
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
+    ours = [kind for kind in kinds if issubclass(kind, errors.InternVLEdgeError)]
+    warnings = [kind for kind in kinds if issubclass(kind, errors.InternVLEdgeWarning)]
+    classes = [
+        [
+            f"`{kind.code}`",
+            f"`{kind.__name__}`",
+            ", ".join(f"`{base.__name__}`" for base in kind.__bases__ if base in ours),
+            first_line(kind),
+        ]
+        for kind in ours
+    ]
+    remedies = [[f"`{one.name}`", one.value.command, one.value.library] for one in Remedy]
+    seen = [[f"`{kind.__name__}`", first_line(kind)] for kind in warnings[1:]]
+    rows = table_rows(read(ROOT / "docs" / "errors.md"))
+    headings = [row for row in rows if row[0] in ("code", "`Remedy`", "class", "---")]
+    assert [row for row in rows if row not in headings] == [*classes, *remedies, *seen]
+
+
+def test_dependencies_have_a_reason() -> None:
+    """A line names the packages, the extras they belong to, and why."""
+    rows = table_rows(read(ROOT / "docs" / "dependencies.md"))
+    for extra, packages in extras().items():
+        listed = [row[0] for row in rows if f"`{extra}`" in row[1] and row[2]]
+        for package in set(packages) - {"internvl-edge"}:
+            assert package in ", ".join(listed).split(", "), (extra, package)
+
+
+def test_decisions_are_listed_in_order() -> None:
+    """ARCHITECTURE.md links to each, by its title."""
+    listed = re.findall(
+        r"^- \[(.+)\]\(docs/decisions/(.+)\)$",
+        (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    there = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert [name for _, name in listed] == there
+    for number, (title, name) in enumerate(listed, start=1):
+        text = (ROOT / "docs" / "decisions" / name).read_text(encoding="utf-8")
+        assert text.startswith(f"# {number:03d}: {title}\n\nDecided 20")
+
+
+def python_blocks() -> Iterator[Any]:
+    for document in (README, PYTHON_API):
+        blocks = [text for language, text in document.blocks if language == "python"]
+        for number, text in enumerate(blocks):
+            yield pytest.param(text, id=f"{document.name}-{number}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> InternVL:
+    folder = tmp_path_factory.mktemp("docs") / "bundle"
+    export_bundle(example_room() / "checkpoint", folder)
+    return InternVL.load(folder, device="cpu", threads=1)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand where every file that the blocks name is."""
+    av = pytest.importorskip("av")
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pytest.importorskip("pypdfium2")
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    with Image.open(example_room() / "receipt.png") as opened:
+        receipt = opened.convert("RGB")
+    for name in ("receipt.jpg", "scans/receipt.jpg", "photo.jpg", "a.png", "b.png", "page.png"):
+        receipt.save(name)
+    pillow_heif.from_pillow(receipt).save("phone.heic")
+    receipt.save("report.pdf", save_all=True, append_images=[receipt, receipt])
+    with av.open("clip.mp4", "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=2)
+        stream.width, stream.height = 64, 48
+        for _ in range(24):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))
+            clip.mux(stream.encode(frame))
+        clip.mux(stream.encode())
+
+
+@pytest.mark.parametrize("text", [*python_blocks()])
+def test_python_runs(
+    text: str, model: InternVL, pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block by itself, on the demo's model, whatever bundle and device it names."""
+    signature = inspect.signature(InternVL.load)
+
+    def load(*arguments: object, **settings: object) -> InternVL:
+        signature.bind(*arguments, **settings)
+        return model
+
+    monkeypatch.setattr(InternVL, "load", load)
+    exec(compile(text, "block", "exec"), {})
+
+
+def found(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """Follow words through the table of commands: the last one, and the words that led there."""
+    command, path = COMMANDS, []
+    for word in words:
+        if word not in command.parts:
+            break
+        command = command.parts[word]
+        path.append(word)
+    return command, path
+
+
+def status(words: Sequence[str]) -> object:
+    """Exit status of a command whose `run` does nothing."""
+    try:
+        return main(words)
+    except SystemExit as ended:
+        return ended.code
+
+
+def extras() -> dict[str, list[str]]:
+    """Extras of this distribution, each with the packages it names."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    lists = re.findall(r"^(\w+) = (\[.*?\])$", section, re.MULTILINE | re.DOTALL)
+    return {
+        name: [re.split("[^\\w-]", requirement)[0] for requirement in ast.literal_eval(text)]
+        for name, text in lists
+    }
+
+
+def first_line(kind: type) -> str:
+    text = inspect.getdoc(kind)
+    assert text is not None
+    return text.splitlines()[0].removesuffix(".")
+
+
+def table_rows(document: Document) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in document.prose.splitlines()
+        if line.startswith("|")
+    ]
