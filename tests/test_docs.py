@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -26,6 +27,7 @@ from internvl_edge.runtime import InternVL
 
 README = read(ROOT / "README.md")
 PYTHON_API = read(ROOT / "docs" / "python-api.md")
+RESULTS = ROOT / "bench" / "results"
 ROOMS = ("bench", "bundle", "calib_data", "cli", "docs", "examples", "export", "kernels", "runtime")
 
 each_document = pytest.mark.parametrize("document", documents(), ids=lambda found: found.name)
@@ -137,6 +139,25 @@ def test_dependencies_have_a_reason() -> None:
         listed = [row[0] for row in rows if f"`{extra}`" in row[1] and row[2]]
         for package in set(packages) - {"internvl-edge"}:
             assert package in ", ".join(listed).split(", "), (extra, package)
+
+
+def test_answers_of_each_precision_are_the_stored_ones() -> None:
+    stored = json.loads((RESULTS / "accuracy-tiny_ocr-2026-11-21.json").read_text("utf-8"))
+    measured = [
+        [
+            f"{row['megabytes']:.1f} MB",
+            f"{row['score']['mean']:.2%}",
+            f"{row['score']['low'] * 100:.2f} to {row['score']['high'] * 100:.2f}",
+            f"{row['naive']['mean']:.2%}" if row["naive"] else "",
+        ]
+        for row in stored["rows"]
+        if "4-bit head" not in row["name"]  # in the text below the table
+    ]
+    rows = [row for row in table_rows(read(ROOT / "docs" / "quantisation.md")) if len(row) == 5]
+    assert [row[1:] for row in rows[2:]] == measured
+    picks = [row for row in table_rows(README) if row[3:4] and row[3].endswith("%")]
+    assert len(picks) == 4
+    assert all(row[2:4] in [figures[:2] for figures in measured] for row in picks)
 
 
 def test_decisions_are_listed_in_order() -> None:
