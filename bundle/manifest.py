@@ -142,7 +142,7 @@ def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
     Raises:
         BundleError: not a bundle, newer format, missing, resized or altered file.
     """
-    if verify not in get_args(Verify):
+    if not isinstance(verify, str) or verify not in get_args(Verify):
         raise BundleError(
             f"verify is {quoted(verify)}, expected one of {', '.join(get_args(Verify))}"
         )

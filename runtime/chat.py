@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from internvl_edge.bundle.errors import PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
 from internvl_edge.runtime.answering import Answering
+from internvl_edge.runtime.arguments import pictures, text
 from internvl_edge.runtime.decoding.generation import TokenStream
-from internvl_edge.runtime.decoding.request import Reply, Request, Timings
+from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.sources import ImageLike
+from internvl_edge.runtime.images.sources import Images
 from internvl_edge.runtime.messages import Messages, read_messages
 from internvl_edge.runtime.process import NotCopied
 
@@ -49,9 +51,9 @@ class Chat(NotCopied):
         *,
         system_message: str | None = None,
         max_tiles: int | None = None,
-        messages: Messages = (),
+        messages: Messages | None = None,
     ) -> None:
-        told = read_messages(messages, system_message)
+        told = read_messages(() if messages is None else messages, system_message)
         self._answering = answering
         self._system_message = told.system_message
         self._max_tiles = max_tiles
@@ -81,11 +83,11 @@ class Chat(NotCopied):
     def send(
         self,
         prompt: str,
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         *,
-        max_new_tokens: int = 1024,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
     ) -> Reply:
         """One turn, whole; see `InternVL.stream` for the arguments."""
@@ -104,11 +106,11 @@ class Chat(NotCopied):
     def stream(
         self,
         prompt: str,
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         *,
-        max_new_tokens: int = 1024,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
     ) -> TokenStream:
         """One turn, piece by piece. An answer still running is ended first, as it stands.
@@ -122,18 +124,18 @@ class Chat(NotCopied):
         started = time.perf_counter()
         timings = Timings()
         inputs = self._answering.inputs
-        new = [inputs.tile(image, self._max_tiles) for image in images]
+        new = [inputs.tile(image, self._max_tiles) for image in pictures("images", images)]
         timings.preprocess_s = time.perf_counter() - started
         earlier = self._earlier()
-        question = place_images(prompt, len(new), earlier_images=len(earlier))
+        question = place_images(text("prompt", prompt), len(new), len(earlier))
         shown = [*earlier, *new]
         ids = inputs.conversation([*self.history, (question, None)], shown, self._system_message)
-        request = Request(
+        request = Request.of(
             ids,
             inputs.stop_ids,
             shown,
             max_new_tokens=max_new_tokens,
-            sampling=sampling or Sampling(),
+            sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
             cache=self._cache,

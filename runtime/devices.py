@@ -80,7 +80,7 @@ def open_device(
         BundleError: a graph or engine does not load.
         UsageError: `threads` is not positive.
     """
-    if device not in get_args(Device):
+    if not isinstance(device, str) or device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
     if threads is not None and threads < 1:
         raise UsageError(f"is {quoted(threads)}, it must be at least 1", option="threads")

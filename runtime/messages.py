@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 from internvl_edge.bundle.errors import ImageError, PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.runtime.arguments import pictures, text_or_none
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.sources import ImageLike
+from internvl_edge.runtime.images.sources import ImageLike, Images
 
 #: `[{"role": "user", "content": "Hello"}, ...]`; see `read_messages`.
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -45,7 +46,9 @@ class Conversation:
 
         Raises:
             ImageError: one cannot be read; the message names its place.
+            LimitError: `max_tiles` is no such number.
         """
+        inputs.tiling(max_tiles)  # also where there is no picture
         return [_tiled(picture, inputs, max_tiles) for picture in self.pictures]
 
     def question(self) -> Conversation:
@@ -89,10 +92,11 @@ def read_messages(messages: object, system_message: str | None = None) -> Conver
         PromptError: they are something else; the message names the place.
         ImageError: a picture cannot be had.
     """
+    system_message = text_or_none("system_message", system_message)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise PromptError(f"messages are a list of role and content, not {quoted(messages)}")
     turns: list[tuple[str, str | None]] = []
-    pictures: list[Shown] = []
+    shown: list[Shown] = []
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         role, content = _role_and_content(place, message)
@@ -105,20 +109,20 @@ def read_messages(messages: object, system_message: str | None = None) -> Conver
                 )
             system_message = _text(content, f"{place}.content")
         elif role == "user" and not asked:
-            question, new = _question(content, f"{place}.content", len(pictures))
+            question, new = _question(content, f"{place}.content", len(shown))
             turns.append((question, None))
-            pictures += new
+            shown += new
         elif role == "assistant" and asked:
             turns[-1] = (turns[-1][0], _text(content, f"{place}.content"))
         else:
             expected = "assistant" if asked else "user"
             raise PromptError(f"{place} has the role {quoted(role)}; expected {expected} here")
-    return Conversation(turns, pictures, system_message)
+    return Conversation(turns, shown, system_message)
 
 
 def asked(
     prompt: str | Sequence[int] | None,
-    images: Sequence[ImageLike],
+    images: Images,
     messages: Messages | None,
     system_message: str | None,
 ) -> Conversation:
@@ -129,17 +133,19 @@ def asked(
         PromptError: both are given, or none, or they are no question.
         ImageError: a picture of the messages cannot be had.
     """
+    given = pictures("images", images)
     if messages is not None:
-        if prompt is not None or len(images):
+        if prompt is not None or given:
             raise PromptError("pass a prompt and images, or messages that hold both, not all three")
         return read_messages(messages, system_message).question()
     if prompt is None:
         raise PromptError("there is neither a prompt nor messages; ask something")
-    pictures = [Shown("", image) for image in images]
+    system_message = text_or_none("system_message", system_message)
+    shown = [Shown("", image) for image in given]
     if not isinstance(prompt, str):
-        return Conversation([], pictures, system_message)
-    question = place_images(prompt, len(pictures), earlier_images=0)
-    return Conversation([(question, None)], pictures, system_message)
+        return Conversation([], shown, system_message)
+    question = place_images(prompt, len(shown), earlier_images=0)
+    return Conversation([(question, None)], shown, system_message)
 
 
 def _role_and_content(place: str, message: object) -> tuple[str, object]:
@@ -166,14 +172,14 @@ def _text(content: object, place: str) -> str:
 def _question(content: object, place: str, earlier: int) -> tuple[str, list[Shown]]:
     """A question with its markers, and its pictures; `earlier` ones were shown before."""
     parts = [part for _, part in _parts(content, place)]
-    pictures = [part for part in parts if isinstance(part, Shown)]
-    leading = all(isinstance(part, Shown) for part in parts[: len(pictures)])
+    shown = [part for part in parts if isinstance(part, Shown)]
+    leading = all(isinstance(part, Shown) for part in parts[: len(shown)])
     lines = [
         IMAGE_PLACEHOLDER if isinstance(part, Shown) else part
-        for part in parts[len(pictures) if leading else 0 :]
+        for part in parts[len(shown) if leading else 0 :]
     ]
     try:
-        return place_images("\n".join(lines), len(pictures), earlier), pictures
+        return place_images("\n".join(lines), len(shown), earlier), shown
     except PromptError as error:
         raise PromptError(f"{place}: {error}") from error
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,14 @@ from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.answering import Answering
+from internvl_edge.runtime.arguments import (
+    file_path,
+    flag,
+    number_or,
+    pictures,
+    token_ids,
+    whole_or,
+)
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
@@ -26,23 +33,26 @@ from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
-from internvl_edge.runtime.decoding.request import Reply, Request, Timings
+from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.shelf import Shelf
 from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
 from internvl_edge.runtime.images.folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
-from internvl_edge.runtime.images.sources import ImageLike
+from internvl_edge.runtime.images.preprocess import (
+    Tiler,
+    check_tiles,
+    tile_on_host,
+    tiles_on_host,
+)
+from internvl_edge.runtime.images.sources import ImageLike, Images
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.messages import Messages, asked
 from internvl_edge.runtime.process import HomeProcess, NotCopied
 
 #: Memory for what later prompts may share with earlier ones, unless told otherwise.
 REUSE_BYTES = 1 << 30
-
-GREEDY = Sampling()
 
 
 class InternVL(NotCopied):
@@ -136,12 +146,18 @@ class InternVL(NotCopied):
             LimitError: `max_context` is beyond what the model can do, the bundle does not fit into
                 memory, or `image_folder` is a file.
         """
-        folder = (
-            None
-            if image_folder is None
-            else ImageFolder(Path(image_folder), limit=image_folder_bytes, days=image_folder_days)
-        )
-        bundle = open_bundle(Path(path), verify=verify)
+        max_context = whole_or("max_context", max_context, None)
+        kept = whole_or("reuse_bytes", reuse_bytes, REUSE_BYTES)
+        if kept < 0:
+            raise UsageError(f"is {quoted(kept)}, it must be at least 0", option="reuse_bytes")
+        folder = None
+        if image_folder is not None:
+            folder = ImageFolder(
+                file_path("image_folder", image_folder),
+                limit=whole_or("image_folder_bytes", image_folder_bytes, FOLDER_BYTES),
+                days=number_or("image_folder_days", image_folder_days, FOLDER_DAYS),
+            )
+        bundle = open_bundle(file_path("path", path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise UsageError(
@@ -150,9 +166,9 @@ class InternVL(NotCopied):
         opened = open_device(
             bundle,
             device,
-            threads,
+            whole_or("threads", threads, None),
             stream,
-            low_memory=low_memory,
+            low_memory=flag("low_memory", low_memory),
             context=max_context,
             build_engines=build_engines,
         )
@@ -165,7 +181,7 @@ class InternVL(NotCopied):
             tokenizer,
             max_context,
             opened.tile,
-            reuse_bytes=reuse_bytes,
+            reuse_bytes=kept,
             image_folder=folder,
             memory=opened.memory,
         )
@@ -175,13 +191,13 @@ class InternVL(NotCopied):
     def generate(
         self,
         prompt: str | Sequence[int] | None = None,
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         *,
         messages: Messages | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         max_tiles: int | None = None,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         system_message: str | None = None,
     ) -> Reply:
@@ -201,13 +217,13 @@ class InternVL(NotCopied):
     def stream(
         self,
         prompt: str | Sequence[int] | None = None,
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         *,
         messages: Messages | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         max_tiles: int | None = None,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         system_message: str | None = None,
     ) -> TokenStream:
@@ -240,8 +256,8 @@ class InternVL(NotCopied):
         if isinstance(prompt, str) or prompt is None:
             ids = self.encode_conversation(told.turns, tiled, told.system_message)
         else:
-            ids = list(prompt)
-        request = Request(
+            ids = token_ids("prompt", prompt)
+        request = Request.of(
             ids,
             self.inputs.stop_ids,
             tiled,
@@ -259,7 +275,7 @@ class InternVL(NotCopied):
         *,
         system_message: str | None = None,
         max_tiles: int | None = None,
-        messages: Messages = (),
+        messages: Messages | None = None,
     ) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again.
 
@@ -288,11 +304,9 @@ class InternVL(NotCopied):
         """
         return tiles_on_host(self.tile_with_identity(image, max_tiles).pixels())
 
-    def encode_images(
-        self, images: Sequence[ImageLike], max_tiles: int | None = None
-    ) -> NDArray[np.float32]:
+    def encode_images(self, images: Images, max_tiles: int | None = None) -> NDArray[np.float32]:
         """Embeddings of images, float32 `(tiles * tokens_per_tile of all images, hidden)`."""
-        tiled = [self.tile_with_identity(image, max_tiles) for image in images]
+        tiled = [self.tile_with_identity(image, max_tiles) for image in pictures("images", images)]
         rows = [self.answering.encoder.rows(image) for image in tiled]
         hidden = self.spec.language.hidden_size
         return np.concatenate([np.empty((0, hidden)), *rows]).astype(np.float32)
@@ -300,7 +314,7 @@ class InternVL(NotCopied):
     def logits(
         self,
         token_ids: Sequence[int],
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         max_tiles: int | None = None,
     ) -> NDArray[np.float32]:
         """Logits of every position, float32 `(tokens, vocab)`.
@@ -315,7 +329,7 @@ class InternVL(NotCopied):
     def logit_chunks(
         self,
         token_ids: Sequence[int],
-        images: Sequence[ImageLike] = (),
+        images: Images = (),
         max_tiles: int | None = None,
         *,
         start: int = 0,
@@ -324,10 +338,11 @@ class InternVL(NotCopied):
 
         The pieces are those of prefill: of the model of 92,553 tokens at most 190 MB each.
         """
-        tiled = [self.tile_with_identity(image, max_tiles) for image in images]
+        tiled = [self.tile_with_identity(image, max_tiles) for image in pictures("images", images)]
         self.home.check()
         ids = self.inputs.checked(token_ids, tiled)
-        return self.engine.logit_chunks(self.answering.sequence(ids, tiled), start)
+        first = whole_or("start", start, 0)
+        return self.engine.logit_chunks(self.answering.sequence(ids, tiled), first)
 
     def logits_of_tiles(
         self, token_ids: Sequence[int], tiles: NDArray[np.uint8]

@@ -14,6 +14,7 @@ from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_templa
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.runtime.arguments import token_ids, whole_or
 from internvl_edge.runtime.decoding.passes import check_slots, shortening
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, Tiling, check_tiles
@@ -50,7 +51,7 @@ class Inputs:
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
         told = image.max_tiles if isinstance(image, Picture) else None
-        tiling = self._tiling(max_tiles if told is None else told)
+        tiling = self.tiling(max_tiles if told is None else told)
         given = encoded_image(image)
         source = given.source if isinstance(given, Picture) else given
         encoded = len(source.data) if isinstance(source, EncodedBytes) else None
@@ -67,9 +68,14 @@ class Inputs:
         pixels = hashlib.sha256(held.data).digest()
         return TiledImage(lambda: (held, pixels), None, self._encoder)
 
-    def _tiling(self, max_tiles: int | None) -> Tiling:
+    def tiling(self, max_tiles: int | None) -> Tiling:
+        """How images are cut; see `InternVL.tile`.
+
+        Raises:
+            LimitError: `max_tiles` is no such number.
+        """
         told = self._spec.tiling
-        limit = told.max_tiles if max_tiles is None else max_tiles
+        limit = whole_or("max_tiles", max_tiles, told.max_tiles)
         if not 1 <= limit <= MAX_TILES:
             raise UsageError(
                 f"is {quoted(limit)}, it must be in 1..{MAX_TILES}", option="max_tiles"
@@ -106,7 +112,7 @@ class Inputs:
             PromptError: no ids, ids the vocabulary lacks, or not one slot for each image row.
             ContextError: more than the context holds.
         """
-        checked, vocab = [int(token) for token in ids], self._spec.language.vocab_size
+        checked, vocab = token_ids("prompt", ids), self._spec.language.vocab_size
         if not checked:
             raise PromptError("the prompt has no tokens")
         if not 0 <= min(checked) <= max(checked) < vocab:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
+from internvl_edge.runtime.arguments import flag, texts, whole_or
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
+
+#: Of an answer, unless told otherwise.
+MAX_NEW_TOKENS = 1024
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -73,7 +77,7 @@ class Request:
     ids: Sequence[int]
     stop_ids: Collection[int]
     images: Sequence[TiledImage] = ()
-    max_new_tokens: int = 1024
+    max_new_tokens: int = MAX_NEW_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     ignore_eos: bool = False
@@ -81,6 +85,39 @@ class Request:
     cache: Cache | None = None
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[int],
+        stop_ids: Collection[int],
+        images: Sequence[TiledImage],
+        *,
+        max_new_tokens: int | None,
+        sampling: Sampling | Mapping[str, Any] | None,
+        stop: str | Sequence[str] | None,
+        ignore_eos: bool,
+        timings: Timings,
+        started: float,
+        cache: Cache | None = None,
+    ) -> Request:
+        """Take arguments as people write them.
+
+        Raises:
+            PromptError, LimitError: one is none; the message names it.
+        """
+        return cls(
+            ids,
+            stop_ids,
+            images,
+            max_new_tokens=whole_or("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS),
+            sampling=Sampling.of(sampling),
+            stop=texts("stop", stop),
+            ignore_eos=flag("ignore_eos", ignore_eos),
+            cache=cache,
+            timings=timings,
+            started=started,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.runtime.arguments import number, whole
+
+#: Temperatures below are greedy: dividing by them would leave nothing but the largest logit.
+LEAST_TEMPERATURE = 1e-5
+#: Bound on scores after the penalty, so that a temperature cannot make them infinite.
+_LARGEST_SCORE = 1e300
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Sampling:
     et al. 2024).
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is anything below 1e-5.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens until their probability reaches p.
         min_p: keep tokens at least this times as likely as the most likely one.
@@ -51,7 +58,35 @@ class Sampling:
             return 1
         return max(self.top_k, 2) if self.top_k and self.repetition_penalty == 1 else 0
 
+    @classmethod
+    def of(cls, value: Sampling | Mapping[str, Any] | None) -> Sampling:
+        """Return a Sampling: of itself, of its fields by name, or the default for None.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        if isinstance(value, Sampling):
+            return value
+        if value is None:
+            return cls()
+        if not isinstance(value, Mapping):
+            raise UsageError(f"sampling is {quoted(value)}, it must be a Sampling or its fields")
+        known = {field.name for field in fields(cls)}
+        for name in value:
+            if name not in known:
+                raise UsageError(
+                    f"sampling has no field {quoted(name)}; known: {', '.join(sorted(known))}"
+                )
+        return cls(**value)
+
     def __post_init__(self) -> None:
+        for field in fields(self):
+            typed = whole if field.name in ("top_k", "seed") else number
+            value = getattr(self, field.name)
+            value = field.default if value is None else typed(field.name, value)
+            object.__setattr__(self, field.name, value)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, ">= 0")
         _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 keeps all)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
@@ -120,7 +155,9 @@ def filter_logits(
     if sampling.repetition_penalty != 1 and generated:
         seen = np.unique(np.asarray(generated))
         penalty = sampling.repetition_penalty
-        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        with np.errstate(over="ignore"):
+            changed = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        scores[seen] = np.clip(changed, -_LARGEST_SCORE, _LARGEST_SCORE)
     if sampling.temperature == 0:
         return scores
     scores /= sampling.temperature

@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -24,6 +25,9 @@ ImageLike: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.generic]"
     " | DeviceImage | EncodedBytes | Picture"
 )
+
+#: One picture, several, or none.
+Images: TypeAlias = "ImageLike | Sequence[ImageLike] | None"
 
 #: Pixels above which an image is refused before it is decoded: where Pillow stops as well (two
 #: times the 89 Mpx at which it warns). A 40-tile grid shows 8 Mpx, so nothing is gained beyond.
