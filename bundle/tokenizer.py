@@ -8,26 +8,63 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.bundle.added_tokens import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    AddedToken,
+    read_added_tokens,
+)
 from internvl_edge.bundle.errors import BundleError, PromptError
 from internvl_edge.bundle.files import TOKENIZER_BYTES, check_regular, read_bytes
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.quoting import named, quoted, reason
 
 MODEL_FILE = "tokenizer.model"
-CONFIG_FILE = "tokenizer_config.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 #: What a byte sequence that is not (yet) UTF-8 decodes to.
 REPLACEMENT = "\ufffd"
 
-#: As `added_tokens_decoder` can spell it: nine digits.
-_MAX_ID = 999_999_999
-
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+#: What `clean_up` joins, in this order.
+_JOINED = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How ids become text.
+
+    Attributes:
+        skip_special_tokens: whether control tokens are left out.
+        clean_up: whether blanks before punctuation are dropped, where the checkpoint's tokenizer
+            does.
+    """
+
+    skip_special_tokens: bool = True
+    clean_up: bool = True
+
+
+def clean_up(text: str) -> str:
+    """Drop blanks before punctuation and English endings, as transformers' tokenizers do."""
+    for apart, joined in _JOINED:
+        text = text.replace(apart, joined)
+    return text
 
 
 class Tokenizer:
@@ -35,11 +72,19 @@ class Tokenizer:
 
     Args:
         model_proto: serialized SentencePiece model.
-        special: special token text to id; matched anywhere in the text, longest first.
+        added: tokens beside it; matched anywhere in the text, longest first.
         add_bos: whether `encode` prepends the BOS id, as the reference does.
+        cleans_up: whether its texts are cleaned up; see `clean_up`.
     """
 
-    def __init__(self, model_proto: bytes, special: Mapping[str, int], *, add_bos: bool) -> None:
+    def __init__(
+        self,
+        model_proto: bytes,
+        added: Sequence[AddedToken],
+        *,
+        add_bos: bool,
+        cleans_up: bool = True,
+    ) -> None:
         from sentencepiece import SentencePieceProcessor
 
         self._pieces = SentencePieceProcessor()
@@ -51,10 +96,12 @@ class Tokenizer:
             raise BundleError(
                 f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}"
             ) from error
-        self.special = dict(special)
-        self._special_ids = frozenset(self.special.values())
+        self._limit = int(self._pieces.GetPieceSize())
+        self.added = {token.text: token for token in added}
+        self.added_ids = {token.id: token for token in added}
+        self.cleans_up = cleans_up
         self._bos = [self._pieces.bos_id()] if add_bos else []
-        longest_first = sorted(self.special, key=len, reverse=True)
+        longest_first = sorted(self.added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @classmethod
@@ -70,18 +117,18 @@ class Tokenizer:
         """
         files = _Files(directory, listed)
         proto, config = files.model(), files.json(CONFIG_FILE)
-        special = _special_tokens(files, config)
-        if not special:
+        added = read_added_tokens(config, files.json)
+        if not any(token.special for token in added):
             raise BundleError(f"{named(directory)} names no special tokens; expected {CONFIG_FILE}")
         if _flag(config, "add_eos_token", default=False):
             raise BundleError(f"{CONFIG_FILE}: add_eos_token is true; supported: false")
         add_bos = _flag(config, "add_bos_token", default=True)
-        return cls(proto, special, add_bos=add_bos)
+        return cls(proto, added, add_bos=add_bos, cleans_up=_cleans_up(config))
 
     @property
     def size(self) -> int:
         """One more than the largest id."""
-        return max(self._pieces.GetPieceSize(), max(self._special_ids) + 1)
+        return max(self._limit, max(self.added_ids) + 1)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the BOS the reference prepends; special tokens in it are live.
@@ -95,18 +142,76 @@ class Tokenizer:
                 " encode it as UTF-8"
             )
         ids = list(self._bos)
-        for position, part in enumerate(self._split.split(text)):
-            if position % 2:
-                ids.append(self.special[part])
+        for position, part in enumerate(self._parts(text)):
+            if position % 2 and part:
+                ids.append(self.added[part].id)
             elif part:
                 ids.extend(self._pieces.EncodeAsIds(part))
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens; broken UTF-8 becomes U+FFFD."""
-        limit = self._pieces.GetPieceSize()
-        kept = [int(i) for i in ids if i not in self._special_ids and 0 <= i < limit]
-        return str(self._pieces.DecodeIds(kept))
+    def decode(self, ids: Iterable[int], form: TextForm | None = None) -> str:
+        """Text of `ids` as the reference writes it; broken UTF-8 becomes U+FFFD.
+
+        Added tokens that are shown stand apart, between blanks. Ids that are none are left out.
+        """
+        form = form or TextForm()
+        parts: list[str] = []
+        segment: list[int] = []
+        for token in map(int, ids):
+            added = self.added_ids.get(token)
+            if added is not None and added.special and form.skip_special_tokens:
+                continue
+            if added is not None and self.stands_apart(added):
+                parts += filter(None, [self._segment(segment, form)])
+                parts.append(added.text)
+                segment = []
+            elif added is not None or self.is_piece(token):
+                segment.append(token)
+        return " ".join([*parts, self._segment(segment, form)] if segment else parts)
+
+    def is_piece(self, token: int) -> bool:
+        """Whether an id is one of the SentencePiece model's own."""
+        return 0 <= token < self._limit
+
+    def stands_apart(self, added: AddedToken) -> bool:
+        """Whether a token divides the text; others are control tokens within it."""
+        return not added.special or added.id >= self._limit
+
+    def text_of_pieces(self, ids: Sequence[int]) -> str:
+        """Text of ids of the SentencePiece model's own."""
+        return str(self._pieces.DecodeIds(list(ids)))
+
+    def _segment(self, ids: Sequence[int], form: TextForm) -> str:
+        """Text of pieces and control tokens."""
+        text, run, controlled = "", list[int](), False
+        for token in ids:
+            if (added := self.added_ids.get(token)) is None:
+                run.append(token)
+            else:
+                # The reference's blank: before the text that leads to a control token.
+                text += "" if controlled else " "
+                text += self.text_of_pieces(run) + added.text
+                run = []
+            controlled = added is not None
+        text += self.text_of_pieces(run)
+        return clean_up(text) if form.clean_up and self.cleans_up else text
+
+    def _parts(self, text: str) -> list[str]:
+        """Text and added tokens in turn; "" for what is not there."""
+        parts = self._split.split(text)
+        for place in range(1, len(parts), 2):
+            token = self.added[parts[place]]
+            before, after = parts[place - 1], parts[place + 1]
+            if token.rstrip:
+                after = after.lstrip()
+            if token.lstrip:
+                before = before.rstrip()
+            if token.single_word and before and not before.endswith(" "):
+                before, parts[place] = before + token.text, ""
+            elif token.single_word and after and not after.startswith(" "):
+                after, parts[place] = token.text + after, ""
+            parts[place - 1], parts[place + 1] = before, after
+        return parts
 
     def token_id(self, text: str) -> int:
         """Id of a special token, by its text.
@@ -115,41 +220,12 @@ class Tokenizer:
             BundleError: the tokenizer has no such token.
         """
         try:
-            return self.special[text]
+            return self.added[text].id
         except KeyError:
             raise BundleError(
                 f"the tokenizer has no special token {quoted(text)}; its files do not belong to an"
                 " InternVL checkpoint"
             ) from None
-
-
-class TextStream:
-    """Turns ids that arrive one by one into text, holding back incomplete UTF-8."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # the window decoded each time begins here
-        self._shown = 0  # ids before this one were given out
-
-    def push(self, token: int) -> str:
-        """Add one id; return the text that is now certain (may be empty)."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith(REPLACEMENT):
-            return ""
-        return self._emit(text)
-
-    def finish(self) -> str:
-        """Return what was held back, broken or not."""
-        return self._emit(self._tokenizer.decode(self._ids[self._start :]))
-
-    def _emit(self, text: str) -> str:
-        # Decoding [shown ids + new ids] and cutting off the shown text keeps pieces whose text
-        # depends on their neighbour (a leading space, a byte sequence) right.
-        shown = self._tokenizer.decode(self._ids[self._start : self._shown])
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(shown) :]
 
 
 class _Files:
@@ -180,29 +256,12 @@ class _Files:
             raise BundleError(f"cannot read {named(path)}: {reason(error)}") from error
 
 
-def _special_tokens(files: _Files, config: Mapping[str, Any]) -> dict[str, int]:
-    decoder = config.get("added_tokens_decoder")
-    if isinstance(decoder, dict) and decoder:
-        return dict(_added_token(i, entry) for i, entry in decoder.items())
-    added = files.json(ADDED_TOKENS_FILE)
-    for text, token_id in added.items():
-        whole = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not text or not whole or not 0 <= token_id <= _MAX_ID:
-            raise BundleError(
-                f"{ADDED_TOKENS_FILE} has a bad entry {quoted(text)}: {quoted(token_id)}"
-            )
-    return added
-
-
-def _added_token(token_id: str, entry: object) -> tuple[str, int]:
-    """Text and id of one entry of `added_tokens_decoder`."""
-    text = entry.get("content") if isinstance(entry, dict) else None
-    if not isinstance(text, str) or not text or not re.fullmatch(r"[0-9]{1,9}", token_id):
-        raise BundleError(
-            f"{CONFIG_FILE}: added_tokens_decoder has a bad entry {quoted(token_id)}:"
-            f" {quoted(entry)}"
-        )
-    return text, int(token_id)
+def _cleans_up(config: Mapping[str, Any]) -> bool:
+    """Whether texts are cleaned up: the slow InternLM2 tokenizer always does, others if told."""
+    name = config.get("tokenizer_class")
+    if name is None or (isinstance(name, str) and name.startswith("InternLM2")):
+        return True
+    return _flag(config, "clean_up_tokenization_spaces", default=False)
 
 
 def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:

@@ -75,7 +75,7 @@ def file_path(name: str, value: Any) -> Path:
     return path
 
 
-def flag(name: str, value: Any, default: bool = False) -> bool:
+def flag(name: str, value: Any, *, default: bool = False) -> bool:
     """Return True or False; None is `default`.
 
     Raises:

@@ -89,6 +89,8 @@ class Chat(NotCopied):
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        clean_up: bool = True,
     ) -> Reply:
         """One turn, whole; see `InternVL.stream` for the arguments."""
         stream = self.stream(
@@ -98,6 +100,8 @@ class Chat(NotCopied):
             sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=clean_up,
         )
         reply = stream.finish()
         self._settle()
@@ -112,6 +116,8 @@ class Chat(NotCopied):
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        clean_up: bool = True,
     ) -> TokenStream:
         """One turn, piece by piece. An answer still running is ended first, as it stands.
 
@@ -138,6 +144,8 @@ class Chat(NotCopied):
             sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=clean_up,
             cache=self._cache,
             timings=timings,
             started=started,

@@ -199,6 +199,8 @@ class InternVL(NotCopied):
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        clean_up: bool = True,
         system_message: str | None = None,
     ) -> Reply:
         """Answer one prompt; see `stream` for the arguments."""
@@ -211,6 +213,8 @@ class InternVL(NotCopied):
             sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=clean_up,
             system_message=system_message,
         ).finish()
 
@@ -225,6 +229,8 @@ class InternVL(NotCopied):
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        clean_up: bool = True,
         system_message: str | None = None,
     ) -> TokenStream:
         """Answer one prompt, piece by piece.
@@ -241,6 +247,11 @@ class InternVL(NotCopied):
             stop: texts that end the answer; they are not part of it.
             ignore_eos: go on after the model's own end of the answer, to `max_new_tokens` or a stop
                 text: for measurements.
+            skip_special_tokens: leave control tokens out of the text, as the reference does; False
+                shows `<ref>`, `<box>` and their like. Tokens that are added but not special are
+                always there.
+            clean_up: drop blanks before punctuation (`5 .` becomes `5.`) where the reference's
+                tokenizer does; False gives the text as it was generated.
             system_message: instead of the checkpoint's.
 
         Raises:
@@ -265,6 +276,8 @@ class InternVL(NotCopied):
             sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=clean_up,
             timings=timings,
             started=started,
         )

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.tokenizer import TextStream, Tokenizer
+from internvl_edge.bundle.text_stream import TextStream
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request
 from internvl_edge.runtime.decoding.sampling import Sampler
@@ -75,7 +76,7 @@ class Handle:
         self.failed = False
         self._limit = limit
         self._stop_ids = frozenset(() if request.ignore_eos else request.stop_ids)
-        self._text = TextStream(tokenizer)
+        self._text = TextStream(tokenizer, request.form)
         self._stops = StopStrings(request.stop)
         self._shown: list[str] = []
         self._cancelled = threading.Event()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from internvl_edge.bundle.tokenizer import TextForm
 from internvl_edge.runtime.arguments import flag, texts, whole_or
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.sampling import Sampling
@@ -67,6 +68,7 @@ class Request:
         stop_ids: tokens that end the answer.
         images: of the prompt, in the order of their slots.
         max_new_tokens, sampling, stop, ignore_eos: see `InternVL.stream`.
+        form: how its tokens become text.
         logprobs: whether each event has the token's log-probability.
         cache: a conversation's, whose beginning is reused, for one request at a time; None
             allocates one.
@@ -81,6 +83,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    form: TextForm = field(default_factory=TextForm)
     logprobs: bool = False
     cache: Cache | None = None
     timings: Timings = field(default_factory=Timings)
@@ -97,6 +100,8 @@ class Request:
         sampling: Sampling | Mapping[str, Any] | None,
         stop: str | Sequence[str] | None,
         ignore_eos: bool,
+        skip_special_tokens: bool,
+        clean_up: bool,
         timings: Timings,
         started: float,
         cache: Cache | None = None,
@@ -114,6 +119,10 @@ class Request:
             sampling=Sampling.of(sampling),
             stop=texts("stop", stop),
             ignore_eos=flag("ignore_eos", ignore_eos),
+            form=TextForm(
+                flag("skip_special_tokens", skip_special_tokens, default=True),
+                flag("clean_up", clean_up, default=True),
+            ),
             cache=cache,
             timings=timings,
             started=started,
@@ -145,7 +154,7 @@ class Reply:
     """A finished answer.
 
     Attributes:
-        text: without special tokens, cut at a stop string, stripped at both ends.
+        text: cut at a stop string, stripped at both ends.
         token_ids: generated ids, the stop id included where one was generated.
         finish_reason: "stop" (stop id or stop string), "length" (max_new_tokens or the end of the
             context), "cancelled".

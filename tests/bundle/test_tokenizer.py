@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internvl_edge.bundle.prompt import expand_images, get_template, place_images
-from internvl_edge.bundle.tokenizer import TextStream, Tokenizer
+from internvl_edge.bundle.text_stream import TextStream
+from internvl_edge.bundle.tokenizer import Tokenizer
 
 VECTORS = json.loads((GOLDEN / "tokenizer_vectors.json").read_text(encoding="utf-8"))
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))
