@@ -41,6 +41,7 @@ from internvl_edge.bundle.errors import (
 )
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.decoding.boxes import Box
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
@@ -49,6 +50,7 @@ from internvl_edge.runtime.images.video import frames_prompt, video_frames
 from internvl_edge.runtime.model import InternVL
 
 __all__ = [
+    "Box",
     "BundleError",
     "BusyError",
     "CalibrationDataError",

@@ -40,12 +40,7 @@ from internvl_edge.runtime.decoding.shelf import Shelf
 from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
 from internvl_edge.runtime.images.folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import (
-    Tiler,
-    check_tiles,
-    tile_on_host,
-    tiles_on_host,
-)
+from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
 from internvl_edge.runtime.images.sources import ImageLike, Images
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.messages import Messages, asked

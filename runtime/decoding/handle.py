@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.text_stream import TextStream
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import TextForm, Tokenizer
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.boxes import Box, read_boxes
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request
 from internvl_edge.runtime.decoding.sampling import Sampler
 
@@ -76,6 +77,7 @@ class Handle:
         self.failed = False
         self._limit = limit
         self._stop_ids = frozenset(() if request.ignore_eos else request.stop_ids)
+        self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, request.form)
         self._stops = StopStrings(request.stop)
         self._shown: list[str] = []
@@ -130,7 +132,13 @@ class Handle:
     def replied(self, finish: FinishReason) -> Reply:
         """Return the answer as it now stands."""
         text = "".join(self._shown).strip()
-        return Reply(text, self.ids, finish, self.request.timings)
+        return Reply(text, self.ids, finish, self.request.timings, self._boxes())
+
+    def _boxes(self) -> list[Box]:
+        if not self.request.images:
+            return []
+        written = self._tokenizer.decode(self.ids, TextForm(skip_special_tokens=False))
+        return read_boxes(written, self.request.images[-1].size)
 
     def _event(
         self, token: int | None, piece: str, logprob: float | None, finish: FinishReason | None

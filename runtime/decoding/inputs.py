@@ -17,7 +17,7 @@ from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.arguments import token_ids, whole_or
 from internvl_edge.runtime.decoding.passes import check_slots, shortening
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.images.preprocess import Tiler, Tiling, check_tiles
+from internvl_edge.runtime.images.preprocess import Content, Tiler, Tiling, check_tiles
 from internvl_edge.runtime.images.sources import EncodedBytes, ImageLike, Picture, encoded_image
 
 
@@ -65,8 +65,8 @@ class Inputs:
         """
         check_tiles(tiles, self._spec.vision.tile_size)
         held = np.ascontiguousarray(tiles)
-        pixels = hashlib.sha256(held.data).digest()
-        return TiledImage(lambda: (held, pixels), None, self._encoder)
+        content = Content(hashlib.sha256(held.data).digest(), None)
+        return TiledImage(lambda: (held, content), None, self._encoder)
 
     def tiling(self, max_tiles: int | None) -> Tiling:
         """How images are cut; see `InternVL.tile`.

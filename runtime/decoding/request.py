@@ -11,6 +11,7 @@ from typing import Any, Literal
 from internvl_edge.bundle.tokenizer import TextForm
 from internvl_edge.runtime.arguments import flag, texts, whole_or
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.boxes import Box
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
 
@@ -159,9 +160,11 @@ class Reply:
         finish_reason: "stop" (stop id or stop string), "length" (max_new_tokens or the end of the
             context), "cancelled".
         timings: see `Timings`.
+        boxes: places the answer names, in pixels of the picture shown last; see `read_boxes`.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     timings: Timings
+    boxes: list[Box] = field(default_factory=list)

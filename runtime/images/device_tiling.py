@@ -20,7 +20,7 @@ from internvl_edge.kernels.device import DeviceArray, describe, producer_stream
 from internvl_edge.kernels.images import planes_of
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.images.decode import check_array, load_pixels
-from internvl_edge.runtime.images.preprocess import Tiling, content_hash, tile_on_host
+from internvl_edge.runtime.images.preprocess import Content, Tiling, content_of, tile_on_host
 from internvl_edge.runtime.images.sources import ImageLike
 
 #: The kernel writes four neighbours at a time.
@@ -52,7 +52,7 @@ class DeviceTiler:
             return cls(cuda, None)
         return cls(cuda, CudaKernels(cuda.driver))
 
-    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, bytes]:
+    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, Content]:
         """Cut an image into tiles.
 
         An image in device memory is read back to be hashed, so that it has the name it would have
@@ -62,8 +62,8 @@ class DeviceTiler:
         and more for a small picture. The hash runs while the device cuts.
 
         Returns:
-            uint8 `(tiles, tile_size, tile_size, 3)`, on the device where the kernels are; and the
-            content's hash.
+            uint8 `(tiles, tile_size, tile_size, 3)`, on the device where the kernels are; and
+            what they were cut from.
 
         Raises:
             ImageError: see `load_image`; of an array in device memory also: another device, a mask,
@@ -89,7 +89,7 @@ class DeviceTiler:
             )
             if on_device:
                 self._give_back(image)
-        return tiles, content_hash(pixels)
+        return tiles, content_of(pixels)
 
     def _checked(self, image: Any) -> NDArray[np.uint8]:
         """A description of a device array, its elements never to be read."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.runtime.images.preprocess import Tiling, tiles_on_host
+from internvl_edge.runtime.images.preprocess import Content, Tiling, tiles_on_host
 
-#: Makes the tiles of an image, and the 32 bytes that name its pixels.
-Cut = Callable[[], tuple[Any, bytes]]
+#: Makes the tiles of an image, and says what they were cut from.
+Cut = Callable[[], tuple[Any, Content]]
 
 _SIGN = np.iinfo(np.int64).min
 
@@ -62,6 +62,7 @@ class TiledImage:
     Attributes:
         tiles: how many there are.
         identity: of the image, in every cache.
+        size: width and height of the whole image in pixels; None: it was given in tiles.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class TiledImage:
     ) -> None:
         self._cut: Cut | None = cut
         self._encoded = encoded
-        self._held, pixels = cut()
+        self._held, content = cut()
         self.tiles = len(self._held)
-        self.identity = ImageIdentity(pixels, tiling, self.tiles, model)
+        self.size = content.size
+        self.identity = ImageIdentity(content.digest, tiling, self.tiles, model)
 
     def pixels(self) -> Any:
         """uint8 `(tiles, S, S, 3)` where the tiler made them; after `release`, the same again.

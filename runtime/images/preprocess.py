@@ -48,14 +48,27 @@ class Tiling:
         )
 
 
+@dataclass(frozen=True)
+class Content:
+    """What an image is before it is cut.
+
+    Attributes:
+        digest: 32 bytes that name its pixels.
+        size: width and height in pixels; None: it was cut already.
+    """
+
+    digest: bytes
+    size: tuple[int, int] | None
+
+
 class Tiler(Protocol):
     """Makes tiles of an image, where the backend takes them."""
 
-    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, bytes]:
-        """Tiles uint8 `(tiles, tile_size, tile_size, 3)`, and 32 bytes that name the pixels."""
+    def __call__(self, image: ImageLike, tiling: Tiling) -> tuple[Any, Content]:
+        """Tiles uint8 `(tiles, tile_size, tile_size, 3)`, and what they were cut from."""
 
 
-def tile_on_host(image: ImageLike, tiling: Tiling) -> tuple[NDArray[np.uint8], bytes]:
+def tile_on_host(image: ImageLike, tiling: Tiling) -> tuple[NDArray[np.uint8], Content]:
     """Cut an image on the CPU; see `load_pixels` and `tile_image`."""
     pixels = load_pixels(image)
     tiles = tile_image(
@@ -65,7 +78,7 @@ def tile_on_host(image: ImageLike, tiling: Tiling) -> tuple[NDArray[np.uint8], b
         max_tiles=tiling.max_tiles,
         thumbnail=tiling.thumbnail,
     )
-    return tiles, content_hash(pixels)
+    return tiles, content_of(pixels)
 
 
 def tiles_on_host(tiles: Any) -> NDArray[np.uint8]:
@@ -73,11 +86,13 @@ def tiles_on_host(tiles: Any) -> NDArray[np.uint8]:
     return tiles if isinstance(tiles, np.ndarray) else tiles.to_host()
 
 
-def content_hash(pixels: NDArray[np.uint8]) -> bytes:
-    """sha256 of the size and pixels of RGB `(H, W, 3)`: equal for equal content, whatever file."""
-    digest = hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}".encode())
+def content_of(pixels: NDArray[np.uint8]) -> Content:
+    """Size of RGB `(H, W, 3)`, and sha256 of it and the pixels: equal for equal content, whatever
+    file."""
+    height, width, _ = pixels.shape
+    digest = hashlib.sha256(f"{width}x{height}".encode())
     digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()
+    return Content(digest.digest(), (width, height))
 
 
 def select_grid(
