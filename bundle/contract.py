@@ -62,6 +62,7 @@ _STORED_NAMES = (
     (r"projector\.fc2\.", "mlp1.3."),
     (r"projector\.", "mlp1."),
     (r"(layers\.\d+\.)qkv\.", rf"{_DECODER}\1attention.wqkv."),
+    (r"(layers\.\d+\.)([qk]_norm)\.", rf"{_DECODER}\1attention.\2."),
     (r"(layers\.\d+\.)out\.", rf"{_DECODER}\1attention.wo."),
     (r"(layers\.\d+\.)gate\.", rf"{_DECODER}\1feed_forward.w1."),
     (r"(layers\.\d+\.)up\.", rf"{_DECODER}\1feed_forward.w3."),

@@ -93,6 +93,9 @@ class LanguageSpec:
     Attributes:
         bias: whether query, key, value and output projections have one.
         qkv_bias: whether query, key and value have one and the output has none.
+        head_size: of one head; None where it is `hidden_size / num_attention_heads`.
+        qk_norm: whether each head of queries and keys is normed before it is rotated.
+        tied_head: whether the checkpoint has one matrix as table and as head.
     """
 
     hidden_size: int
@@ -108,6 +111,9 @@ class LanguageSpec:
     rope_type: RopeType
     rope_factor: float
     qkv_bias: bool = False
+    head_size: int | None = None
+    qk_norm: bool = False
+    tied_head: bool = False
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -116,7 +122,7 @@ class LanguageSpec:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def query_size(self) -> int:
@@ -220,7 +226,8 @@ def _of_vision(vision: VisionSpec) -> Iterator[str]:
 
 def _of_language(language: LanguageSpec) -> Iterator[str]:
     heads = language.num_attention_heads
-    yield from _indivisible("language.hidden_size", language.hidden_size, heads)
+    if language.head_size is None:
+        yield from _indivisible("language.hidden_size", language.hidden_size, heads)
     yield from _indivisible("language.num_attention_heads", heads, language.num_key_value_heads)
     yield from _indivisible("the size of a language head", language.head_dim, 2)
     yield from _too_large("language.num_hidden_layers", language.num_hidden_layers, MAX_LAYERS)
@@ -291,6 +298,8 @@ def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
 
 
 def _fits(value: object, hint: Any, *, signed: bool) -> bool:
+    if hint == (int | None):
+        hint = int  # None is the default, which is not written
     if hint in (int, float):
         kinds = (int, float) if hint is float else int
         if not isinstance(value, kinds) or isinstance(value, bool):

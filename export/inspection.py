@@ -8,7 +8,7 @@ from pathlib import Path
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
-from internvl_edge.export.checkpoint.names import model_part, tensor_shapes
+from internvl_edge.export.checkpoint.names import HEAD, model_part, tensor_shapes
 from internvl_edge.export.sizes import bundle_bytes
 from internvl_edge.runtime.inspection import Report, describe, fits_in_memory
 
@@ -42,6 +42,9 @@ def inspect_checkpoint(path: Path) -> Report:
 def parameter_counts(spec: ModelSpec) -> dict[str, int]:
     """Parameters by part, counted from the tensors a checkpoint of this spec holds."""
     counts: dict[str, int] = {"vision": 0, "projector": 0, "language": 0}
+    tied = {HEAD} if spec.language.tied_head else set()
     for name, shape in tensor_shapes(spec).items():
+        if name in tied:
+            continue
         counts[model_part(name)] += math.prod(shape)
     return counts | {"total": sum(counts.values())}

@@ -147,7 +147,7 @@ def _tensors(
 
 def _scaled(values: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if len(shape) > 1:
-        values *= np.prod(shape[1:]) ** -0.5 if "embedding" not in name else 1
+        values *= np.prod(shape[1:]) ** -0.5 if "embed" not in name else 1
         return values
     if "norm" in name or name.endswith(("mlp1.0.weight", "ls1", "ls2")):
         return 1 + 0.2 * values if name.endswith("weight") else 0.5 + 0.1 * values

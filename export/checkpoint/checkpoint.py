@@ -89,10 +89,11 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         described = describe_config(_read_json(self.directory / "config.json"))
+        self._files = _tensor_files(self.directory)
+        described = described.holding(self._files)
         self.spec = described.spec
         self._table = described.tensors()
         self._shapes = tensor_shapes(self.spec)
-        self._files = _tensor_files(self.directory)
         self._identities = {path: FileIdentity.at(path) for path in set(self._files.values())}
         expected = stored_shapes(self._table, self._shapes)
         check_names(self._files, expected)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from internvl_edge.bundle.errors import CheckpointError, PromptError
@@ -19,6 +19,7 @@ from internvl_edge.bundle.specs import (
 from internvl_edge.export.checkpoint import config_keys
 from internvl_edge.export.checkpoint.family import Family, find_family
 from internvl_edge.export.checkpoint.layouts import ORIGINAL_DECODER, original_vision
+from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD
 from internvl_edge.export.checkpoint.origin import Table
 from internvl_edge.export.checkpoint.section import Section
 
@@ -30,9 +31,17 @@ class Description:
     spec: ModelSpec
     family: Family
 
+    def holding(self, stored: Collection[str]) -> Description:
+        """Return the same of a checkpoint with these tensors: a head that is stored is not tied."""
+        untied = replace(self.spec, language=replace(self.spec.language, tied_head=False))
+        described = replace(self, spec=untied)
+        return described if set(described.tensors()[HEAD].names) <= set(stored) else self
+
     def tensors(self) -> Table:
         """Return where every tensor of the model lies in the checkpoint, by canonical name."""
         decoder = self.family.tensors(self.spec.language)
+        if self.spec.language.tied_head:
+            decoder[HEAD] = decoder[EMBEDDING]
         return original_vision(self.spec) | {
             name: origin.under(ORIGINAL_DECODER) for name, origin in decoder.items()
         }

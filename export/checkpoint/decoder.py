@@ -34,20 +34,26 @@ class _Rope:
 
 
 def read_decoder(
-    llm: Section, defaults: Defaults, *, bias: bool = False, qkv_bias: bool = False
+    llm: Section,
+    defaults: Defaults,
+    *,
+    bias: bool = False,
+    qkv_bias: bool = False,
+    head_size: int | None = None,
+    qk_norm: bool = False,
 ) -> LanguageSpec:
     """Read what all decoders have; `finish` follows, when a family has read its own keys.
 
     Args:
         bias: whether all of attention's projections have one.
         qkv_bias: whether query, key and value have one and the output has none.
+        head_size: where it does not follow from the other sizes.
+        qk_norm: whether the heads of queries and keys are normed before they are rotated.
 
     Raises:
         CheckpointError: a key is missing or malformed.
     """
     llm.one_of("hidden_act", ("silu",), "silu")
-    if llm.flag("tie_word_embeddings", False):
-        raise llm.bad("tie_word_embeddings", True, "false")
 
     def size(key: str) -> int:
         return llm.positive(key, defaults.sizes.get(key, REQUIRED))
@@ -70,6 +76,9 @@ def read_decoder(
         rope_type=rope.kind,
         rope_factor=rope.factor,
         qkv_bias=qkv_bias,
+        head_size=head_size,
+        qk_norm=qk_norm,
+        tied_head=llm.flag("tie_word_embeddings", False),
     )
 
 

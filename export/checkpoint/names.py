@@ -4,7 +4,8 @@ The same for every decoder family and every layout. What a checkpoint calls them
 `families/` and `layouts`, what a bundle stores them as in `bundle.contract`.
 
 A layer of the decoder has `attention_norm`, `qkv` (all query rows, all key rows, all value rows),
-`out`, `ffn_norm`, `gate`, `up` and `down`: `down(silu(gate x) * up x)`.
+`out`, `ffn_norm`, `gate`, `up` and `down`: `down(silu(gate x) * up x)`; where heads are normed,
+`q_norm` and `k_norm`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def language_shapes(spec: LanguageSpec) -> Shapes:
         "up.weight": (mlp, hidden),
         "ffn_norm.weight": (hidden,),
     }
+    if spec.qk_norm:
+        layer["q_norm.weight"] = layer["k_norm.weight"] = (spec.head_dim,)
     if spec.has_qkv_bias:
         layer["qkv.bias"] = (fused,)
     if spec.bias:

@@ -9,7 +9,7 @@ from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.names import HEAD, NORM, decoder_prefix
 from internvl_edge.export.checkpoint.weights import Weight, WeightReader
-from internvl_edge.export.graphs.dialects import CacheNames, Dialect
+from internvl_edge.export.graphs.dialects import CacheNames, Dialect, HeadNorms
 
 
 def build_language(
@@ -98,10 +98,18 @@ def _attention(
             layer=layer,
             past_key=contract.past_key(layer),
             past_value=contract.past_value(layer),
+            norms=_head_norms(spec, reader, prefix),
         )
         y, key, value = dialect.cached_attention(qkv, cache, spec, "attend")
         bias = reader.tensor(f"{prefix}out.bias") if spec.bias else None
         return dialect.linear(y, reader.tensor(f"{prefix}out.weight"), bias, "wo"), key, value
+
+
+def _head_norms(spec: LanguageSpec, reader: WeightReader, prefix: str) -> HeadNorms | None:
+    if not spec.qk_norm:
+        return None
+    query, key = (reader.tensor(f"{prefix}{name}.weight") for name in ("q_norm", "k_norm"))
+    return HeadNorms(query, key, spec.rms_norm_eps)
 
 
 def _feed_forward(dialect: Dialect, reader: WeightReader, prefix: str, x: str) -> str:

@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import random_state, small_config, write_checkpoint
+from checkpoints import KV8, random_state, small_config, write_checkpoint
+from dialects import RUNNABLE
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.calibration.ranges import sqnr_db
+from internvl_edge.export.tensorrt.oracle import compare_bundles, run_bundle
 from internvl_edge.runtime import InternVL
 
 LOGIT_TOLERANCE = 2e-4
@@ -26,6 +31,11 @@ DECODERS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "attention_bias": True,
     },
+    "llama, heads of 8": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "head_dim": 8,
+    },
 }
 #: One key head for each query head, for several, for all.
 HEADS = [(4, 4), (4, 2), (7, 1)]
@@ -36,7 +46,7 @@ def decoder_config(decoder: dict[str, Any], heads: tuple[int, int]) -> dict[str,
     config = small_config(layers=2, vision_layers=1)
     config["llm_config"] = {
         "hidden_size": 16 * heads[0],
-        "intermediate_size": 96,
+        "intermediate_size": 192,
         "max_position_embeddings": 256,
         "num_attention_heads": heads[0],
         "num_hidden_layers": 2,
@@ -59,7 +69,10 @@ def reference_logits(config: dict[str, Any], ids: list[int]) -> NDArray[np.float
     decoder = dict(config["llm_config"])
     told = AutoConfig.for_model(decoder.pop("model_type"), **decoder)
     model = AutoModelForCausalLM.from_config(told, attn_implementation="eager").float().eval()
-    model.load_state_dict(state)
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert set(missing) <= ({"lm_head.weight"} if told.tie_word_embeddings else set())
+    assert not unknown
+    model.tie_weights()
     with torch.inference_mode():
         return np.asarray(model(torch.tensor([ids])).logits[0].numpy())
 
@@ -75,3 +88,48 @@ def test_logits(tmp_path: Path, name: str, heads: tuple[int, int]) -> None:
     expected = reference_logits(config, ids)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
+
+
+@pytest.fixture
+def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_run, "DEFAULT_ITEMS", 2)
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.usefixtures("few_items")
+@pytest.mark.parametrize("name", DECODERS)
+def test_integers(tmp_path: Path, name: str) -> None:
+    """Random weights lose what rounding loses, and one token at a time as much as a whole pass."""
+    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(DECODERS[name], (8, 2)))
+    exact = run_bundle(export_bundle(checkpoint, tmp_path / "float"))
+    for language, least, kv in (("int8", 28, {}), ("int4", 8, {}), ("int4", 8, KV8)):
+        wanted: dict[str, Any] = {"vision": "int8", "language": language, **kv}
+        options = QuantOptions(block=64)
+        bundle = tmp_path / f"{language}{kv}"
+        export_bundle(checkpoint, bundle, options=options, sensitivity=False, **wanted)
+        got = run_bundle(bundle, exact.rows)
+        assert _sqnr(exact.rows, got.rows) > 28
+        assert _sqnr(exact.whole, got.whole) > least
+        assert _sqnr(exact.whole, got.stepped) > least
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.usefixtures("few_items")
+@pytest.mark.parametrize("dialect", RUNNABLE)
+@pytest.mark.parametrize("name", DECODERS)
+def test_tensorrt_dialects(tmp_path: Path, name: str, dialect: Any) -> None:
+    """The gate's comparisons with the onnxruntime dialect of the same weights hold."""
+    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(DECODERS[name], (8, 2)))
+    for vision, language in (("fp16", "fp16"), ("int8", "int4")):
+        wanted: dict[str, Any] = {"vision": vision, "language": language}
+        wanted |= {"options": QuantOptions(block=64), "sensitivity": False}
+        paths = [tmp_path / f"{language} {kind}" for kind in ("onnxruntime", dialect)]
+        for path, kind in zip(paths, ("onnxruntime", dialect), strict=True):
+            export_bundle(checkpoint, path, dialect=kind, **wanted)
+        found = compare_bundles(paths[1], paths[0])
+        assert len(found) == 4
+        assert [one for one in found if not one.holds] == []
+
+
+def _sqnr(exact: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    return sqnr_db(float((exact**2).sum()), float(((got - exact) ** 2).sum()))

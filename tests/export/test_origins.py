@@ -18,7 +18,7 @@ from internvl_edge.export.checkpoint import checkpoint as checkpoint_module
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.checkpoint.family import known_families
-from internvl_edge.export.checkpoint.names import model_part, tensor_shapes
+from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD, model_part, tensor_shapes
 from internvl_edge.export.checkpoint.origin import (
     Origin,
     Rows,
@@ -30,7 +30,8 @@ from internvl_edge.export.checkpoint.origin import (
     stored_shapes,
     whole,
 )
-from internvl_edge.runtime import BundleError
+from internvl_edge.export.inspection import parameter_counts
+from internvl_edge.runtime import BundleError, CheckpointError
 
 STORED = {"a": np.arange(6).reshape(3, 2), "b": np.arange(6, 10).reshape(2, 2)}
 ORIGINS = [
@@ -105,6 +106,34 @@ def test_parts() -> None:
     stored = checkpoint_shapes(small_config())
     begins = {"vision": "vision_model.", "projector": "mlp1.", "language": "language_model."}
     assert counted == {part: sum(n.startswith(b) for n in stored) for part, b in begins.items()}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stored_head_is_used_whatever_the_config_says(tmp_path: Path, told: bool) -> None:
+    """Released files say tied beside a matrix of their own."""
+    config = small_config(layers=1, vision_layers=1)
+    folder = write_checkpoint(tmp_path / "model", config)
+    config["llm_config"]["tie_word_embeddings"] = told
+    (folder / "config.json").write_text(json.dumps(config))
+    source = Checkpoint(folder)
+    assert not source.spec.language.tied_head
+    assert (next(source.blocks(HEAD)) != next(source.blocks(EMBEDDING))).any()
+
+
+def test_a_head_that_is_not_stored_is_the_table_if_the_config_says_so(tmp_path: Path) -> None:
+    config = small_config(layers=1, vision_layers=1)
+    config["llm_config"]["tie_word_embeddings"] = True
+    folder = write_checkpoint(tmp_path / "model", config)
+    source = Checkpoint(folder)
+    assert source.spec.language.tied_head
+    np.testing.assert_array_equal(next(source.blocks(HEAD)), next(source.blocks(EMBEDDING)))
+    table = 512 * 64
+    untied = parse_config(small_config(layers=1, vision_layers=1))
+    assert parameter_counts(untied)["total"] == parameter_counts(source.spec)["total"] + table
+    config["llm_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing: language_model.output"):
+        Checkpoint(folder)
 
 
 def test_families_are_found() -> None:

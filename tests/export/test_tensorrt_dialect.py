@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import GOLDEN, KV8
+from dialects import RUNNABLE, TENSORRT, runs
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -36,26 +37,8 @@ from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.reference import KEY_BUCKET, ReferenceBackend
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
-TENSORRT: tuple[DialectName, ...] = ("tensorrt", "tensorrt-portable")
 #: Pictures the dialects are compared on.
 PICTURES = 4
-
-
-def _newest_operators() -> bool:
-    """onnxruntime before 1.24, the newest for Python 3.10, has no TensorScatter."""
-    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
-
-    return any(schema.name == "TensorScatter" for schema in get_all_operator_schema())
-
-
-def _runs(dialect: DialectName) -> Any:
-    """A parameter that is skipped where ONNX Runtime lacks the modern level's operators."""
-    reason = "this onnxruntime has no TensorScatter"
-    old = dialect == "tensorrt" and not _newest_operators()
-    return pytest.param(dialect, marks=pytest.mark.skipif(old, reason=reason))
-
-
-RUNNABLE = [_runs(dialect) for dialect in TENSORRT]
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,7 @@ CASES = [
     pytest.param("tensorrt-portable", INT4_KV8, id=f"tensorrt-portable-{INT4_KV8.name}"),
 ]
 RUNNABLE_CASES = [
-    pytest.param(*case.values, marks=_runs(case.values[0]).marks, id=case.id) for case in CASES
+    pytest.param(*case.values, marks=runs(case.values[0]).marks, id=case.id) for case in CASES
 ]
 
 Export = Callable[[str, Precision], Path]

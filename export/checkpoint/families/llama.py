@@ -16,17 +16,24 @@ class Llama(Family):
     architectures = ("LlamaForCausalLM",)
 
     def spec(self, llm: Section) -> LanguageSpec:
-        spec = read_decoder(llm, Defaults(), bias=llm.flag("attention_bias", False))
+        told = llm.raw("head_dim", None)
+        head_size = None if told is None else llm.positive("head_dim")
+        bias = llm.flag("attention_bias", False)
+        spec = read_decoder(llm, Defaults(), bias=bias, head_size=head_size)
         finish(llm, spec)
         return spec
 
     def tensors(self, spec: LanguageSpec) -> Table:
-        rows = {"q": spec.query_size, "k": spec.key_value_size, "v": spec.key_value_size}
         outside = {
             EMBEDDING: whole("model.embed_tokens.weight"),
             NORM: whole("model.norm.weight"),
             HEAD: whole("lm_head.weight"),
         }
+        return layered(spec, outside, "model.layers.{}.", self.layer(spec))
+
+    def layer(self, spec: LanguageSpec) -> Table:
+        """Return where the tensors of one layer lie, by their names within it."""
+        rows = {"q": spec.query_size, "k": spec.key_value_size, "v": spec.key_value_size}
         layer = {
             "attention_norm.weight": whole("input_layernorm.weight"),
             "ffn_norm.weight": whole("post_attention_layernorm.weight"),
@@ -37,7 +44,7 @@ class Llama(Family):
             layer[f"out.{leaf}"] = whole(f"self_attn.o_proj.{leaf}")
         for name in ("gate", "up", "down"):
             layer[f"{name}.weight"] = whole(f"mlp.{name}_proj.weight")
-        return layered(spec, outside, "model.layers.{}.", layer)
+        return layer
 
 
 FAMILY = Llama()

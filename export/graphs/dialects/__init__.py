@@ -16,12 +16,26 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm of each head of queries and keys, before they are rotated; weights `(head_dim,)`."""
+
+    query: Weight
+    key: Weight
+    eps: float
+
+
+@dataclass(frozen=True)
 class CacheNames:
-    """Values the cached attention of one layer reads; what all layers read is the contract's."""
+    """Values the cached attention of one layer reads; what all layers read is the contract's.
+
+    Attributes:
+        norms: of the heads, where the decoder has them.
+    """
 
     layer: int
     past_key: str
     past_value: str
+    norms: HeadNorms | None = None
 
 
 @dataclass(frozen=True)

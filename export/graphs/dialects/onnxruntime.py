@@ -15,11 +15,14 @@ from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.packing import pack_blocks, pack_channels
 from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import ACTIVATION_ZERO_POINT
-from internvl_edge.export.graphs.dialects import AttentionShape, CacheNames, Linear
+from internvl_edge.export.graphs.dialects import AttentionShape, CacheNames, HeadNorms, Linear
 from internvl_edge.export.graphs.graph import MICROSOFT, GraphBuilder
 
-#: Head sizes the rotary path of GroupQueryAttention accepts; every released model has 64 to 128.
-HEAD_MULTIPLE = 16
+#: Head sizes GroupQueryAttention accepts, and those its rotary path does: others are rotated before
+#: it. Every released model has 64 to 128.
+HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
+#: GroupQueryAttention's inputs before the scales of its cache.
+CACHE_SCALES = 12
 
 #: Most columns of one integer product in an MLP. MLAS goes through the whole int32 result once for
 #: every few hundred inputs, so that must stay in cache: 1025 x 3200 inputs to 3,200, 6,400 and
@@ -39,6 +42,7 @@ class OnnxRuntimeDialect:
     def __init__(self, graph: GraphBuilder, plan: QuantPlan = UNCHANGED) -> None:
         self.graph = graph
         self.plan = plan
+        self._tables: tuple[str, str] | None = None
 
     def linear(
         self, x: str, weight: Weight, bias: Weight | None, name: str, gain: Weight | None = None
@@ -226,25 +230,24 @@ class OnnxRuntimeDialect:
         dtype = graph.dtype(qkv)
         if graph.dtype(cache.past_key) == "float16":  # all of attention's floats are of one type
             qkv = graph.cast(qkv, "float16", f"{name}.half")
-        packed = graph.node("Unsqueeze", [qkv, graph.shape(0)], f"{name}.batch")
+        rotates = spec.head_dim % ROTARY_MULTIPLE == 0
         inputs = [
-            packed,
-            "",
-            "",
+            *self._heads_in(qkv, cache, spec, name, rotates),
             cache.past_key,
             cache.past_value,
             contract.LAST_POSITION,
             contract.TOTAL_LENGTH,
-            contract.ROPE_COS,
-            contract.ROPE_SIN,
         ]
         attributes: dict[str, object] = {
             "num_heads": spec.num_attention_heads,
             "kv_num_heads": spec.num_key_value_heads,
-            "do_rotary": 1,
+            "do_rotary": int(rotates),
         }
+        if rotates:
+            inputs += [contract.ROPE_COS, contract.ROPE_SIN]
         if (scales := self.plan.cache.get(cache.layer)) is not None:
-            inputs += ["", "", "", *self._cache_scales(scales, cache.layer)]
+            inputs += [""] * (CACHE_SCALES - len(inputs))
+            inputs += self._cache_scales(scales, cache.layer)
             attributes |= {
                 "kv_cache_bit_width": 8,
                 "k_quant_type": "PER_CHANNEL",
@@ -255,6 +258,71 @@ class OnnxRuntimeDialect:
         )
         rows = graph.node("Squeeze", [attended, graph.shape(0)], f"{name}.rows")
         return graph.cast(rows, dtype, f"{name}.cast"), key, value
+
+    def _heads_in(
+        self, qkv: str, cache: CacheNames, spec: LanguageSpec, name: str, rotates: bool
+    ) -> list[str]:
+        """Return attention's first inputs: all in one, or apart where something is done to them."""
+        graph = self.graph
+        if rotates and cache.norms is None:
+            return [graph.node("Unsqueeze", [qkv, graph.shape(0)], f"{name}.batch"), "", ""]
+        sizes = graph.shape(spec.query_size, spec.key_value_size, spec.key_value_size)
+        query, key, value = graph.nodes("Split", [qkv, sizes], f"{name}.split", 3, {"axis": -1})
+        if (norms := cache.norms) is not None:
+            query = self._normed_heads(query, norms.query, spec.query_size, norms, f"{name}.q_norm")
+            key = self._normed_heads(key, norms.key, spec.key_value_size, norms, f"{name}.k_norm")
+        if not rotates:
+            tables = self._rows_of_tables(query)
+            query = self._rotated(query, spec.num_attention_heads, spec, tables, f"{name}.query")
+            key = self._rotated(key, spec.num_key_value_heads, spec, tables, f"{name}.key")
+        return [
+            graph.node("Unsqueeze", [x, graph.shape(0)], f"{name}.{part}.batch")
+            for part, x in (("query", query), ("key", key), ("value", value))
+        ]
+
+    def _normed_heads(self, x: str, weight: Weight, width: int, norms: HeadNorms, name: str) -> str:
+        """`(tokens, heads * head_dim)`, each head normed by itself."""
+        graph = self.graph
+        heads = graph.node("Reshape", [x, graph.shape(-1, weight.shape[0])], f"{name}.heads")
+        weight = replace(weight, dtype=graph.dtype(x))
+        normed = self.rms_norm(heads, weight, norms.eps, name)
+        return graph.node("Reshape", [normed, graph.shape(-1, width)], f"{name}.rows")
+
+    def _rows_of_tables(self, rows: str) -> tuple[str, str]:
+        """cos and sin `(tokens, 1, head_dim / 2)` of a pass's rows, made with the first layer."""
+        if self._tables is None:
+            graph = self.graph
+            total = graph.node("Cast", [contract.TOTAL_LENGTH], "total", {"to": TensorProto.INT64})
+            first, one = (graph.constant(np.array(i, np.int64), f"scalar.{i}") for i in (0, 1))
+            sizes = graph.node("Shape", [rows], "sizes")
+            tokens = graph.node("Gather", [sizes, first], "tokens", {"axis": 0})
+            start = graph.node("Sub", [total, tokens], "start")
+            positions = graph.node("Range", [start, total, one], "positions")
+            cos = self._gathered(contract.ROPE_COS, positions, "cos")
+            self._tables = cos, self._gathered(contract.ROPE_SIN, positions, "sin")
+        return self._tables
+
+    def _gathered(self, table: str, positions: str, name: str) -> str:
+        graph = self.graph
+        rows = graph.node("Gather", [table, positions], name, {"axis": 0})
+        return graph.node("Unsqueeze", [rows, graph.shape(1)], f"{name}.heads")
+
+    def _rotated(
+        self, x: str, heads: int, spec: LanguageSpec, tables: tuple[str, str], name: str
+    ) -> str:
+        """Rows `(tokens, heads * head_dim)`, the halves a and b of each head turned by the angle:
+        `a cos - b sin, b cos + a sin`.
+        """
+        graph, (cos, sin) = self.graph, tables
+        split = graph.node("Reshape", [x, graph.shape(-1, heads, spec.head_dim)], f"{name}.split")
+        halves = graph.nodes("Split", [split], f"{name}.halves", 2, {"axis": -1, "num_outputs": 2})
+        turned = []
+        for op, i in (("Sub", 0), ("Add", 1)):
+            straight = graph.node("Mul", [halves[i], cos], f"{name}.cos.{i}")
+            crossed = graph.node("Mul", [halves[1 - i], sin], f"{name}.sin.{i}")
+            turned.append(graph.node(op, [straight, crossed], f"{name}.turned.{i}"))
+        joined = graph.node("Concat", turned, f"{name}.turned", {"axis": -1})
+        return graph.node("Reshape", [joined, graph.shape(-1, heads * spec.head_dim)], name)
 
     def _cache_scales(self, scales: CacheScales, layer: int) -> list[str]:
         """One scale per head and lane, as float32 (1, kv_heads, 1, head_dim)."""

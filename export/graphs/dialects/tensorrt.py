@@ -17,9 +17,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
-from internvl_edge.export.graphs.dialects import Linear
+from internvl_edge.export.graphs.dialects import HeadNorms, Linear
 from internvl_edge.export.graphs.dialects.tensorrt_weights import (
     check_form,
     pack_columns,
@@ -159,6 +160,24 @@ class TensorRtDialect(ABC):
         graph = self.graph
         x, y = (graph.cast(v, "float32", f"{name}.{side}") for v, side in ((x, "x"), (y, "y")))
         return graph.node("Add", [x, y], name)
+
+    def split_heads(
+        self, qkv: str, norms: HeadNorms | None, spec: LanguageSpec, name: str
+    ) -> list[str]:
+        """Query, key and value `(tokens, heads * head_dim)`, normed where the decoder does it."""
+        graph = self.graph
+        sizes = graph.shape(spec.query_size, spec.key_value_size, spec.key_value_size)
+        query, key, value = graph.nodes("Split", [qkv, sizes], f"{name}.split", 3, {"axis": -1})
+        if norms is not None:
+            query = self._normed_heads(query, norms.query, spec.query_size, norms, f"{name}.q_norm")
+            key = self._normed_heads(key, norms.key, spec.key_value_size, norms, f"{name}.k_norm")
+        return [query, key, value]
+
+    def _normed_heads(self, x: str, weight: Weight, width: int, norms: HeadNorms, name: str) -> str:
+        graph = self.graph
+        heads = graph.node("Reshape", [x, graph.shape(-1, weight.shape[0])], f"{name}.heads")
+        normed = self.rms_norm(heads, weight, norms.eps, name)
+        return graph.node("Reshape", [normed, graph.shape(-1, width)], f"{name}.rows")
 
     def heads(self, x: str, heads: int, head_dim: int, name: str) -> str:
         """Rows of one sequence `(tokens, heads * head_dim)` -> `(1, heads, tokens, head_dim)`."""

@@ -78,8 +78,7 @@ class ModernDialect(TensorRtDialect):
         self, qkv: str, cache: CacheNames, spec: LanguageSpec, name: str
     ) -> tuple[str, str, str]:
         graph, step = self.graph, self._step or self._begin()
-        sizes = graph.shape(spec.query_size, spec.key_value_size, spec.key_value_size)
-        query, key, value = graph.nodes("Split", [qkv, sizes], f"{name}.split", 3, {"axis": -1})
+        query, key, value = self.split_heads(qkv, cache.norms, spec, name)
         heads, kv_heads, width = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         query = self._rotated(query, heads, width, step, f"{name}.query")
         key = self._rotated(key, kv_heads, width, step, f"{name}.key")

@@ -105,8 +105,7 @@ class PortableDialect(TensorRtDialect):
         self, qkv: str, cache: CacheNames, spec: LanguageSpec, name: str
     ) -> tuple[str, str, str]:
         graph, step = self.graph, self._step or self._begin(spec)
-        sizes = graph.shape(spec.query_size, spec.key_value_size, spec.key_value_size)
-        parts = graph.nodes("Split", [qkv, sizes], f"{name}.split", 3, {"axis": -1})
+        parts = self.split_heads(qkv, cache.norms, spec, name)
         heads, kv_heads, width = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         query = self._rotated(parts[0], heads, width, step, f"{name}.query")
         query = self._times(query, width**-0.5, f"{name}.query.scaled")
