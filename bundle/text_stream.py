@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from internvl_edge.bundle.tokenizer import REPLACEMENT, TextForm, Tokenizer, clean_up
+from internvl_edge.bundle.text_form import REPLACEMENT, TextForm, clean_up
+from internvl_edge.bundle.tokenizer import Tokenizer
 
 #: An end of text that a later character may join: each rule of `clean_up` begins with a blank, and
 #: these characters are all that may stand between it and the last one of a rule.
@@ -57,6 +58,8 @@ class TextStream:
             return self._piece(token)
         if added.special and self._form.skip_special_tokens:
             return ""
+        if self._tokenizer.is_text(added):
+            return self._piece(token)
         if not self._tokenizer.stands_apart(added):
             return self._control(added.text)
         text = self._joined(self._end_segment())

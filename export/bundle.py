@@ -25,7 +25,8 @@ from internvl_edge.bundle.errors import (
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, get_template
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.tokenizer import Tokenizer, tokenizer_files
+from internvl_edge.bundle.token_files import tokenizer_files
+from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.export.budget import within_budget
 from internvl_edge.export.calibration.decisions import (
     DEFAULT_OPTIONS,
@@ -248,7 +249,7 @@ def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
 def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
     """The tokenizer files, once they are known to serve this checkpoint."""
     try:
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
         tokenizer.token_id(IMAGE_CONTEXT)
         tokenizer.token_id(get_template(spec.prompt.template).stop)
         files = list(tokenizer_files(directory))

@@ -15,7 +15,7 @@ from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.manifest import Bundle, Verify, open_bundle
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.arguments import (
     file_path,
@@ -169,7 +169,7 @@ class InternVL(NotCopied):
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
-        tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
+        tokenizer = load_tokenizer(bundle.path, bundle.manifest.files)
         model = cls(
             bundle,
             opened.backend,

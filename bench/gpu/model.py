@@ -26,7 +26,7 @@ from internvl_edge.bundle.contract import (
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.tokenizer import tokenizer_files
+from internvl_edge.bundle.token_files import tokenizer_files
 from internvl_edge.export.calibration.decisions import Decisions, Recipe
 from internvl_edge.export.checkpoint.names import EMBEDDING, is_language, tensor_shapes
 from internvl_edge.export.tensorrt.builder import build_in_process

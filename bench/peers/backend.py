@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.peers.llamacpp import LlamaCpp
 from internvl_edge.bundle.errors import ContextError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import Backend, Cache, Slice, single
 from internvl_edge.runtime.backends.kv_cache import CacheState
@@ -93,4 +93,4 @@ def load_with_llamacpp(bundle: Path, gguf: Path, threads: int, context: int) -> 
     if context > limit:
         raise UsageError(f"a context of {context} is beyond the trained length {limit}")
     backend = LlamaCppBackend(OnnxRuntimeBackend(opened, threads), LlamaCpp(gguf, threads, context))
-    return InternVL(opened, backend, Tokenizer.load(bundle), context, reuse_bytes=0)
+    return InternVL(opened, backend, load_tokenizer(bundle), context, reuse_bytes=0)

@@ -19,7 +19,7 @@ from scipy.special import ndtri
 
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.tokenizer import tokenizer_files
+from internvl_edge.bundle.token_files import tokenizer_files
 from internvl_edge.export.checkpoint.checkpoint import INDEX
 from internvl_edge.export.checkpoint.config import describe_config, parse_config
 from internvl_edge.export.checkpoint.names import tensor_shapes

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import load_items
 from internvl_edge.export.calibration.calibrate import Calibration, Sample
@@ -98,7 +98,7 @@ def load_calibration(source: ModelSource, data: str | Path | None) -> Calibratio
         ImageError: a picture cannot be decoded.
     """
     items = generate(DEFAULT_ITEMS) if data is None else load_items(Path(data))
-    tokenizer = Tokenizer.load(source.directory)
+    tokenizer = load_tokenizer(source.directory)
     samples = make_samples(source.spec, tokenizer, items)
     record = CalibrationRecord(
         source="generator" if data is None else Path(data).name,

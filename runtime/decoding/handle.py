@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.bundle.text_stream import TextStream
-from internvl_edge.bundle.tokenizer import TextForm, Tokenizer
+from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.boxes import Box, read_boxes
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from internvl_edge.bundle.tokenizer import TextForm
+from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.runtime.arguments import flag, texts, whole_or
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.boxes import Box

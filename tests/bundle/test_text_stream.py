@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from internvl_edge.bundle.added_tokens import AddedToken, read_added_tokens
 from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.sentence_pieces import SentencePieceTokenizer
+from internvl_edge.bundle.text_form import TextForm, clean_up
 from internvl_edge.bundle.text_stream import CleanUp, TextStream
-from internvl_edge.bundle.tokenizer import TextForm, Tokenizer, clean_up
+from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 
 VECTORS = json.loads((GOLDEN / "tokenizer_vectors.json").read_text(encoding="utf-8"))
 PROTO = (GOLDEN / "model" / "tokenizer.model").read_bytes()
@@ -32,8 +34,8 @@ FORMS = [TextForm(skip, clean) for skip in (True, False) for clean in (True, Fal
 
 def tokenizer(*more: AddedToken, **options: Any) -> Tokenizer:
     """The golden one with more tokens."""
-    golden = Tokenizer.load(GOLDEN / "model")
-    return Tokenizer(PROTO, [*golden.added.values(), *more], add_bos=True, **options)
+    golden = load_tokenizer(GOLDEN / "model")
+    return SentencePieceTokenizer(PROTO, [*golden.added.values(), *more], add_bos=True, **options)
 
 
 def with_added() -> Tokenizer:
@@ -47,7 +49,7 @@ def streamed(tokens: Tokenizer, ids: list[int], form: TextForm) -> str:
 
 @pytest.mark.parametrize(("text", "wanted"), REFERENCE)
 def test_blanks_are_the_references(text: str, wanted: str) -> None:
-    tokens = Tokenizer.load(GOLDEN / "model")
+    tokens = load_tokenizer(GOLDEN / "model")
     ids = tokens.encode(text)
     assert tokens.decode(ids) == wanted
     assert streamed(tokens, ids, TextForm()) == wanted
@@ -72,7 +74,7 @@ def test_who_cleans_up(checkpoint: Path, config: dict[str, Any], cleans: bool) -
     told = json.loads(path.read_text())
     del told["tokenizer_class"], told["clean_up_tokenization_spaces"]
     path.write_text(json.dumps({**told, **config}))
-    assert Tokenizer.load(checkpoint).cleans_up == cleans
+    assert load_tokenizer(checkpoint).cleans_up == cleans
 
 
 @settings(max_examples=500)
@@ -97,7 +99,7 @@ def test_only_blanks_that_may_go_are_held_back() -> None:
 
 @pytest.mark.parametrize("case", VECTORS["encode"] + VECTORS["decode_random"], ids=str)
 def test_control_tokens_are_shown_where_they_are_wanted(case: dict[str, Any]) -> None:
-    tokens = Tokenizer.load(GOLDEN / "model")
+    tokens = load_tokenizer(GOLDEN / "model")
     shown = TextForm(skip_special_tokens=False)
     assert tokens.decode(case["ids"], shown) == case["decode_noskip"]
     got = streamed(tokens, case["ids"], shown)
@@ -158,7 +160,7 @@ def test_a_single_word_is_a_token_alone(text: str, token: bool) -> None:
     ids = words.encode(text)
     assert (513 in ids) == token
     if not token:
-        assert ids == Tokenizer.load(GOLDEN / "model").encode(text)
+        assert ids == load_tokenizer(GOLDEN / "model").encode(text)
 
 
 def test_what_is_special_is_read_from_either_file() -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from internvl_edge.bundle.prompt import expand_images, get_template, place_images
 from internvl_edge.bundle.text_stream import TextStream
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import load_tokenizer
 
 VECTORS = json.loads((GOLDEN / "tokenizer_vectors.json").read_text(encoding="utf-8"))
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))
-TOKENIZER = Tokenizer.load(GOLDEN / "model")
+TOKENIZER = load_tokenizer(GOLDEN / "model")
 
 
 @pytest.mark.parametrize("case", VECTORS["encode"], ids=lambda case: repr(case["text"][:20]))

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from internvl_edge.bundle.quoting import LONGEST
-from internvl_edge.bundle.tokenizer import Tokenizer
+from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.calib_data.items import CalibrationDataError, load_items
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
@@ -176,7 +176,7 @@ def test_damaged_pieces_are_refused_or_decode(tmp_path: Path, bit: int) -> None:
         damaged[at] ^= bit
         (tmp_path / "tokenizer.model").write_bytes(damaged)
         try:
-            tokenizer = Tokenizer.load(tmp_path)
+            tokenizer = load_tokenizer(tmp_path)
         except BundleError as error:
             refusals.add(str(error).split(":")[0])
         else:

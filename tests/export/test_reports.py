@@ -20,7 +20,7 @@ from torch.nn.functional import kl_div, log_softmax
 from internvl_edge.bench.scale.synthetic import internvl_1_5
 from internvl_edge.bundle.contract import QUANTISATION_PLOT, QUANTISATION_REPORT, stored_name
 from internvl_edge.bundle.manifest import open_bundle
-from internvl_edge.bundle.tokenizer import tokenizer_files
+from internvl_edge.bundle.token_files import tokenizer_files
 from internvl_edge.cli.main import main
 from internvl_edge.export import writer
 from internvl_edge.export.bundle import export_bundle

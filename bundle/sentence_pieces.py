@@ -1,0 +1,175 @@
+"""SentencePiece for text, added tokens matched before it: InternLM2 and Llama's slow classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
+from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.quoting import reason
+from internvl_edge.bundle.text_form import TextForm, clean_up
+from internvl_edge.bundle.token_files import (
+    MODEL_FILE,
+    TokenFiles,
+    check_unicode,
+    find_token,
+    flag,
+)
+
+
+class SentencePieceTokenizer:
+    """Text to ids and back.
+
+    Args:
+        model_proto: serialized SentencePiece model.
+        added: tokens beside it; matched anywhere in the text, longest first.
+        add_bos: whether `encode` prepends the BOS id, as the reference does.
+        cleans_up: whether its texts are cleaned up; see `clean_up`.
+    """
+
+    def __init__(
+        self,
+        model_proto: bytes,
+        added: Sequence[AddedToken],
+        *,
+        add_bos: bool,
+        cleans_up: bool = True,
+    ) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model_proto)
+            # A damaged piece is not UTF-8, which the first answer with it would meet.
+            self._pieces.IdToPiece(list(range(self._pieces.GetPieceSize())))
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}"
+            ) from error
+        self._limit = int(self._pieces.GetPieceSize())
+        self.added = {token.text: token for token in added}
+        self.added_ids = {token.id: token for token in added}
+        self.cleans_up = cleans_up
+        self._bos = [self._pieces.bos_id()] if add_bos else []
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @classmethod
+    def read(cls, files: TokenFiles) -> SentencePieceTokenizer:
+        """Read the files of a checkpoint or bundle.
+
+        Raises:
+            BundleError: a file is missing or malformed.
+        """
+        proto, config = files.data(MODEL_FILE), files.json(CONFIG_FILE)
+        added = files.added_tokens(config)
+        if flag(config, "add_eos_token", default=False):
+            raise BundleError(f"{CONFIG_FILE}: add_eos_token is true; supported: false")
+        add_bos = flag(config, "add_bos_token", default=True)
+        return cls(proto, added, add_bos=add_bos, cleans_up=_cleans_up(config))
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._limit, max(self.added_ids) + 1)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with the BOS the reference prepends; special tokens in it are live.
+
+        Raises:
+            PromptError: the text is not Unicode: bytes of another encoding were let through.
+        """
+        check_unicode(text)
+        ids = list(self._bos)
+        for position, part in enumerate(self._parts(text)):
+            if position % 2 and part:
+                ids.append(self.added[part].id)
+            elif part:
+                ids.extend(self._pieces.EncodeAsIds(part))
+        return ids
+
+    def decode(self, ids: Iterable[int], form: TextForm | None = None) -> str:
+        """Text of `ids` as the reference writes it; broken UTF-8 becomes U+FFFD.
+
+        Added tokens that are shown stand apart, between blanks. Ids that are none are left out.
+        """
+        form = form or TextForm()
+        parts: list[str] = []
+        segment: list[int] = []
+        for token in map(int, ids):
+            added = self.added_ids.get(token)
+            if added is not None and added.special and form.skip_special_tokens:
+                continue
+            if added is not None and self.stands_apart(added):
+                parts += filter(None, [self._segment(segment, form)])
+                parts.append(added.text)
+                segment = []
+            elif added is not None or self.is_piece(token):
+                segment.append(token)
+        return " ".join([*parts, self._segment(segment, form)] if segment else parts)
+
+    def is_piece(self, token: int) -> bool:
+        """Whether an id is one of the SentencePiece model's own."""
+        return 0 <= token < self._limit
+
+    def stands_apart(self, added: AddedToken) -> bool:
+        """Whether a token divides the text; others are control tokens within it."""
+        return not added.special or added.id >= self._limit
+
+    def text_of_pieces(self, ids: Sequence[int]) -> str:
+        """Text of ids of the SentencePiece model's own."""
+        return str(self._pieces.DecodeIds(list(ids)))
+
+    def _segment(self, ids: Sequence[int], form: TextForm) -> str:
+        """Text of pieces and control tokens."""
+        text, run, controlled = "", list[int](), False
+        for token in ids:
+            if (added := self.added_ids.get(token)) is None:
+                run.append(token)
+            else:
+                # The reference's blank: before the text that leads to a control token.
+                text += "" if controlled else " "
+                text += self.text_of_pieces(run) + added.text
+                run = []
+            controlled = added is not None
+        text += self.text_of_pieces(run)
+        return clean_up(text) if form.clean_up and self.cleans_up else text
+
+    def _parts(self, text: str) -> list[str]:
+        """Text and added tokens in turn; "" for what is not there."""
+        parts = self._split.split(text)
+        for place in range(1, len(parts), 2):
+            token = self.added[parts[place]]
+            before, after = parts[place - 1], parts[place + 1]
+            if token.rstrip:
+                after = after.lstrip()
+            if token.lstrip:
+                before = before.rstrip()
+            if token.single_word and before and not before.endswith(" "):
+                before, parts[place] = before + token.text, ""
+            elif token.single_word and after and not after.startswith(" "):
+                after, parts[place] = token.text + after, ""
+            parts[place - 1], parts[place + 1] = before, after
+        return parts
+
+    def token_id(self, text: str) -> int:
+        """Id of a special token, by its text.
+
+        Raises:
+            BundleError: the tokenizer has no such token.
+        """
+        return find_token(self.added, text)
+
+    def is_text(self, added: AddedToken) -> bool:
+        """Whether an added token is text like any other: none is."""
+        return False
+
+
+def _cleans_up(config: Mapping[str, Any]) -> bool:
+    """Whether texts are cleaned up: the slow InternLM2 tokenizer always does, others if told."""
+    name = config.get("tokenizer_class")
+    if name is None or (isinstance(name, str) and name.startswith("InternLM2")):
+        return True
+    return flag(config, "clean_up_tokenization_spaces", default=False)
