@@ -31,6 +31,12 @@ DECODERS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "attention_bias": True,
     },
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen2, tied": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    },
     "llama, heads of 8": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
