@@ -37,6 +37,13 @@ DECODERS: dict[str, dict[str, Any]] = {
         "model_type": "qwen2",
         "tie_word_embeddings": True,
     },
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "qwen3, biases, heads of 24": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 24,
+        "attention_bias": True,
+    },
     "llama, heads of 8": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
