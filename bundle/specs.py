@@ -17,7 +17,10 @@ from internvl_edge.bundle.quoting import quoted
 
 NormType = Literal["rms_norm", "layer_norm"]
 PixelShuffleVersion = Literal["v1", "v2"]
-RopeType = Literal["default", "linear", "dynamic"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+#: Kinds whose inverse frequencies are stored, and those that stretch the trained length.
+STORED_FREQUENCIES = ("llama3", "yarn", "longrope")
+STRETCHING = ("linear", "dynamic")
 
 _Spec = TypeVar("_Spec")
 
@@ -96,6 +99,10 @@ class LanguageSpec:
         head_size: of one head; None where it is `hidden_size / num_attention_heads`.
         qk_norm: whether each head of queries and keys is normed before it is rotated.
         tied_head: whether the checkpoint has one matrix as table and as head.
+        rope_frequencies: inverse frequencies `(head_dim / 2,)`; empty where theta gives them.
+        rope_long_frequencies: those of sequences beyond `rope_original` tokens; empty: the same.
+        rope_original: see there; None where there is one set.
+        rope_attention: what cosines and sines are multiplied by.
     """
 
     hidden_size: int
@@ -114,6 +121,10 @@ class LanguageSpec:
     head_size: int | None = None
     qk_norm: bool = False
     tied_head: bool = False
+    rope_frequencies: tuple[float, ...] = ()
+    rope_long_frequencies: tuple[float, ...] = ()
+    rope_original: int | None = None
+    rope_attention: float = 1.0
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -135,7 +146,7 @@ class LanguageSpec:
     @property
     def max_context(self) -> int:
         """Longest sequence offered: dynamic and linear scaling stretch the trained length."""
-        if self.rope_type == "default":
+        if self.rope_type not in STRETCHING:
             return self.max_position_embeddings
         return int(self.max_position_embeddings * self.rope_factor)
 
@@ -238,8 +249,26 @@ def _of_language(language: LanguageSpec) -> Iterator[str]:
             f"the rotary embedding's factor is {factor:.6g}, expected {expected} with the type"
             f" {language.rope_type}"
         )
+    yield from _of_frequencies(language)
     if (longest := language.max_position_embeddings * factor) > MAX_INTEGER:
         yield f"the context is {longest:.6g} tokens, the longest context supported {MAX_INTEGER}"
+
+
+def _of_frequencies(language: LanguageSpec) -> Iterator[str]:
+    lanes, kind = language.head_dim // 2, language.rope_type
+    expected = lanes if kind in STORED_FREQUENCIES else 0
+    beyond = lanes if kind == "longrope" else 0
+    for name, got, wanted in (
+        ("frequencies", language.rope_frequencies, expected),
+        ("frequencies of long sequences", language.rope_long_frequencies, beyond),
+    ):
+        if len(got) != wanted:
+            yield (
+                f"the rotary embedding has {len(got)} {name}, expected {wanted} with the type"
+                f" {kind} and heads of {language.head_dim}"
+            )
+    if (kind == "longrope") != (language.rope_original is not None):
+        yield f"language.rope_original does not go with the rotary embedding's type {kind}"
 
 
 def _of_tiling(tiling: TilingSpec) -> Iterator[str]:
@@ -267,6 +296,8 @@ _EXPECTED: dict[Any, str] = {
     float: "a positive number",
     bool: "true or false",
     str: "text",
+    int | None: "a positive integer",
+    tuple[float, ...]: "a list of positive numbers",
 }
 
 
@@ -294,10 +325,17 @@ def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
             raise BundleError(
                 f"bundle.json: spec.{part}.{name} is {quoted(values[name])}, expected {expected}"
             )
-    return kind(**values)
+    return kind(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fits(value: object, hint: Any, *, signed: bool) -> bool:
+    if hint == tuple[float, ...]:
+        items = value if isinstance(value, (list, tuple)) else [None]
+        return all(_fits(item, float, signed=False) for item in items)
     if hint == (int | None):
         hint = int  # None is the default, which is not written
     if hint in (int, float):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from internvl_edge.bundle.errors import CheckpointError
-from internvl_edge.bundle.specs import LanguageSpec, RopeType
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint import config_keys
+from internvl_edge.export.checkpoint.rotary import read_rope
 from internvl_edge.export.checkpoint.section import REQUIRED, Section
 
 
@@ -22,15 +22,6 @@ class Defaults:
     sizes: Mapping[str, int] = field(default_factory=dict)
     rms_norm_eps: float = 1e-6
     rope_theta: float | None = None
-
-
-@dataclass(frozen=True)
-class _Rope:
-    """Rotary embedding: `theta` is None where it is not told."""
-
-    kind: RopeType
-    factor: float
-    theta: float | None
 
 
 def read_decoder(
@@ -58,12 +49,15 @@ def read_decoder(
     def size(key: str) -> int:
         return llm.positive(key, defaults.sizes.get(key, REQUIRED))
 
-    heads = size("num_attention_heads")
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
     kv_heads = heads if llm.raw("num_key_value_heads", None) is None else None
-    rope = _rope(llm)
+    rope = read_rope(llm)
     theta = defaults.rope_theta if rope.theta is None else rope.theta
+    theta = llm.number("rope_theta") if theta is None else theta
+    rope.check_lanes(llm, head_size or hidden // heads)
+    frequencies, long = rope.frequencies(theta, head_size or hidden // heads)
     return LanguageSpec(
-        hidden_size=size("hidden_size"),
+        hidden_size=hidden,
         intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
@@ -72,13 +66,17 @@ def read_decoder(
         rms_norm_eps=llm.number("rms_norm_eps", defaults.rms_norm_eps),
         bias=bias,
         max_position_embeddings=size("max_position_embeddings"),
-        rope_theta=llm.number("rope_theta") if theta is None else theta,
+        rope_theta=theta,
         rope_type=rope.kind,
         rope_factor=rope.factor,
         qkv_bias=qkv_bias,
         head_size=head_size,
         qk_norm=qk_norm,
         tied_head=llm.flag("tie_word_embeddings", False),
+        rope_frequencies=tuple(frequencies.tolist()),
+        rope_long_frequencies=tuple(long.tolist()),
+        rope_original=rope.original if rope.kind == "longrope" else None,
+        rope_attention=rope.attention,
     )
 
 
@@ -97,7 +95,8 @@ def _refuse_other_attention(llm: Section, spec: LanguageSpec) -> None:
     """What newer decoders do otherwise, where it is told in a way that changes nothing."""
     llm.only("mlp_bias", False)
     llm.only("head_dim", spec.head_dim)
-    llm.only("original_max_position_embeddings", spec.max_position_embeddings)
+    if spec.rope_original is None:
+        llm.only("original_max_position_embeddings", spec.max_position_embeddings)
     llm.only("partial_rotary_factor", 1.0)
     llm.only("rope_pos_id_version", "default")
     llm.only("use_sliding_window", False)
@@ -105,48 +104,3 @@ def _refuse_other_attention(llm: Section, spec: LanguageSpec) -> None:
         llm.only("sliding_window", None)
     llm.raw("sliding_window", None)  # of no effect where it is not used
     llm.only("layer_types", ["full_attention"] * spec.num_hidden_layers)
-
-
-def _rope(llm: Section) -> _Rope:
-    """As `rope_scaling` (transformers 4) and as `rope_parameters` (5) tell it."""
-    told = {
-        key: _rope_section(llm.section(key), llm, default)
-        for key, default in (("rope_scaling", REQUIRED), ("rope_parameters", "default"))
-        if llm.raw(key, None) is not None
-    }
-    first, *others = told.values() or (_Rope("default", 1.0, None),)
-    for other in others:
-        if (other.kind, other.factor) != (first.kind, first.factor):
-            raise CheckpointError(
-                f"config.json: 'llm_config.rope_scaling' is {first.kind} by {first.factor:.6g},"
-                f" 'llm_config.rope_parameters' is {other.kind} by {other.factor:.6g}; remove the"
-                " one that is not meant"
-            )
-    beside = None if llm.raw("rope_theta", None) is None else llm.number("rope_theta")
-    thetas = {llm.name("rope_theta"): beside}
-    thetas |= {llm.name(f"{key}.rope_theta"): rope.theta for key, rope in told.items()}
-    given = {name: theta for name, theta in thetas.items() if theta is not None}
-    if len(set(given.values())) > 1:
-        both = ", ".join(f"'{name}' is {theta:.12g}" for name, theta in given.items())
-        raise CheckpointError(f"config.json: {both}; remove the one that is not meant")
-    return _Rope(first.kind, first.factor, next(iter(given.values()), None))
-
-
-def _rope_section(rope: Section, llm: Section, default: object) -> _Rope:
-    """One object that describes the rotary embedding, under any of its keys' spellings."""
-    kinds = ("dynamic", "linear", "default")
-    spelt = [key for key in ("rope_type", "type") if rope.raw(key, None) is not None]
-    told = [rope.one_of(key, kinds) for key in spelt] or [rope.one_of("type", kinds, default)]
-    if len(set(told)) > 1:
-        raise rope.bad("type", told[-1], f"the same as 'rope_type', {told[0]}")
-    kind: RopeType = told[0]
-    if kind == "default":
-        rope.only("factor", 1.0)
-    factor = 1.0 if kind == "default" else rope.number("factor")
-    if factor < 1:
-        raise rope.bad("factor", factor, "1 or more")
-    theta = None if rope.raw("rope_theta", None) is None else rope.number("rope_theta")
-    rope.only("partial_rotary_factor", 1.0)
-    rope.only("original_max_position_embeddings", llm.raw("max_position_embeddings", None))
-    rope.finish(())
-    return _Rope(kind, factor, theta)

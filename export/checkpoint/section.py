@@ -59,6 +59,15 @@ class Section:
             raise self.bad(key, value, "a positive number")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        values = self.raw(key)
+        plain = isinstance(values, list) and all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
+        )
+        if not plain or not all(0 < value <= sys.float_info.max for value in values):
+            raise self.bad(key, values, "a list of positive numbers")
+        return tuple(map(float, values))
+
     def flag(self, key: str, default: object = REQUIRED) -> bool:
         value = self.raw(key, default)
         if not isinstance(value, bool):

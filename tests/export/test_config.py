@@ -109,7 +109,7 @@ REFUSALS: list[tuple[str, Any, str]] = [
     ("llm_config.rope_theta", math.inf, "a positive number"),
     ("llm_config.rope_theta", 10**400, "a positive number"),
     ("llm_config.rope_scaling", "dynamic", "no object 'llm_config.rope_scaling'"),
-    ("llm_config.rope_scaling.type", "yarn", "dynamic, linear"),
+    ("llm_config.rope_scaling.type", "mrope", "default, linear, dynamic, llama3, yarn, longrope"),
     ("llm_config.rope_scaling.factor", 0.5, "1 or more"),
     ("llm_config.rope_scaling.factor", "2.0", "a number"),
     ("llm_config.rope_scaling.factor", 1e300, "longest context"),

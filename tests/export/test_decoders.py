@@ -50,6 +50,38 @@ DECODERS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
 }
+#: Kinds of rotary embedding, with sequences that go beyond where each begins to scale.
+ROTARY: dict[str, dict[str, Any]] = {
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "dynamic": {
+        "max_position_embeddings": 24,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    },
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1 + i / 8 for i in range(8)],
+            "long_factor": [2 + i for i in range(8)],
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
 #: One key head for each query head, for several, for all.
 HEADS = [(4, 4), (4, 2), (7, 1)]
 
@@ -93,7 +125,16 @@ def reference_logits(config: dict[str, Any], ids: list[int]) -> NDArray[np.float
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits(tmp_path: Path, name: str, heads: tuple[int, int]) -> None:
-    config = decoder_config(DECODERS[name], heads)
+    compare_logits(tmp_path, decoder_config(DECODERS[name], heads))
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_logits_of_every_rotary_kind(tmp_path: Path, kind: str) -> None:
+    compare_logits(tmp_path, decoder_config(DECODERS["llama"] | ROTARY[kind], (4, 2)))
+
+
+def compare_logits(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Compare the logits of every position with transformers' own class."""
     checkpoint = write_checkpoint(tmp_path / "model", config, dtype=np.dtype(np.float32))
     bundle = export_bundle(checkpoint, tmp_path / "bundle")
     model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)

@@ -121,8 +121,12 @@ def test_no_scaling(rope: dict[str, Any]) -> None:
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["'llm_config.rope_parameters.factor'"]),
         ({"rope_scaling": {"factor": 3.0}}, ["'llm_config.rope_scaling.type'"]),
         (
+            {"rope_parameters": {"rope_type": "mrope", "factor": 4.0}},
+            ["'llm_config.rope_parameters.rope_type' is 'mrope'", "yarn"],
+        ),
+        (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            ["'llm_config.rope_parameters.rope_type' is 'yarn'"],
+            ["lacks 'llm_config.rope_parameters.original_max_position_embeddings'"],
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}},
