@@ -32,6 +32,11 @@ class Template:
 
     `system`, `user` and `assistant` open a turn, `separator` closes the first two; a finished
     answer stands between `answer_start` and `answer_end`.
+
+    Attributes:
+        system_message: what stands in the system turn; None: there is none unless the caller
+            gives a message.
+        numbers_images: whether several images are numbered.
     """
 
     system: str
@@ -40,13 +45,14 @@ class Template:
     separator: str
     answer_end: str
     stop: str
-    system_message: str
+    system_message: str | None
     answer_start: str = ""
+    numbers_images: bool = True
 
     def render(self, turns: Sequence[tuple[str, str | None]], system_message: str | None) -> str:
         """Prompt of a conversation; an answer of None (or empty) is the one to be generated."""
         message = self.system_message if system_message is None else system_message
-        text = f"{self.system}{message}{self.separator}"
+        text = "" if message is None else f"{self.system}{message}{self.separator}"
         for question, answer in turns:
             text += f"{self.user}{question}{self.separator}{self.assistant}"
             if answer:
@@ -54,7 +60,9 @@ class Template:
         return text
 
 
-def _chatml(system_message: str, newline: str = "") -> Template:
+def _chatml(
+    system_message: str | None, newline: str = "", *, numbers_images: bool = True
+) -> Template:
     end = f"<|im_end|>{newline}"
     return Template(
         system="<|im_start|>system\n",
@@ -64,10 +72,15 @@ def _chatml(system_message: str, newline: str = "") -> Template:
         answer_end=end,
         stop="<|im_end|>",
         system_message=system_message,
+        numbers_images=numbers_images,
     )
 
 
+#: Of checkpoints in transformers' own layout, whatever their decoder.
+NATIVE_TEMPLATE = "internvl-hf"
+
 _TEMPLATES = {
+    NATIVE_TEMPLATE: _chatml(None, newline="\n", numbers_images=False),
     "internlm2-chat": _chatml(_INTERNVL),
     "Hermes-2": _chatml(_INTERNVL),
     "internvl2_5": _chatml(_INTERNVL_2_5, newline="\n"),
@@ -107,11 +120,16 @@ def get_template(name: str) -> Template:
         ) from None
 
 
-def place_images(question: str, new_images: int, earlier_images: int) -> str:
+def place_images(
+    question: str, new_images: int, earlier_images: int, *, numbered: bool = True
+) -> str:
     """Give a question one `<image>` per new image, unless its author placed them.
 
     One image alone is written `<image>` on a line of its own; several are numbered
     `Image-1: <image>` ... through the whole conversation, the convention of the training data.
+
+    Args:
+        numbered: see `Template.numbers_images`.
 
     Raises:
         PromptError: empty question, or another number of `<image>` than of images.
@@ -126,6 +144,8 @@ def place_images(question: str, new_images: int, earlier_images: int) -> str:
             f"the prompt has {placed} {IMAGE_PLACEHOLDER} for {new_images} images; write one per"
             " image, or none to have them put first"
         )
+    if not numbered:
+        return f"{IMAGE_PLACEHOLDER}\n" * new_images + question
     if earlier_images + new_images == 1:
         return f"{IMAGE_PLACEHOLDER}\n{question}"
     numbers = range(earlier_images + 1, earlier_images + new_images + 1)

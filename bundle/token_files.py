@@ -47,9 +47,14 @@ class TokenFiles:
         self._directory = directory
         self._listed = listed
 
-    def kind(self) -> tuple[str, ...]:
-        """Return the names of the files that make a tokenizer here; those of the first if none."""
-        found = (names for names in KINDS if all(map(self._has, names)))
+    def kind(self, prefer: str | None = None) -> tuple[str, ...]:
+        """Return the names of the files that make a tokenizer here; those of the first if none.
+
+        Args:
+            prefer: a file whose kind comes before the others.
+        """
+        kinds = sorted(KINDS, key=lambda names: prefer not in names)
+        found = (names for names in kinds if all(map(self._has, names)))
         return next(found, KINDS[0])
 
     def data(self, name: str) -> bytes:
@@ -140,13 +145,16 @@ def find_token(tokens: Mapping[str, AddedToken], text: str) -> int:
         ) from None
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
+def tokenizer_files(directory: Path, prefer: str | None = None) -> list[Path]:
     """Return the tokenizer files of a checkpoint directory, for copying into a bundle.
+
+    Args:
+        prefer: see `TokenFiles.kind`.
 
     Raises:
         BundleError: one is no regular file, or larger than a tokenizer's.
     """
-    names = (*TokenFiles(directory, None).kind(), *BESIDE)
+    names = (*TokenFiles(directory, None).kind(prefer), *BESIDE)
     present = [directory / name for name in names if (directory / name).exists()]
     for path in present:
         try:

@@ -17,16 +17,11 @@ from internvl_edge.bundle.contract import (
     default_cache,
 )
 from internvl_edge.bundle.errors import (
-    BundleError,
     CheckpointError,
     OptionsError,
     RangeError,
 )
-from internvl_edge.bundle.prompt import IMAGE_CONTEXT, get_template
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.token_files import tokenizer_files
-from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.export.budget import within_budget
 from internvl_edge.export.calibration.decisions import (
     DEFAULT_OPTIONS,
@@ -47,6 +42,7 @@ from internvl_edge.export.calibration.run import (
     load_calibration,
 )
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
+from internvl_edge.export.checkpoint.tokens import read_tokens
 from internvl_edge.export.graphs.graph import Progress
 from internvl_edge.export.output.destination import check_apart, check_target
 from internvl_edge.export.output.work import (
@@ -88,8 +84,8 @@ def export_bundle(
     """Convert a checkpoint directory into a bundle.
 
     Args:
-        checkpoint: Hugging Face directory in the InternVL-Chat-V1-5 layout, or weights that come
-            from elsewhere.
+        checkpoint: Hugging Face directory in the original layout or in transformers' own, or
+            weights that come from elsewhere.
         output: directory to create; written beside its place, in `<output>.work`, and renamed
             when complete. A calibration that is cut short goes on from there.
         vision: precision of the vision tower's and projector's linear layers.
@@ -126,7 +122,7 @@ def export_bundle(
     target = Path(os.path.realpath(output))
     check_apart(target, source.directory, None if calibration is None else Path(calibration))
     check_target(target, overwrite)
-    tokenizer = _check_tokenizer(source.directory, source.spec)
+    tokenizer = read_tokens(source.directory, source.spec).files
     recipe = Recipe(vision, language, kv or default_cache(language, dialect), options, dialect)
     _check_cache(recipe)
     layout = planned_layout(source, recipe)
@@ -244,20 +240,3 @@ def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
             "kv int8 needs an onnxruntime whose attention takes a quantised cache on the CPU, which"
             f" {load_onnxruntime().__version__} does not; {REMEDY}"
         )
-
-
-def _check_tokenizer(directory: Path, spec: ModelSpec) -> list[Path]:
-    """The tokenizer files, once they are known to serve this checkpoint."""
-    try:
-        tokenizer = load_tokenizer(directory)
-        tokenizer.token_id(IMAGE_CONTEXT)
-        tokenizer.token_id(get_template(spec.prompt.template).stop)
-        files = list(tokenizer_files(directory))
-    except BundleError as error:
-        raise CheckpointError(f"tokenizer: {error}") from error
-    if tokenizer.size > spec.language.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.size} ids, the embedding table only"
-            f" {spec.language.vocab_size} rows; its files belong to another checkpoint"
-        )
-    return files

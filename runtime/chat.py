@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_edge.bundle.errors import PromptError
-from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
+from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.arguments import pictures, text
 from internvl_edge.runtime.decoding.generation import TokenStream
@@ -53,7 +53,7 @@ class Chat(NotCopied):
         max_tiles: int | None = None,
         messages: Messages | None = None,
     ) -> None:
-        told = read_messages(() if messages is None else messages, system_message)
+        told = read_messages(() if messages is None else messages, answering.inputs, system_message)
         self._answering = answering
         self._system_message = told.system_message
         self._max_tiles = max_tiles
@@ -133,7 +133,7 @@ class Chat(NotCopied):
         new = [inputs.tile(image, self._max_tiles) for image in pictures("images", images)]
         timings.preprocess_s = time.perf_counter() - started
         earlier = self._earlier()
-        question = place_images(text("prompt", prompt), len(new), len(earlier))
+        question = inputs.question(text("prompt", prompt), len(new), earlier_images=len(earlier))
         shown = [*earlier, *new]
         ids = inputs.conversation([*self.history, (question, None)], shown, self._system_message)
         request = Request.of(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from internvl_edge.bundle.errors import ImageError, PromptError
-from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER, place_images
+from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.arguments import pictures, text_or_none
 from internvl_edge.runtime.decoding.inputs import Inputs
@@ -76,16 +76,19 @@ class Conversation:
         )
 
 
-def read_messages(messages: object, system_message: str | None = None) -> Conversation:
+def read_messages(
+    messages: object, inputs: Inputs, system_message: str | None = None
+) -> Conversation:
     """Check messages and read what they say.
 
     Each is `{"role": "system" | "user" | "assistant", "content": ...}`: a system message at most,
     first, then users' and assistants' in turn. Content is a string or a list of parts:
     `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and `{"type": "image_url",
     "image_url": {"url": ...}}` with a path, `file://` or a data URI. Images that come before the
-    text are written as `place_images` does, others where they stand.
+    text are written as `Inputs.question` does, others where they stand.
 
     Args:
+        inputs: of the model that is asked, whose template places images.
         system_message: where the messages have none.
 
     Raises:
@@ -109,7 +112,7 @@ def read_messages(messages: object, system_message: str | None = None) -> Conver
                 )
             system_message = _text(content, f"{place}.content")
         elif role == "user" and not asked:
-            question, new = _question(content, f"{place}.content", len(shown))
+            question, new = _question(content, f"{place}.content", len(shown), inputs)
             turns.append((question, None))
             shown += new
         elif role == "assistant" and asked:
@@ -125,6 +128,7 @@ def asked(
     images: Images,
     messages: Messages | None,
     system_message: str | None,
+    inputs: Inputs,
 ) -> Conversation:
     """Return the conversation that a prompt or messages ask to be answered; token ids have no
     turns.
@@ -137,14 +141,14 @@ def asked(
     if messages is not None:
         if prompt is not None or given:
             raise PromptError("pass a prompt and images, or messages that hold both, not all three")
-        return read_messages(messages, system_message).question()
+        return read_messages(messages, inputs, system_message).question()
     if prompt is None:
         raise PromptError("there is neither a prompt nor messages; ask something")
     system_message = text_or_none("system_message", system_message)
     shown = [Shown("", image) for image in given]
     if not isinstance(prompt, str):
         return Conversation([], shown, system_message)
-    question = place_images(prompt, len(shown), earlier_images=0)
+    question = inputs.question(prompt, len(shown), earlier_images=0)
     return Conversation([(question, None)], shown, system_message)
 
 
@@ -169,7 +173,7 @@ def _text(content: object, place: str) -> str:
     return "\n".join(str(part) for _, part in parts)
 
 
-def _question(content: object, place: str, earlier: int) -> tuple[str, list[Shown]]:
+def _question(content: object, place: str, earlier: int, inputs: Inputs) -> tuple[str, list[Shown]]:
     """A question with its markers, and its pictures; `earlier` ones were shown before."""
     parts = [part for _, part in _parts(content, place)]
     shown = [part for part in parts if isinstance(part, Shown)]
@@ -179,7 +183,7 @@ def _question(content: object, place: str, earlier: int) -> tuple[str, list[Show
         for part in parts[len(shown) if leading else 0 :]
     ]
     try:
-        return place_images("\n".join(lines), len(shown), earlier), shown
+        return inputs.question("\n".join(lines), len(shown), earlier), shown
     except PromptError as error:
         raise PromptError(f"{place}: {error}") from error
 

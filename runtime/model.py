@@ -256,7 +256,7 @@ class InternVL(NotCopied):
         self.home.check()
         started = time.perf_counter()
         timings = Timings()
-        told = asked(prompt, images, messages, system_message)
+        told = asked(prompt, images, messages, system_message, self.inputs)
         tiled = told.tile(self.inputs, max_tiles)
         timings.preprocess_s = time.perf_counter() - started
         if isinstance(prompt, str) or prompt is None:

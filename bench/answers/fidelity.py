@@ -25,7 +25,6 @@ from internvl_edge.bench.common.intervals import Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bundle.errors import BundleError, DataError, ImageError, LimitError, PromptError
-from internvl_edge.bundle.prompt import place_images
 from internvl_edge.bundle.quoting import named
 from internvl_edge.export.progress import progress_bar
 from internvl_edge.runtime import InternVL
@@ -190,7 +189,7 @@ def answered(
         PromptError: nothing is left of the answer.
     """
     tiled = [parent.tile_with_identity(image, max_tiles) for image in item.images]
-    question = place_images(item.prompt, len(tiled), earlier_images=0)
+    question = parent.inputs.question(item.prompt, len(tiled), earlier_images=0)
     prompt = parent.encode_conversation([(question, None)], tiled, None)
     if answers == "greedy":
         reply = parent.generate(

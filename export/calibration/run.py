@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT
-from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.calib_data.items import load_items
 from internvl_edge.export.calibration.calibrate import Calibration, Sample
@@ -25,6 +24,7 @@ from internvl_edge.export.calibration.sensitivity import (
 )
 from internvl_edge.export.calibration.units import unit_names
 from internvl_edge.export.checkpoint.checkpoint import ModelSource
+from internvl_edge.export.checkpoint.tokens import read_tokens
 from internvl_edge.export.graphs.graph import Progress
 from internvl_edge.export.output.workspace import Workspace
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -98,7 +98,7 @@ def load_calibration(source: ModelSource, data: str | Path | None) -> Calibratio
         ImageError: a picture cannot be decoded.
     """
     items = generate(DEFAULT_ITEMS) if data is None else load_items(Path(data))
-    tokenizer = load_tokenizer(source.directory)
+    tokenizer = read_tokens(source.directory, source.spec).tokenizer
     samples = make_samples(source.spec, tokenizer, items)
     record = CalibrationRecord(
         source="generator" if data is None else Path(data).name,

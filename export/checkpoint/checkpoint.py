@@ -17,8 +17,10 @@ from internvl_edge.bundle.files import FileIdentity, check_regular
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.export.checkpoint.beside import NOTHING_BESIDE, read_beside
 from internvl_edge.export.checkpoint.config import describe_config
 from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.native import is_native
 from internvl_edge.export.checkpoint.origin import (
     Rows,
     check_names,
@@ -76,7 +78,7 @@ class ModelSource(FloatSource, Protocol):
 
 
 class Checkpoint:
-    """A checkpoint directory in the original layout, checked against its own config.
+    """A checkpoint directory in either layout, checked against its own config.
 
     Args:
         directory: holds config.json and one or many safetensors files.
@@ -88,7 +90,9 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        described = describe_config(_read_json(self.directory / "config.json"))
+        config = _read_json(self.directory / "config.json")
+        beside = read_beside(self.directory) if is_native(config) else NOTHING_BESIDE
+        described = describe_config(config, beside)
         self._files = _tensor_files(self.directory)
         described = described.holding(self._files)
         self.spec = described.spec

@@ -6,19 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from internvl_edge.bundle.errors import CheckpointError, PromptError
-from internvl_edge.bundle.prompt import get_template
-from internvl_edge.bundle.specs import (
-    SHUFFLE,
-    ModelSpec,
-    PromptSpec,
-    TilingSpec,
-    VisionSpec,
-    inconsistency,
-)
-from internvl_edge.export.checkpoint import config_keys
-from internvl_edge.export.checkpoint.family import Family, find_family
-from internvl_edge.export.checkpoint.layouts import ORIGINAL_DECODER, original_vision
+from internvl_edge.bundle.errors import CheckpointError
+from internvl_edge.bundle.specs import ModelSpec, inconsistency
+from internvl_edge.export.checkpoint import native, original
+from internvl_edge.export.checkpoint.beside import NOTHING_BESIDE, Beside
+from internvl_edge.export.checkpoint.family import Family
+from internvl_edge.export.checkpoint.layouts import NATIVE, ORIGINAL, Layout
 from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD
 from internvl_edge.export.checkpoint.origin import Table
 from internvl_edge.export.checkpoint.section import Section
@@ -30,30 +23,39 @@ class Description:
 
     spec: ModelSpec
     family: Family
+    layout: Layout
 
     def holding(self, stored: Collection[str]) -> Description:
-        """Return the same of a checkpoint with these tensors: a head that is stored is not tied."""
-        untied = replace(self.spec, language=replace(self.spec.language, tied_head=False))
-        described = replace(self, spec=untied)
-        return described if set(described.tensors()[HEAD].names) <= set(stored) else self
+        """Return the same of a checkpoint with these tensors.
+
+        Which generation of the layout's names it has, and whether its head is one of its own,
+        show in the names.
+        """
+        named = replace(self, layout=self.layout.holding(stored))
+        language = replace(self.spec.language, tied_head=False)
+        untied = replace(named, spec=replace(self.spec, language=language))
+        return untied if set(untied.tensors()[HEAD].names) <= set(stored) else named
 
     def tensors(self) -> Table:
         """Return where every tensor of the model lies in the checkpoint, by canonical name."""
         decoder = self.family.tensors(self.spec.language)
         if self.spec.language.tied_head:
             decoder[HEAD] = decoder[EMBEDDING]
-        return original_vision(self.spec) | {
-            name: origin.under(ORIGINAL_DECODER) for name, origin in decoder.items()
+        return self.layout.vision(self.spec) | {
+            name: origin.renamed(self.layout.decoder) for name, origin in decoder.items()
         }
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelSpec:
-    """Read the config.json of an InternVL chat checkpoint; see `describe_config`."""
+    """Read config.json; see `describe_config`."""
     return describe_config(config).spec
 
 
-def describe_config(config: Mapping[str, Any]) -> Description:
-    """Read the config.json of an InternVL chat checkpoint.
+def describe_config(config: Mapping[str, Any], beside: Beside = NOTHING_BESIDE) -> Description:
+    """Read config.json, in either layout.
+
+    Args:
+        beside: the objects in other files of the checkpoint that are read, by file name.
 
     Raises:
         CheckpointError: a key is missing or malformed, contradicts another, or names something not
@@ -61,83 +63,13 @@ def describe_config(config: Mapping[str, Any]) -> Description:
     """
     top = Section(config, "")
     top.refuse_quantised()
-    _refuse_unknown_kind(top)
-    llm = top.section("llm_config")
-    llm.refuse_quantised()
-    family = find_family(llm)
-    spec = ModelSpec(
-        vision=_vision(top), language=family.spec(llm), tiling=_tiling(top), prompt=_prompt(top)
-    )
-    top.finish(config_keys.TOP)
+    kind = top.one_of("model_type", (original.MODEL_TYPE, native.MODEL_TYPE))
+    if kind == native.MODEL_TYPE:
+        spec, family = native.read_native(top, beside)
+        layout = NATIVE
+    else:
+        spec, family = original.read_original(top)
+        layout = ORIGINAL
     if (problem := inconsistency(spec)) is not None:
         raise CheckpointError(f"config.json: {problem}")
-    return Description(spec, family)
-
-
-def _refuse_unknown_kind(top: Section) -> None:
-    top.one_of("model_type", ("internvl_chat",))
-    architectures = top.raw("architectures", ["InternVLChatModel"])
-    if architectures != ["InternVLChatModel"]:
-        raise top.bad("architectures", architectures, "['InternVLChatModel']")
-    for key in ("use_backbone_lora", "use_llm_lora"):
-        if top.integer(key, 0) != 0:
-            raise CheckpointError(
-                f"config.json: '{key}' is {top.raw(key)}: the adapter is not merged; merge the"
-                " LoRA weights into the model, save it, and export that checkpoint"
-            )
-    if top.flag("pad2square", False):
-        raise top.bad("pad2square", True, "false (only V1-1 era checkpoints pad to a square)")
-
-
-def _vision(top: Section) -> VisionSpec:
-    vision = top.section("vision_config")
-    vision.refuse_quantised()
-    vision.one_of("hidden_act", ("gelu",), "gelu")
-    if (channels := vision.integer("num_channels", 3)) != 3:
-        raise vision.bad("num_channels", channels, "3")
-    if (ratio := top.number("downsample_ratio", 0.5)) != 1 / SHUFFLE:
-        raise top.bad("downsample_ratio", ratio, str(1 / SHUFFLE))
-    image_size = vision.positive("image_size", 224)
-    forced = top.raw("force_image_size", None)
-    spec = VisionSpec(
-        hidden_size=vision.positive("hidden_size", 3200),
-        num_attention_heads=vision.positive("num_attention_heads", 25),
-        intermediate_size=vision.positive("intermediate_size", 12800),
-        num_hidden_layers=vision.positive("num_hidden_layers", 48),
-        image_size=image_size,
-        tile_size=top.positive("force_image_size") if forced else image_size,
-        patch_size=vision.positive("patch_size", 14),
-        norm_type=vision.one_of("norm_type", ("rms_norm", "layer_norm"), "rms_norm"),
-        layer_norm_eps=vision.number("layer_norm_eps", 1e-6),
-        qk_normalization=vision.flag("qk_normalization", True),
-        qkv_bias=vision.flag("qkv_bias", False),
-        select_layer=top.integer("select_layer", -1),
-        ps_version=top.one_of("ps_version", ("v1", "v2"), "v1"),
-    )
-    vision.only("attention_bias", spec.qkv_bias)
-    vision.only("use_qk_norm", spec.qk_normalization)
-    vision.refuse_other_wiring()
-    vision.finish(config_keys.VISION)
-    return spec
-
-
-def _tiling(top: Section) -> TilingSpec:
-    return TilingSpec(
-        dynamic=top.flag("dynamic_image_size", False),
-        min_tiles=top.positive("min_dynamic_patch", 1),
-        max_tiles=top.positive("max_dynamic_patch", 6),
-        thumbnail=top.flag("use_thumbnail", False),
-    )
-
-
-def _prompt(top: Section) -> PromptSpec:
-    name = top.raw("template")
-    try:
-        get_template(str(name))
-    except PromptError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    # null occurs in fine-tunes; the reference would print the word "None". Absent is meant.
-    message = top.raw("system_message", None)
-    if message is not None and not isinstance(message, str):
-        raise top.bad("system_message", message, "text")
-    return PromptSpec(template=str(name), system_message=message)
+    return Description(spec, family, layout)

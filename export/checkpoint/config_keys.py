@@ -47,3 +47,12 @@ VISION = frozenset(f"{_ANY} {_EXPERTS} tie_word_embeddings".split())
 
 #: `max_window_layers` counts layers without the sliding window that is refused.
 LANGUAGE = frozenset(f"{_ANY} {_EXPERTS} max_window_layers".split())
+
+#: Of transformers' own layout. The image's id is the tokenizer's, by name: converters were wrong.
+NATIVE_TOP = frozenset(f"{_ANY} image_token_id tie_word_embeddings".split())
+NATIVE_VISION = frozenset(f"{_ANY} layer_scale_init_value tie_word_embeddings".split())
+_NULL_IMAGES = """
+    crop_size data_format default_to_square device disable_grouping do_center_crop do_pad
+    image_seq_length input_data_format pad_size processor_class return_tensors
+"""
+NATIVE_IMAGES = frozenset(_NULL_IMAGES.split())

@@ -24,6 +24,8 @@ class Family(ABC):
 
     #: Names in `architectures` of the decoder's config.
     architectures: ClassVar[tuple[str, ...]]
+    #: Its `model_type` in transformers' own layout; empty where transformers has no such class.
+    model_type: ClassVar[str] = ""
 
     @abstractmethod
     def spec(self, llm: Section) -> LanguageSpec:
@@ -56,22 +58,33 @@ def layered(
 
 
 @cache
-def known_families() -> dict[str, Family]:
-    """Return the family of every architecture that is supported."""
+def known_families() -> list[Family]:
+    """Return every family there is, by the names of their modules."""
     modules = sorted(module.name for module in iter_modules(families.__path__))
-    found: list[Family] = [
-        getattr(import_module(f"{families.__name__}.{name}"), FAMILY) for name in modules
-    ]
-    return {name: family for family in found for name in family.architectures}
+    return [getattr(import_module(f"{families.__name__}.{name}"), FAMILY) for name in modules]
 
 
-def find_family(llm: Section) -> Family:
-    """Return the family of a decoder's section of config.json.
+def family_of_architecture(llm: Section) -> Family:
+    """Return the family of a decoder's section of config.json by its `architectures`.
 
     Raises:
         CheckpointError: the architecture is not told, or not supported.
     """
-    told, known = llm.raw("architectures"), known_families()
+    told = llm.raw("architectures")
+    known = {name: family for family in known_families() for name in family.architectures}
     if isinstance(told, list) and len(told) == 1 and told[0] in list(known):
         return known[told[0]]
     raise llm.bad("architectures", told, " or ".join(f"['{name}']" for name in known))
+
+
+def family_of_model_type(text: Section) -> Family:
+    """Return the family of a decoder's section of config.json by its `model_type`.
+
+    Raises:
+        CheckpointError: the kind is not told, or not supported.
+    """
+    told = text.raw("model_type")
+    known = {family.model_type: family for family in known_families() if family.model_type}
+    if told in list(known):
+        return known[told]
+    raise text.bad("model_type", told, "one of " + ", ".join(known))

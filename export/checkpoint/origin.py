@@ -41,7 +41,11 @@ class Origin:
 
     def under(self, prefix: str) -> Origin:
         """Return the same origin with a prefix put before the stored names."""
-        parts = tuple(replace(part, name=f"{prefix}{part.name}") for part in self.parts)
+        return self.renamed(lambda name: f"{prefix}{name}")
+
+    def renamed(self, rename: Callable[[str], str]) -> Origin:
+        """Return the same origin with the stored names changed."""
+        parts = tuple(replace(part, name=rename(part.name)) for part in self.parts)
         return replace(self, parts=parts)
 
 

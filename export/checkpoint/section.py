@@ -15,18 +15,19 @@ REQUIRED = object()
 
 
 class Section:
-    """One object of config.json: typed reads that name the key when they fail."""
+    """One object of config.json, or of another file: reads that name the key when they fail."""
 
-    def __init__(self, data: Mapping[str, Any], path: str) -> None:
+    def __init__(self, data: Mapping[str, Any], path: str, file: str = "config.json") -> None:
         self._data = data
         self._path = path
+        self._file = file
         self._asked: set[str] = set()
 
     def section(self, key: str) -> Section:
         value = self.raw(key, None)
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"config.json has no object '{self.name(key)}'")
-        return Section(value, f"{self._path}{key}.")
+            raise CheckpointError(f"{self._file} has no object '{self.name(key)}'")
+        return Section(value, f"{self._path}{key}.", self._file)
 
     def name(self, key: str) -> str:
         """Return a key with the sections it stands in."""
@@ -36,7 +37,7 @@ class Section:
         self._asked.add(key)
         value = self._data.get(key, default)
         if value is REQUIRED:
-            raise CheckpointError(f"config.json lacks '{self._path}{key}', which has no default")
+            raise CheckpointError(f"{self._file} lacks '{self._path}{key}', which has no default")
         return value
 
     def positive(self, key: str, default: object = REQUIRED) -> int:
@@ -95,13 +96,14 @@ class Section:
         for key in sorted(self._data.keys() - self._asked - set(harmless)):
             if self._data[key] is not None and not key.startswith("_"):
                 raise CheckpointError(
-                    f"config.json: {quoted(self.name(key))} is {quoted(self._data[key])}; it is not"
-                    " known here and may change what the model computes: remove it if it does not"
+                    f"{self._file}: {quoted(self.name(key))} is {quoted(self._data[key])}; it is"
+                    " not known here and may change what the model computes: remove it if it does"
+                    " not"
                 )
 
     def bad(self, key: str, value: object, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"config.json: '{self.name(key)}' is {quoted(value)}; supported: {expected}"
+            f"{self._file}: '{self.name(key)}' is {quoted(value)}; supported: {expected}"
         )
 
     def refuse_quantised(self) -> None:
@@ -111,7 +113,7 @@ class Section:
                 continue
             method = found.get("quant_method") if isinstance(found, Mapping) else None
             raise CheckpointError(
-                f"config.json: the weights are already quantised with {quoted(method or found)}"
+                f"{self._file}: the weights are already quantised with {quoted(method or found)}"
                 f" ('{self.name(key)}'); export the original checkpoint"
             )
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import ContextError, PromptError, UsageError
-from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template
+from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template, place_images
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
@@ -86,6 +86,15 @@ class Inputs:
             max_tiles=limit if told.dynamic else 1,
             thumbnail=told.thumbnail,
         )
+
+    def question(self, prompt: str, new_images: int, earlier_images: int) -> str:
+        """Give a prompt its `<image>` markers as the model's template has them.
+
+        Raises:
+            PromptError: see `place_images`.
+        """
+        numbered = self._template.numbers_images
+        return place_images(prompt, new_images, earlier_images, numbered=numbered)
 
     def conversation(
         self,

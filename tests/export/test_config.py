@@ -61,7 +61,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 REFUSALS: list[tuple[str, Any, str]] = [
-    ("model_type", "internvl", "internvl_chat"),
+    ("model_type", "interns1", "internvl_chat"),
     ("model_type", "llava", "internvl_chat"),
     ("architectures", ["LlavaForConditionalGeneration"], "InternVLChatModel"),
     ("template", "vicuna_v1.1", "unknown prompt template 'vicuna_v1.1'"),

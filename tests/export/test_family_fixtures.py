@@ -6,6 +6,7 @@ What transformers' own classes computed, through an exported bundle and the runt
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.bundle.rope import rope_base
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
 
@@ -21,6 +23,10 @@ FAMILIES = Path(__file__).parents[1] / "families"
 NAMES = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir())
 EMBEDDING_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 2e-4
+#: Cases that tell a conversation, and those that tell ids: a prompt beyond the trained length, and
+#: an answer that crosses it.
+TOLD, LENGTHS = ("main", "history", "system"), ("long", "cross")
+CASES = (*TOLD, *LENGTHS)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -40,11 +46,34 @@ class Fixture:
     def expected(self, case: str, name: str) -> NDArray[Any]:
         return self.arrays[name if case == "main" else f"{case}_{name}"]
 
-    def turns(self, case: str) -> list[tuple[str, str | None]]:
+    @property
+    def native(self) -> bool:
+        """Whether it is in transformers' own layout."""
+        return self.meta["layout"].startswith("transformers")
+
+    def conversation(self, case: str) -> tuple[str | None, list[tuple[str, str | None]]]:
+        """System message and turns of a case."""
         told = self.meta["cases"][case]
+        if "messages" in told:
+            return _paired(told["messages"])
         if "turns" in told:
-            return [(question, answer) for question, answer in told["turns"]]
-        return [(told.get("question", self.meta["question"]), None)]
+            return None, [(question, answer) for question, answer in told["turns"]]
+        question = told.get("question", self.meta["question"])
+        count = len(self.images) if case == "main" else 0
+        return told.get("system"), [(self.model.inputs.question(question, count, 0), None)]
+
+
+def _paired(messages: list[dict[str, Any]]) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """Messages of text as a system message and turns."""
+    texts = [(one["role"], _text(one["content"])) for one in messages]
+    system = texts.pop(0)[1] if texts[0][0] == "system" else None
+    answers = [text for role, text in texts if role == "assistant"]
+    questions = [text for role, text in texts if role == "user"]
+    return system, list(zip_longest(questions, answers))
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else content[0]["text"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -58,33 +87,51 @@ def test_tiles(fixture: Fixture) -> None:
 
 
 def test_image_embeddings(fixture: Fixture) -> None:
-    got = fixture.model.encode_images(fixture.images, max_tiles=fixture.meta["max_tiles"])
+    """Of the tiles the reference saw: torchvision's resize is not Pillow's to the bit."""
+    tiles = fixture.arrays.get("tiles_u8_torchvision", fixture.arrays["tiles_u8"])
+    got = fixture.model.engine.backend.encode_tiles(tiles)
     expected = fixture.arrays["image_embeds"].reshape(got.shape)
     np.testing.assert_allclose(got, expected, rtol=0, atol=EMBEDDING_TOLERANCE)
+    if fixture.native:
+        levels = fixture.meta["tolerances"]["tiles_u8_against_torchvision_levels"]
+        assert np.abs(tiles.astype(int) - fixture.arrays["tiles_u8"]).max() <= levels
 
 
-@pytest.mark.parametrize("case", ["main", "history", "system"])
-def test_prompts_and_greedy_answers(fixture: Fixture, case: str) -> None:
-    """Token ids, the first logits, and every greedy id; in the main case every step's logits."""
-    model, told = fixture.model, fixture.meta["cases"].get(case)
-    if told is None:
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_logits_and_greedy_answers(fixture: Fixture, case: str) -> None:
+    """Token ids, the first logits, every greedy id; of the main case every step's logits."""
+    model = fixture.model
+    if case not in fixture.meta["cases"]:
         pytest.skip(f"the fixture has no case {case}")
-    images = fixture.images if case == "main" else []
-    tiled = [model.tile_with_identity(image, fixture.meta["max_tiles"]) for image in images]
-    ids = model.encode_conversation(fixture.turns(case), tiled, told.get("system"))
-    assert ids == fixture.expected(case, "input_ids").tolist()
+    ids = fixture.expected(case, "input_ids").tolist()
     greedy = fixture.expected(case, "greedy_ids").tolist()
-    got = model.logits([*ids, *greedy[:-1]], images, fixture.meta["max_tiles"])[len(ids) - 1 :]
+    images = fixture.images if case == "main" else []
+    if case in TOLD:
+        system, turns = fixture.conversation(case)
+        tiled = [model.tile_with_identity(image, fixture.meta["max_tiles"]) for image in images]
+        assert model.encode_conversation(turns, tiled, system) == ids
+    tiles = fixture.arrays.get("tiles_u8_torchvision", fixture.arrays["tiles_u8"])
+    tiles = tiles[: len(tiles) if images else 0]
     first = fixture.expected(case, "first_logits")
-    np.testing.assert_allclose(got[0], first, rtol=0, atol=LOGIT_TOLERANCE)
+    got = model.logits_of_tiles(ids, tiles)[-1]
+    np.testing.assert_allclose(got, first, rtol=0, atol=LOGIT_TOLERANCE)
     prompt: Any = fixture.meta["question"] if images else ids
     reply = model.generate(
         prompt, images, max_tiles=fixture.meta["max_tiles"], max_new_tokens=len(greedy)
     )
-    assert reply.token_ids == greedy
-    if case == "main":
-        steps = fixture.arrays["step_logits"]
-        np.testing.assert_allclose(got[: len(steps)], steps, rtol=0, atol=LOGIT_TOLERANCE)
+    # The reference goes on beyond what is offered.
+    room = model.spec.language.max_context - len(ids) + 1
+    assert reply.token_ids == greedy[:room]
+    if case == "main" and not _stretched(fixture, len(ids) + len(greedy)):
+        steps = model.logits_of_tiles([*ids, *greedy[:-1]], tiles)[len(ids) - 1 :]
+        expected = fixture.arrays["step_logits"]
+        np.testing.assert_allclose(steps, expected, rtol=0, atol=LOGIT_TOLERANCE)
+
+
+def _stretched(fixture: Fixture, tokens: int) -> bool:
+    """Whether a sequence of so many tokens takes another table than its beginning."""
+    language = fixture.model.spec.language
+    return rope_base(language, tokens) != language.rope_theta
 
 
 def test_stop_ids(fixture: Fixture) -> None:

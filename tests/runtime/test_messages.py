@@ -60,8 +60,9 @@ def test_a_question_is_the_prompt_with_its_images(golden_model: InternVL) -> Non
     assert got.token_ids == golden_model.generate("Hello", **ASKED).token_ids
 
 
-def test_an_image_stands_where_it_was_put() -> None:
-    told = read_messages([user(text("One:"), image(PIXELS), text("and two:"), image(OTHER))])
+def test_an_image_stands_where_it_was_put(golden_model: InternVL) -> None:
+    asked = [user(text("One:"), image(PIXELS), text("and two:"), image(OTHER))]
+    told = read_messages(asked, golden_model.inputs)
     assert told.turns == [("One:\n<image>\nand two:\n<image>", None)]
     assert [picture.place for picture in told.pictures] == [
         "messages[0].content[1]",
@@ -69,10 +70,9 @@ def test_an_image_stands_where_it_was_put() -> None:
     ]
 
 
-def test_images_are_numbered_through_the_conversation() -> None:
-    told = read_messages(
-        [user(image(PIXELS), text("A?")), assistant("a"), user(image(OTHER), text("B?"))]
-    )
+def test_images_are_numbered_through_the_conversation(golden_model: InternVL) -> None:
+    asked = [user(image(PIXELS), text("A?")), assistant("a"), user(image(OTHER), text("B?"))]
+    told = read_messages(asked, golden_model.inputs)
     assert told.turns == [("<image>\nA?", "a"), ("Image-2: <image>\nB?", None)]
 
 

@@ -14,6 +14,7 @@ class Llama(Family):
     """See the module."""
 
     architectures = ("LlamaForCausalLM",)
+    model_type = "llama"
 
     def spec(self, llm: Section) -> LanguageSpec:
         told = llm.raw("head_dim", None)

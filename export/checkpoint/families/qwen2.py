@@ -12,6 +12,7 @@ class Qwen2(Llama):
     """See the module."""
 
     architectures = ("Qwen2ForCausalLM",)
+    model_type = "qwen2"
 
     def spec(self, llm: Section) -> LanguageSpec:
         llm.positive("num_key_value_heads")  # the class takes 32 where nothing is said

@@ -16,6 +16,7 @@ class Qwen3(Llama):
     """See the module."""
 
     architectures = ("Qwen3ForCausalLM",)
+    model_type = "qwen3"
 
     def spec(self, llm: Section) -> LanguageSpec:
         llm.positive("num_key_value_heads")  # the class takes 32 where nothing is said
