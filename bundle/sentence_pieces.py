@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
 from internvl_edge.bundle.errors import BundleError
@@ -18,6 +18,14 @@ from internvl_edge.bundle.token_files import (
     flag,
 )
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+#: What SentencePiece writes for a space.
+_SPACE = "\u2581"
+#: A second `normalizer_spec` with `add_dummy_prefix` false: protobuf merges it into the first.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
+
 
 class SentencePieceTokenizer:
     """Text to ids and back.
@@ -27,6 +35,9 @@ class SentencePieceTokenizer:
         added: tokens beside it; matched anywhere in the text, longest first.
         add_bos: whether `encode` prepends the BOS id, as the reference does.
         cleans_up: whether its texts are cleaned up; see `clean_up`.
+        legacy: whether each stretch of text between added tokens gets the model's own prefix, a
+            space; otherwise only the whole text does.
+        named: tokens that the files call special by name: BOS, EOS, and additional ones.
     """
 
     def __init__(
@@ -36,18 +47,12 @@ class SentencePieceTokenizer:
         *,
         add_bos: bool,
         cleans_up: bool = True,
+        legacy: bool = True,
+        named: Collection[str] = (),
     ) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._pieces = SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(model_proto)
-            # A damaged piece is not UTF-8, which the first answer with it would meet.
-            self._pieces.IdToPiece(list(range(self._pieces.GetPieceSize())))
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise BundleError(
-                f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}"
-            ) from error
+        self._pieces = _processor(model_proto)
+        self._plain = None if legacy else _processor(model_proto + _NO_PREFIX)
+        self._named = named
         self._limit = int(self._pieces.GetPieceSize())
         self.added = {token.text: token for token in added}
         self.added_ids = {token.id: token for token in added}
@@ -68,7 +73,14 @@ class SentencePieceTokenizer:
         if flag(config, "add_eos_token", default=False):
             raise BundleError(f"{CONFIG_FILE}: add_eos_token is true; supported: false")
         add_bos = flag(config, "add_bos_token", default=True)
-        return cls(proto, added, add_bos=add_bos, cleans_up=_cleans_up(config))
+        return cls(
+            proto,
+            added,
+            add_bos=add_bos,
+            cleans_up=_cleans_up(config),
+            legacy=flag(config, "legacy", default=True),
+            named=files.named_tokens(config),
+        )
 
     @property
     def size(self) -> int:
@@ -82,13 +94,29 @@ class SentencePieceTokenizer:
             PromptError: the text is not Unicode: bytes of another encoding were let through.
         """
         check_unicode(text)
-        ids = list(self._bos)
-        for position, part in enumerate(self._parts(text)):
+        if self._plain is not None and text:
+            text = _SPACE + text.replace(_SPACE, " ")
+        ids: list[int] = []
+        parts = self._parts(text)
+        for position, part in enumerate(parts):
             if position % 2 and part:
                 ids.append(self.added[part].id)
             elif part:
-                ids.extend(self._pieces.EncodeAsIds(part))
-        return ids
+                ids.extend(self._encode_text(part))
+        lone = self._plain is not None and parts[0] == _SPACE and len(parts) > 1
+        if lone and parts[1] in self._named:
+            ids = ids[1:]
+        return [*self._bos, *ids]
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._plain is None:
+            return list(self._pieces.EncodeAsIds(text))
+        if not text.startswith((_SPACE, " ")):
+            return list(self._plain.EncodeAsIds(text))
+        # SentencePiece would lose a leading space: it stands behind something that is cut off.
+        unknown = self._plain.IdToPiece(self._plain.unk_id())
+        skipped = len(self._plain.EncodeAsIds(unknown))
+        return list(self._plain.EncodeAsIds(unknown + text))[skipped:]
 
     def decode(self, ids: Iterable[int], form: TextForm | None = None) -> str:
         """Text of `ids` as the reference writes it; broken UTF-8 becomes U+FFFD.
@@ -165,6 +193,19 @@ class SentencePieceTokenizer:
     def is_text(self, added: AddedToken) -> bool:
         """Whether an added token is text like any other: none is."""
         return False
+
+
+def _processor(model_proto: bytes) -> SentencePieceProcessor:
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(model_proto)
+        # A damaged piece is not UTF-8, which the first answer with it would meet.
+        pieces.IdToPiece(list(range(pieces.GetPieceSize())))
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{MODEL_FILE} is not a SentencePiece model: {reason(error)}") from error
+    return pieces
 
 
 def _cleans_up(config: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -103,10 +104,24 @@ class TokenFiles:
             )
         return added
 
+    def named_tokens(self, config: Mapping[str, Any]) -> frozenset[str]:
+        """Return the tokens that are called special by name: BOS, EOS and the like, and lists.
+
+        Args:
+            config: what CONFIG_FILE says.
+        """
+        told = {**self.json(SPECIAL_TOKENS_FILE), **config}
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        listed = told.get("additional_special_tokens")
+        values = [told.get(name) for name in names]
+        values += listed if isinstance(listed, list) else []
+        texts = (value.get("content") if isinstance(value, dict) else value for value in values)
+        return frozenset(text for text in texts if isinstance(text, str))
+
     def _has(self, name: str) -> bool:
         if self._listed is not None:
             return name in self._listed
-        return (self._directory / name).exists()
+        return os.path.lexists(self._directory / name)
 
 
 def flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
@@ -155,7 +170,7 @@ def tokenizer_files(directory: Path, prefer: str | None = None) -> list[Path]:
         BundleError: one is no regular file, or larger than a tokenizer's.
     """
     names = (*TokenFiles(directory, None).kind(prefer), *BESIDE)
-    present = [directory / name for name in names if (directory / name).exists()]
+    present = [directory / name for name in names if os.path.lexists(directory / name)]
     for path in present:
         try:
             check_regular(path, TOKENIZER_BYTES)

@@ -91,7 +91,7 @@ def _plain(template: str) -> str:
 
 
 def _rendered(template: str, messages: list[dict[str, Any]]) -> str:
-    with extra_installed():
+    with extra_installed("export"):
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)

@@ -13,7 +13,8 @@ _DESCRIPTION = """
 """
 _TRAINING = """
     attention_dropout attention_probs_dropout_prob drop_path_rate dropout gradient_checkpointing
-    hidden_dropout_prob initializer_factor initializer_range projection_dropout tf_legacy_loss
+    embd_pdrop hidden_dropout_prob initializer_factor initializer_range projection_dropout
+    resid_pdrop tf_legacy_loss
 """
 _EXECUTION = """
     attn_implementation chunk_size_feed_forward is_decoder output_attentions output_hidden_states

@@ -100,7 +100,9 @@ def _refuse_other_attention(llm: Section, spec: LanguageSpec) -> None:
     llm.only("partial_rotary_factor", 1.0)
     llm.only("rope_pos_id_version", "default")
     llm.only("use_sliding_window", False)
-    if llm.raw("use_sliding_window", None) is None:
+    window = llm.raw("sliding_window", None)
+    # Of no effect where it is not used, or is as long as any sequence.
+    unbounded = isinstance(window, int) and window >= spec.max_context
+    if llm.raw("use_sliding_window", None) is None and not unbounded:
         llm.only("sliding_window", None)
-    llm.raw("sliding_window", None)  # of no effect where it is not used
     llm.only("layer_types", ["full_attention"] * spec.num_hidden_layers)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from internvl_edge.bundle.tokenizer import TextStream, Tokenizer, load_tokenizer
+from internvl_edge.bundle.text_stream import TextStream
+from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime import BundleError, PromptError
 
 FAMILIES = Path(__file__).parents[1] / "families"

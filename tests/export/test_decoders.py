@@ -49,6 +49,13 @@ DECODERS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "head_dim": 8,
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "sliding_window": 256,
+    },
 }
 #: Kinds of rotary embedding, with sequences that go beyond where each begins to scale.
 ROTARY: dict[str, dict[str, Any]] = {
