@@ -148,6 +148,55 @@ def test_answers_of_each_precision_are_the_stored_ones() -> None:
     assert all(row[2:4] in [figures[:2] for figures in measured] for row in picks)
 
 
+def test_estimates_are_what_the_command_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    performance = read(ROOT / "docs" / "performance.md")
+    commands = [words for words in performance.commands() if words[1:3] == ["bench", "estimate"]]
+    rows = [row for row in table_rows(performance) if re.search(r" of .* GiB", row[1])]
+    assert len(rows) == len(commands) == 3
+    for words, (_, memory, *speeds) in zip(commands, rows, strict=True):
+        report = estimated(words, capsys)
+        total, usable = memory.removesuffix(" GiB").split(" of ")
+        assert_rounded(total, report["total_bytes"] / 2**30)
+        assert_rounded(usable, report["usable_bytes"] / 2**30)
+        speed = report["speed"]
+        values = (speed["vision_tile_s"] * 1e3, speed["ttft_s"], speed["decode_tokens_per_s"])
+        for cell, value in zip(speeds, values, strict=True):
+            assert_rounded(cell.split()[0], value)
+
+
+def test_estimates_of_power_modes_are_what_the_command_gives(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    jetson = read(ROOT / "docs" / "jetson.md")
+    (words,) = [words for words in jetson.commands() if "--power" in words]
+    rows = [row for row in table_rows(jetson) if re.fullmatch(r"MAXN|\d+ W", row[0])]
+    assert len(rows) == 4
+    for mode, *cells in rows:
+        speed = estimated([*words[:-1], mode.replace(" ", "").lower()], capsys)["speed"]
+        for cell, value in zip(
+            cells,
+            (
+                speed["vision_tile_s"] * 1e3,
+                speed["prefill_tokens_per_s"],
+                speed["ttft_s"],
+                speed["decode_tokens_per_s"],
+            ),
+            strict=True,
+        ):
+            assert_rounded(cell, value)
+
+
+def estimated(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    assert main([*words[1:], "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def assert_rounded(cell: str, value: float) -> None:
+    """A figure is what a value rounds to, with as many digits as it has."""
+    digits = len(cell.partition(".")[2])
+    assert float(cell) == round(value, digits), (cell, value)
+
+
 def test_decisions_are_listed_in_order() -> None:
     """ARCHITECTURE.md links to each, by its title."""
     listed = re.findall(

@@ -70,10 +70,11 @@ def converse(folder: Path) -> list[str]:
     os.close(theirs)
     try:
         said = "".join(_talk(ours))
+        status = process.wait(PATIENCE)
     finally:
         os.close(ours)
-        process.terminate()  # of one that has ended, nothing
-        status = process.wait()
+        process.kill()  # one that hangs; nothing, where it has ended
+        process.wait()
     if status:
         raise subprocess.CalledProcessError(status, command, said)
     # The last prompt is the one that was answered with the end of the input.
