@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import inspect
@@ -81,6 +82,39 @@ def test_commands_that_are_named_exist(document: Document) -> None:
 
 
 @each_document
+def test_options_that_are_named_exist(document: Document, options: set[str]) -> None:
+    """Those without a command: `--kv int8`, or of one that is only named: `bench latency --png`."""
+    modules = [words[2] for words in document.commands() if words[:2] == ["python", "-m"]]
+    known = options.union(*(re.findall('"(--[a-z-]+)"', source(name)) for name in modules))
+    for span in document.spans():
+        words = span.split()
+        if words[0].startswith("--") or words[0] in COMMANDS.parts:
+            assert {word for word in words if re.fullmatch("--[a-z-]+", word)} <= known, span
+
+
+def test_options_of_the_picks_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internvl_edge.export.command.run", lambda arguments: 0)
+    for row in table_rows(README):
+        if row[1].startswith("`--"):
+            assert status(["export", "C", "-o", "B", *row[1].strip("`").split()]) == 0
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """Options of every command."""
+    return set(re.findall(r"--[a-z][a-z-]*", "".join(helps(COMMANDS))))
+
+
+def helps(command: Command) -> Iterator[str]:
+    if command.module is not None:
+        parser = argparse.ArgumentParser()
+        import_module(f"internvl_edge.{command.module}").add_arguments(parser)
+        yield parser.format_help()
+    for part in command.parts.values():
+        yield from helps(part)
+
+
+@each_document
 def test_modules_targets_and_extras_exist(document: Document) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split())
@@ -93,18 +127,18 @@ def test_modules_targets_and_extras_exist(document: Document) -> None:
             named = re.findall(r"\[([a-z,]+)\]", " ".join(words))
             assert {extra for group in named for extra in group.split(",")} <= {*extras()}, words
         elif re.fullmatch(r"python3?", words[0]) and words[1] == "-m":
-            check_module(words[2], words[3:])
+            text = source(words[2])
+            if words[2].startswith(("internvl_edge.", "campaign.")):
+                named = [word for word in words[3:] if word.startswith("--")]
+                assert all(f'"{word}"' in text for word in named), words
 
 
-def check_module(name: str, arguments: Sequence[str]) -> None:
-    """Find a module, and what it is given in its source: parsing would import torch."""
+def source(name: str) -> str:
+    """Text of a module, which is not imported: some need torch."""
     specification = importlib.util.find_spec(name)
     assert specification is not None, name
     assert specification.origin is not None, name
-    source = Path(specification.origin).read_text(encoding="utf-8")
-    for word in arguments:
-        if word.startswith("--") and ROOT in Path(specification.origin).parents:
-            assert f'"{word}"' in source, word
+    return Path(specification.origin).read_text(encoding="utf-8")
 
 
 def test_the_readme_is_a_page() -> None:
