@@ -23,6 +23,7 @@ from internvl_edge.bundle.extras import example_room
 from internvl_edge.cli.commands import COMMANDS, PROGRAM, Command
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.checkpoint.family import known_families
 from internvl_edge.runtime import InternVL
 
 README = read(ROOT / "README.md")
@@ -152,6 +153,13 @@ def test_the_page_of_errors_lists_warnings() -> None:
     seen = [[kind.__name__, first_line(kind)] for kind in warnings[1:]]
     rows = [row for row in table_rows(read(ROOT / "docs" / "errors.md")) if row[0] != "---"]
     assert [row for row in rows if len(row) == 2][1:] == seen
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/adding-a-model.md"])
+def test_every_decoder_has_a_line(name: str) -> None:
+    cells = [row[0] for row in table_rows(read(ROOT / name))]
+    listed = {found for cell in cells for found in re.findall(r"`(\w+ForCausalLM)`", cell)}
+    assert listed == {name for family in known_families() for name in family.architectures}
 
 
 def test_dependencies_have_a_reason() -> None:
