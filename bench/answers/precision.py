@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from internvl_edge.bench.common.ceilings import read_bandwidth
 from internvl_edge.bench.kernels.products import SHAPE, FormRate, measure_forms
-from internvl_edge.bench.scale.synthetic import SyntheticWeights, internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import CachePrecision
 from internvl_edge.bundle.rope import rope_rows

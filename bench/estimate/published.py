@@ -12,7 +12,7 @@ from statistics import median
 
 from internvl_edge.bench.common.limits import Weights
 from internvl_edge.bench.estimate.model import Device, Request, predict
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.export.calibration.decisions import QuantOptions, Recipe

@@ -29,7 +29,7 @@ from internvl_edge.bench.estimate.model import (
     weights_of,
 )
 from internvl_edge.bench.estimate.published import published_error
-from internvl_edge.bench.scale.synthetic import CONFIGS
+from internvl_edge.bench.scale.members import CONFIGS
 from internvl_edge.bundle.contract import (
     MANIFEST,
     CachePrecision,

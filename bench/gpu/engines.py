@@ -18,7 +18,8 @@ from typing import Any
 
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bench.scale.synthetic import SyntheticWeights, internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import DialectName, cache_shape
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe

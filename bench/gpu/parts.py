@@ -25,7 +25,7 @@ from internvl_edge.bench.gpu.model import (
     weights_of,
 )
 from internvl_edge.bench.kernels.cuda import DeviceBench
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle.contract import LanguagePrecision, VisionPrecision
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.specs import ModelSpec

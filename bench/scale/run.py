@@ -18,7 +18,8 @@ from typing import get_args
 
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bench.scale.synthetic import CONFIGS, SyntheticWeights
+from internvl_edge.bench.scale.members import CONFIGS
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import (
     CachePrecision,
     LanguagePrecision,

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,11 +16,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from scipy.special import ndtri
 
+from internvl_edge.bench.scale.members import CONFIGS
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.token_files import tokenizer_files
 from internvl_edge.export.checkpoint.checkpoint import INDEX
-from internvl_edge.export.checkpoint.config import describe_config, parse_config
+from internvl_edge.export.checkpoint.config import describe_config
 from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.checkpoint.origin import stored_shapes
 
@@ -31,71 +31,6 @@ BLOCK_VALUES = 1 << 24
 OUTLIER_EVERY, OUTLIER_GAIN = 512, 20
 #: Bytes of a shard that `write_checkpoint` holds in memory.
 SHARD_BYTES = 1 << 30
-
-_COMMON = {
-    "architectures": ["InternVLChatModel"],
-    "model_type": "internvl_chat",
-    "force_image_size": 448,
-    "dynamic_image_size": True,
-    "max_dynamic_patch": 12,
-    "use_thumbnail": True,
-    "ps_version": "v2",
-    "template": "internlm2-chat",
-}
-_LANGUAGE = {
-    "architectures": ["InternLM2ForCausalLM"],
-    "bias": False,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000,
-    "vocab_size": 92553,
-}
-#: config.json of released members, by name: what their weights' shapes follow from.
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    # 934 tensors, 25.5 B parameters
-    "internvl-chat-v1-5": _COMMON
-    | {
-        "vision_config": {"num_hidden_layers": 45, "image_size": 448},
-        "llm_config": _LANGUAGE
-        | {
-            "hidden_size": 6144,
-            "intermediate_size": 16384,
-            "num_attention_heads": 48,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 8,
-            "rope_scaling": {"type": "dynamic", "factor": 3.0},
-        },
-    },
-    # InternViT-300M and InternLM2-1.8B
-    "mini-internvl-chat-2b-v1-5": _COMMON
-    | {
-        "vision_config": {
-            "hidden_size": 1024,
-            "image_size": 448,
-            "intermediate_size": 4096,
-            "layer_norm_eps": 1e-6,
-            "norm_type": "layer_norm",
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "qk_normalization": False,
-            "qkv_bias": True,
-        },
-        "llm_config": _LANGUAGE
-        | {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 8,
-            "rope_scaling": {"type": "dynamic", "factor": 2.0},
-        },
-    },
-}
-
-
-def internvl_1_5() -> ModelSpec:
-    """InternViT-6B and InternLM2-20B as released."""
-    return parse_config(CONFIGS["internvl-chat-v1-5"])
 
 
 class DrawnTensors:

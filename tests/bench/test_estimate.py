@@ -21,7 +21,7 @@ from internvl_edge.bench.estimate.model import (
     weights_of,
 )
 from internvl_edge.bench.estimate.published import FIGURES, Figure, published_error
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main

@@ -21,7 +21,7 @@ from internvl_edge.bench.common.ceilings import Ceilings
 from internvl_edge.bench.common.limits import Weights, phase_limits
 from internvl_edge.bench.common.roofline import Ceiling, Work
 from internvl_edge.bench.latency.operators import Phase, profile_bundle
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.rope import rope_rows

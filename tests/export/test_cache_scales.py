@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.rope import rope_base, rope_rows

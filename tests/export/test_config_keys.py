@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import small_config, write_checkpoint
 
-from internvl_edge.bench.scale.synthetic import CONFIGS
+from internvl_edge.bench.scale.members import CONFIGS
 from internvl_edge.bundle.quoting import LONGEST, quoted
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.config import parse_config
@@ -180,10 +180,16 @@ def test_null_is_absent_and_notes_are_notes(section: str, key: str, value: objec
     assert parse_config(config) == parse_config(small_config())
 
 
+def test_a_window_as_long_as_the_context_changes_nothing() -> None:
+    """Phi-3 says 262,144 and has no switch; the small model reads 512 tokens stretched by 2."""
+    config = changed(small_config(), "llm_config.sliding_window", 1024)
+    assert parse_config(config) == parse_config(small_config())
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("llm_config.sliding_window", 4096),
+        ("llm_config.sliding_window", 1023),
         ("llm_config.use_sliding_window", True),
         ("llm_config.attention_bias", True),
         ("llm_config.mlp_bias", True),

@@ -17,7 +17,7 @@ from checkpoints import KV8, small_config, write_checkpoint
 from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
-from internvl_edge.bench.scale.synthetic import internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bundle.contract import QUANTISATION_PLOT, QUANTISATION_REPORT, stored_name
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.token_files import tokenizer_files

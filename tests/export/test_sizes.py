@@ -12,7 +12,8 @@ from checkpoints import KV8, small_config, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_edge.bench.scale.synthetic import SyntheticWeights, internvl_1_5
+from internvl_edge.bench.scale.members import internvl_1_5
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.bundle.manifest import open_bundle, read_manifest
 from internvl_edge.bundle.specs import ModelSpec

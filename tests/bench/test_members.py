@@ -1,0 +1,68 @@
+"""Published checkpoints: their configs parse, and have as many parameters as was published."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from internvl_edge.bench.scale.members import CONFIGS
+from internvl_edge.export.checkpoint.config import describe_config
+from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.origin import stored_shapes
+from internvl_edge.export.inspection import RECIPES, parameter_counts
+from internvl_edge.export.sizes import bundle_bytes
+
+#: Billions of parameters as published on the model cards, where names round more.
+PUBLISHED = {
+    "internvl2-1b": 0.94,
+    "internvl2_5-4b": 3.71,
+    "internvl2_5-38b": 38.4,
+    "internvl2_5-78b": 78.4,
+    "internvl3-2b": 2.09,
+    "internvl3-8b": 7.94,
+    "internvl3-9b": 9.14,
+    "internvl3-14b": 15.1,
+    "internvl3_5-1b": 1.06,
+    "internvl3_5-2b": 2.35,
+    "internvl3_5-4b": 4.73,
+    "internvl3_5-8b": 8.53,
+    "internvl3_5-14b": 15.1,
+    "internvl3_5-38b": 38.4,
+    "mini-internvl-chat-4b-v1-5": 4.15,
+    "internvl2-4b": 4.15,
+    "internvl2-llama3-76b": 76.3,
+    "internvl2-40b": 40.1,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters(name: str) -> None:
+    spec = describe_config(CONFIGS[name]).spec
+    counted = parameter_counts(spec)["total"] / 1e9
+    if name in PUBLISHED:
+        assert counted == pytest.approx(PUBLISHED[name], rel=0.012)
+    elif told := re.search(r"(\d+)b(-|$)", name):
+        assert counted == pytest.approx(float(told[1]), rel=0.11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_and_sizes(name: str) -> None:
+    """As many values are stored as canonical tensors have, and every precision has a size."""
+    described = describe_config(CONFIGS[name])
+    shapes = tensor_shapes(described.spec)
+    stored = stored_shapes(described.tensors(), shapes)
+    assert _values(stored) == _values(shapes)
+    sizes = [sum(bundle_bytes(described.spec, recipe).values()) for recipe in RECIPES.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 4 * _values(shapes) * 0.99
+
+
+def _values(shapes: dict[str, tuple[int, ...]]) -> int:
+    total = 0
+    for shape in shapes.values():
+        size = 1
+        for dim in shape:
+            size *= dim
+        total += size
+    return total
