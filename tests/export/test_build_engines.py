@@ -269,7 +269,7 @@ def test_a_build_that_fails_leaves_what_was_there(opened: Bundle) -> None:
 
 
 def test_a_bundle_for_onnxruntime_has_no_engines(golden_bundle: Path) -> None:
-    with pytest.raises(DeviceError, match="export it with --for tensorrt"):
+    with pytest.raises(DeviceError, match="has no engines; export with dialect='tensorrt' or"):
         build(open_bundle(golden_bundle))
 
 
