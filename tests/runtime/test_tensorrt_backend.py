@@ -171,6 +171,13 @@ def test_a_step_of_decoding(
     assert runs == (3 if model.engine.backend._buffers.fresh is not None else 0)
 
 
+def test_a_batch_is_one_sequence(model: InternVL) -> None:
+    backend: Any = model.engine.backend
+    for call in (backend.forward, partial(backend.forward_candidates, count=1)):
+        with pytest.raises(LimitError, match="runs 1 sequence in a pass, got 0"):
+            call([])
+
+
 def test_candidates_are_the_largest_logits(model: InternVL) -> None:
     """Run, captured and launched, and the same in the next stretch of the cache."""
     steps = zip(range(5, 25), range(1, 21), strict=True)
