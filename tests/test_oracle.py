@@ -63,8 +63,8 @@ def test_export_equals_transformers(config: dict[str, Any], seed: int) -> None:
 
 
 def test_unsupported_head_size_is_refused(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(hidden=32, heads=4))
-    with pytest.raises(ExportError, match="head size is 8"):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(hidden=48, heads=4))
+    with pytest.raises(ExportError, match="head size is 12"):
         export_bundle(checkpoint, tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

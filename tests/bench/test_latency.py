@@ -246,7 +246,6 @@ def test_compare_of_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("scipy", ("latency", "compare", "result.json", "result.json")),
         ("jsonschema", ("latency", "compare", "result.json", "result.json")),
         ("jsonschema", ("estimate", "result.json")),
-        ("scipy", ("estimate", "internvl-1.5", "--target", "l4")),
     ],
 )
 def test_a_missing_package_is_named(

@@ -168,8 +168,11 @@ def test_plots_as_a_picture(latency_files: Path, result: dict[str, Any]) -> None
         for name, colour in zip(FIRST_TOKEN, COLOURS, strict=False)
     }
     assert all(rows.sum() > 100 for rows in seen.values())  # in the legends, if a bar is thin
-    # From above, the first row of pixels in which vision is wider than in a legend.
-    row = int(np.argmax(seen["vision"] > 40))
+    # From above, the first rows in which all are seen: the bar with a picture, above the legend. Of
+    # these the middle one, as colours are blended at the bar's own edges.
+    rows = np.flatnonzero(np.all(list(seen.values()), axis=0))
+    bar = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)[0]
+    row = int(bar[len(bar) // 2])
     (point,) = (p for p in result["models"][0]["points"] if p["tiles"])
     vision, prefill = (point["phases"][name]["median"] for name in ("vision", "prefill"))
     # Edges between two colours are blended: a pixel at either end.

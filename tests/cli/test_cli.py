@@ -60,9 +60,8 @@ def test_bundle_error_of_inspect(bundle: Path, capsys: pytest.CaptureFixture[str
 def test_size_mode(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = bytearray((bundle / "special_tokens_map.json").read_bytes())
-    data[0] ^= 1
-    (bundle / "special_tokens_map.json").write_bytes(data)
+    data = (bundle / "special_tokens_map.json").read_bytes()
+    (bundle / "special_tokens_map.json").write_bytes(data.replace(b" ", b"\t", 1))
     assert "was altered" in error_line(capsys, "chat", bundle, "-p", "Hi", *CHAT)
     assert main(["chat", str(bundle), "-p", "Hi", "--verify", "size", *CHAT]) == 0
 
