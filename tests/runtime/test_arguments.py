@@ -151,7 +151,7 @@ REFUSED: list[tuple[dict[str, Any], type[InternVLEdgeError], str]] = [
     (
         {"images": 7},
         ImageError,
-        "an image is a path, a URI, bytes, base64, PIL.Image or uint8 array, not int",
+        "an image is a path, a URI, bytes, base64",
     ),
     ({"images": {"a": 1}}, ImageError, "images is {'a': 1}, it must be one of the pictures"),
     ({"system_message": 7}, PromptError, "system_message is 7, it must be text"),
