@@ -264,7 +264,7 @@ class LeftoverWarning(InternVLEdgeWarning):
 
 
 class PreparedWarning(InternVLEdgeWarning):
-    """Prepared weights do not fit and were left out: loading is slower and takes more memory."""
+    """Prepared weights do not fit and were left out: running takes more memory."""
 
 
 class FrameWarning(InternVLEdgeWarning):

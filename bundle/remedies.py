@@ -50,6 +50,10 @@ class Remedy(Enum):
     ON_TENSORRT = Spelling("pass --device tensorrt", "pass device='tensorrt'")
     BUILD_ENGINES = Spelling("pass --auto-build", "pass build_engines=...")
     PREPARE = Spelling("run 'internvl-edge prepare'", "run 'internvl-edge prepare'")
+    PREPARE_ELSEWHERE = Spelling(
+        "prepare it on a larger machine with this CPU and onnxruntime, and copy 'prepared'",
+        "prepare it on a larger machine with this CPU and onnxruntime, and copy 'prepared'",
+    )
     FEWER_IMAGES = Spelling("give fewer images", "give fewer images")
     LESS_TEXT = Spelling("give less text", "give less text")
     CLOSE_PROGRAMS = Spelling("close other programs", "close other programs")

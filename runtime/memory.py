@@ -9,37 +9,35 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import (
-    LANGUAGE_FILES,
-    LANGUAGE_GRAPH,
-    VISION_FILES,
-    VISION_GRAPH,
-)
+from internvl_edge.bundle.contract import LANGUAGE_FILES, VISION_FILES
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.remedies import Remedy, without_gains
-from internvl_edge.runtime.backends.prepared import WIDEST_BYTES, part_count
+from internvl_edge.bundle.remedies import Remedies, Remedy, without_gains
+from internvl_edge.bundle.specs import LanguageSpec, VisionSpec
 from internvl_edge.runtime.decoding.passes import prefill_chunk, vision_batch
 from internvl_edge.runtime.free_memory import RESERVE_BYTES, available_memory
 
 #: Interpreter, libraries, two sessions of a model without weights, and what a first answer leaves.
 PROCESS_BYTES = 80 << 20
-#: Of the weights' bytes, what sessions hold besides them: scales, norms, the graphs.
-SESSION_SHARE = 0.0055
-#: A packed matrix beside the one in the file: column sums and scales lie between the values.
-PACKED_GROWTH = 1.05
-#: Packing the head or a part of it: the block it is packed into, and that it is hashed in.
-PACKING_SHARE = 1.4
-#: Packing in each other part of prepared graphs, which open at once, in units of its largest
-#: matrix, at most: its transpose, the packed form, and free blocks that the C library keeps (all of
-#: the 26B's load: 0.55 to 1.09 GiB in 13 runs, 1.19 by this).
-PACKING_COPIES = 5
+#: glibc keeps so much free at the end of a heap: twice the largest block it takes from one (32 MiB,
+#: `mallopt(3)`). The host's thread is one heap, each thread that opens a graph another.
+KEPT_BYTES = 64 << 20
+#: A packed matrix beside the one in the file: at block 128 the sums of its blocks, 4 bytes beside
+#: 64 of weights and 4 of scales.
+PACKED_GROWTH = 1 + 4 / 68
+#: What is no matrix of a product (norms, positions, the patches' convolution) is copied, and the
+#: convolution packed.
+OTHER_COPIES = 2
+#: While a graph opens, forms of one matrix that are there at once: the packed one, and in W8A8 and
+#: float products, whose weights are stored by output, their transpose.
+PACKED_COPIES = {"fp32": 2, "fp16": 2, "int8": 2, "int4": 1}
 #: Of a weight.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
-#: Activations of a pass in units of the MLP's widest, which is there before and after its
-#: activation function, and narrower ones beside it: about what ONNX Runtime's arenas grow to (by
-#: doubling: 1.9 to 4.1 were seen in vision towers, 6.4 to 9.5 in language models).
-VISION_WIDE, LANGUAGE_WIDE = 4.0, 8.0
+#: The memory of a pass is taken in blocks, each twice as large as the last: at most half is unused.
+DOUBLING = 2
+#: Values of the MLP's inner width that are there at once: before and after the activation function;
+#: in a gated MLP gate, its sigmoid, their product, and what it is multiplied with.
+VISION_WIDE, LANGUAGE_WIDE = 2, 4
 #: Rows of the images. Pixels: the picture as given, about as large as its tiles, and these.
 ROW_COPIES, PIXEL_COPIES = 1, 2
 
@@ -49,7 +47,7 @@ class MemoryPlan:
     """Bytes one conversation takes on the CPU, by what takes them.
 
     Attributes:
-        sessions: both graphs, beside their matrices.
+        sessions: both graphs beside their matrices, and what the C library keeps of opening them.
         packing: of the largest matrices, while sessions open.
         vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
         language_weights: the same.
@@ -96,7 +94,7 @@ def plan_memory(
         manifest: of the bundle.
         tokens: positions of the KV cache that will be filled: prompt, image rows and answer.
         tiles: of all images in one prompt.
-        prepared: whether the weights are mapped; see `runtime.prepared`.
+        prepared: whether the weights are mapped; see `runtime.backends.prepared`.
         low_memory: hold one graph at a time.
     """
     spec = manifest.spec
@@ -106,34 +104,41 @@ def plan_memory(
     chunk = min(tokens, prefill_chunk(spec, tokens))
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
-    files = sum(manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
-        sessions=int(SESSION_SHARE * files),
-        packing=_packing(manifest, prepared),
+        sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
+        packing=_packing(manifest) if prepared else 0,
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
         language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
-        vision=int(VISION_WIDE * batch * wide),
-        language=int(LANGUAGE_WIDE * chunk * language.intermediate_size * 4),
+        vision=DOUBLING * VISION_WIDE * batch * wide,
+        language=DOUBLING * LANGUAGE_WIDE * chunk * language.intermediate_size * 4,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
     )
 
 
-def _packing(manifest: Manifest, prepared: bool) -> int:
-    """Bytes that hold matrices while they are packed."""
-    head = manifest.parts["head"].bytes if "head" in manifest.parts else 0
-    if not prepared:
-        return int(PACKING_SHARE * head)
-    others = 0.0
-    for graph, spec, precision, opened_beside in (
-        (VISION_GRAPH, manifest.spec.vision, manifest.vision, 0),
-        (LANGUAGE_GRAPH, manifest.spec.language, manifest.language, 1),  # the head's part
-    ):
-        matrix = spec.hidden_size * spec.intermediate_size * WEIGHT_BYTES[precision]
-        others += (part_count(manifest, graph) - opened_beside) * PACKING_COPIES * matrix
-    return int(PACKING_SHARE * min(head, WIDEST_BYTES) + others)
+def _packing(manifest: Manifest) -> int:
+    """Return the bytes of what packing gives while both graphs open, to find the stored form by:
+    of the largest matrix of each."""
+    vision, language = (
+        PACKED_COPIES[precision] * WEIGHT_BYTES[precision] * _mlp_weights(part)
+        for part, precision in (
+            (manifest.spec.vision, manifest.vision),
+            (manifest.spec.language, manifest.language),
+        )
+    )
+    return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
+
+
+def _mlp_weights(part: VisionSpec | LanguageSpec) -> int:
+    """Return the number of weights of a layer's largest matrix."""
+    return part.hidden_size * part.intermediate_size
+
+
+def _part_bytes(manifest: Manifest, part: str) -> int:
+    """Return the bytes of a part of the weights; 0 where an old bundle does not tell."""
+    return manifest.parts[part].bytes if part in manifest.parts else 0
 
 
 def position_bytes(manifest: Manifest) -> int:
@@ -162,6 +167,15 @@ class MemoryGuard:
         tokens = self.manifest.spec.vision.tokens_per_tile
         self._check(self._plan(tokens, 1), tokens, "loading this bundle")
 
+    def check_prepare(self) -> None:
+        """Raise CapacityError unless each graph's weights fit: all are packed in memory once.
+
+        A guard of one graph at a time is asked.
+        """
+        tokens = self.manifest.spec.vision.tokens_per_tile
+        remedies = without_gains([Remedy.CLOSE_PROGRAMS, Remedy.PREPARE_ELSEWHERE])
+        _check(self._plan(tokens, 1), tokens, "preparing this bundle", remedies)
+
     def check_prompt(self, tokens: int, tiles: int) -> None:
         """Raise CapacityError unless so many new positions and tiles fit beside what is loaded."""
         plan = replace(
@@ -184,16 +198,21 @@ class MemoryGuard:
         )
 
     def _check(self, plan: MemoryPlan, tokens: int, what: str) -> None:
-        available = available_memory()
-        if plan.total + RESERVE_BYTES > available:
-            raise CapacityError(
-                f"{what} takes {_gib(plan.total)} of memory (weights"
-                f" {_gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
-                f" {_gib(plan.kv_cache)}), {_gib(available)} are free",
-                plan.total + RESERVE_BYTES,
-                available,
-                _remedies(self.manifest, plan),
-            )
+        _check(plan, tokens, what, _remedies(self.manifest, plan))
+
+
+def _check(plan: MemoryPlan, tokens: int, what: str, remedies: Remedies) -> None:
+    """Raise CapacityError unless a plan fits into the memory that is free."""
+    available = available_memory()
+    if plan.total + RESERVE_BYTES > available:
+        raise CapacityError(
+            f"{what} takes {_gib(plan.total)} of memory (weights"
+            f" {_gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
+            f" {_gib(plan.kv_cache)}), {_gib(available)} are free",
+            plan.total + RESERVE_BYTES,
+            available,
+            remedies,
+        )
 
 
 def _weights(manifest: Manifest, files: Sequence[str]) -> int:

@@ -12,29 +12,25 @@ from internvl_edge.bundle.contract import (
     VISION_GRAPH,
 )
 from internvl_edge.bundle.errors import OutputError, PrepareError
-from internvl_edge.bundle.manifest import file_entry, open_bundle
+from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import named
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.graph import Progress
 from internvl_edge.export.output.destination import check_target
 from internvl_edge.export.output.ownership import remove_own
 from internvl_edge.export.output.work import NEW, check_space, say_kept, work_folder
-from internvl_edge.export.prepare.check import check_prepared
-from internvl_edge.export.prepare.prepack import compares_packed, prepack_graph
+from internvl_edge.export.prepare.check import check_prepared, computed, some_pass
+from internvl_edge.export.prepare.prepack import packed_bytes, prepack_graph
 from internvl_edge.export.writer import ignore_total
 from internvl_edge.runtime.backends.prepared import (
     MANIFEST,
-    part_count,
-    part_names,
     prepared_folder,
     prepared_manifest,
     superseded,
 )
-from internvl_edge.runtime.backends.products import UNSIGNED, bundle_form
+from internvl_edge.runtime.backends.products import Form, bundle_form
 from internvl_edge.runtime.backends.sessions import check_path
-
-#: Packed weights are larger: column sums and scales lie between them (12 % at block 128).
-GROWTH = 1.15
+from internvl_edge.runtime.memory import MemoryGuard
 
 
 def prepare_bundle(
@@ -45,7 +41,8 @@ def prepare_bundle(
 ) -> Path:
     """Write the graphs of a bundle with their matrices packed for this CPU.
 
-    Loading then maps the weights instead of copying them.
+    Loading then maps the weights instead of copying them. Writing takes as much memory as opening
+    the larger graph alone.
 
     Args:
         path: a bundle of the onnxruntime dialect.
@@ -60,7 +57,7 @@ def prepare_bundle(
         DeviceError: integer products are wrong on this machine.
         BusyError: another process prepares it.
         OutputError: it exists already, or the bundle cannot be written to.
-        CapacityError: no space.
+        CapacityError: no space, or the packed weights of one graph do not fit into memory.
         PrepareError: a graph is float16, or ONNX Runtime does not load what it packed.
     """
     bundle = open_bundle(path)
@@ -80,23 +77,30 @@ def prepare_bundle(
             " there is nothing to prepare"
         )
     total = sum(bundle.manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
-    # Each matrix packed and, where ONNX Runtime wants to see it, as it was.
-    check_space(target, int(total * (GROWTH + compares_packed())))
+    check_space(target, packed_bytes(total))
+    MemoryGuard(bundle.manifest, prepared=False, low_memory=True).check_prepare()
     advance = (progress or ignore_total)(total)
     with work_folder(target) as work:
         _check_target(target, overwrite)  # another process may have been here meanwhile
         aside = work.fresh(NEW)
-        for name in (VISION_GRAPH, LANGUAGE_GRAPH):
-            parts = part_names(name, part_count(bundle.manifest, name))
-            targets = [aside / part for part in parts]
-            prepack_graph(bundle.file(name), targets, advance, unsigned=form == UNSIGNED)
-        check_prepared(bundle, aside)
+        for graph, sources in ((VISION_GRAPH, VISION_FILES), (LANGUAGE_GRAPH, LANGUAGE_FILES)):
+            _prepare_graph(bundle, graph, aside, form)
+            advance(sum(bundle.manifest.files[name].bytes for name in sources))
         files = {file.name: file_entry(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(prepared_manifest(bundle, files) + "\n", encoding="utf-8")
         work.publish(aside)
         for stale in superseded(target):
             say_kept(stale, remove_own(stale))
     return target
+
+
+def _prepare_graph(bundle: Bundle, graph: str, aside: Path, form: Form) -> None:
+    """Write one graph packed, and compare what it computes; both are never held at once."""
+    feeds = some_pass(bundle.manifest, graph)
+    session = prepack_graph(bundle.file(graph), aside / graph, form)
+    wanted = computed(session, graph, feeds)
+    del session
+    check_prepared(aside, graph, feeds, wanted)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.backends import Cache, Slice, single
-from internvl_edge.runtime.backends.chain import Chain, ChainBinding
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
@@ -28,6 +27,9 @@ from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 
 @dataclass
 class OrtCache:
@@ -36,12 +38,13 @@ class OrtCache:
     state: CacheState
     rope: CacheRope
     storage: dict[tuple[str, str], Any]  # names of past and present -> onnxruntime.OrtValue
-    bound: tuple[Chain, ChainBinding] | None = None  # a graph, and its binding of the storage
+    #: A graph, and its binding of the storage.
+    bound: tuple[ort.InferenceSession, ort.IOBinding] | None = None
 
-    def binding(self, graph: Chain) -> ChainBinding:
-        """The storage bound to a graph: once, unless it was opened anew."""
+    def binding(self, graph: ort.InferenceSession) -> ort.IOBinding:
+        """Return the storage bound to a graph: once, unless it was opened anew."""
         if self.bound is None or self.bound[0] is not graph:
-            binding = graph.binding()
+            binding = graph.io_binding()
             for (past, present), buffer in self.storage.items():
                 binding.bind_ortvalue_input(past, buffer)
                 binding.bind_ortvalue_output(present, buffer)
@@ -114,6 +117,9 @@ class OnnxRuntimeBackend:
         language = bundle.spec.language
         self._rope = RopeTable(language, language.max_context, rope_dtype)
         self._graphs = CpuGraphs(bundle, threads, one_at_a_time=low_memory)
+        # A graph gives its activations back after a pass: the other one needs as much.
+        self._giving_back = ort.RunOptions()
+        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
         )
@@ -138,11 +144,12 @@ class OnnxRuntimeBackend:
         vision = self._spec.vision
         shape = (len(tiles), vision.tokens_per_tile, self._spec.language.hidden_size)
         rows = np.empty(shape, self._rows_dtype)
-        binding = self._graphs.vision.binding()
+        graph = self._graphs.vision
+        binding = graph.io_binding()
         binding.bind_cpu_input(contract.TILES, np.ascontiguousarray(tiles))
         output = self._ort_value.ortvalue_from_numpy(rows)
         binding.bind_ortvalue_output(contract.IMAGE_EMBEDDINGS, output)
-        binding.run(len(tiles) * vision.sequence_length)
+        graph.run_with_iobinding(binding, self._giving_back)
         return rows
 
     def new_cache(self, capacity: int) -> OrtCache:
@@ -172,7 +179,8 @@ class OnnxRuntimeBackend:
         start = cache.state.length
         total = start + len(new.rows)
         cos, sin = cache.rope.tables(start, total, new.rope_theta)
-        binding = cache.binding(self._graphs.language)
+        graph = self._graphs.language
+        binding = cache.binding(graph)
         binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(new.rows))
         binding.bind_cpu_input(contract.ROPE_COS, cos)
         binding.bind_cpu_input(contract.ROPE_SIN, sin)
@@ -182,5 +190,7 @@ class OnnxRuntimeBackend:
         shape = (len(new.logit_rows), self._spec.language.vocab_size)
         logits = np.empty(shape, np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
-        binding.run(len(new.rows))
+        # What a decode step takes is little, and wanted again at once.
+        options = self._giving_back if len(new.rows) > 1 else None
+        graph.run_with_iobinding(binding, options)
         return logits

@@ -2,8 +2,7 @@
 
 A bundle directory may hold `prepared/<machine key>/` with both graphs again, their matrices packed
 for one version of ONNX Runtime on one kind of CPU. Another version or CPU looks for another key, so
-a stale directory is never used; `internvl-edge prepare` writes the one that fits. A large graph is
-there in parts that load at once.
+a stale directory is never used; `internvl-edge prepare` writes the one that fits.
 """
 
 from __future__ import annotations
@@ -13,15 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import (
-    LANGUAGE_FILES,
-    LANGUAGE_GRAPH,
-    VISION_FILES,
-    VISION_GRAPH,
-)
+from internvl_edge.bundle.contract import LANGUAGE_FILES, VISION_FILES
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.json_reader import JsonError
-from internvl_edge.bundle.manifest import Bundle, FileEntry, Manifest, check_file
+from internvl_edge.bundle.manifest import Bundle, FileEntry, check_file
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.seal import SEAL, read_sealed, sealed
 from internvl_edge.bundle.verified import VerifiedFiles
@@ -30,11 +24,12 @@ from internvl_edge.runtime.backends.products import AS_STORED, bundle_form
 
 FOLDER = "prepared"
 MANIFEST = "prepared.json"
-#: A head of more bytes is stored in parts: loading packs one matrix at a time.
-WIDEST_BYTES = 128 << 20
-#: A graph of more bytes is stored in parts: loading packs the matrices of each on one core. (The
-#: 26B's language graph is three, its vision graph two.)
-PART_BYTES = 4 << 30
+#: How the files are written: packed weights beside the originals, as ONNX Runtime saves them. What
+#: was prepared in another way is not used.
+LAYOUT = "with originals"
+
+#: What was written before there were seals, in parts.
+OLDER_KEYS = ("source", "widest_bytes", "part_bytes", "products", "files")
 
 PREPARE_AGAIN = "run 'internvl-edge prepare --overwrite' on the bundle"
 
@@ -44,21 +39,6 @@ def superseded(folder: Path) -> list[Path]:
     cpu = folder.name.split("-", 2)[2]
     others = folder.parent.glob(f"onnxruntime-*-{cpu}")
     return [other for other in others if other != folder and (other / MANIFEST).exists()]
-
-
-def part_count(manifest: Manifest, graph: str) -> int:
-    """Of how many parts the packed form of a graph is."""
-    if graph == VISION_GRAPH:
-        files, layers = VISION_FILES, manifest.spec.vision.layers_run
-    else:
-        files, layers = LANGUAGE_FILES, manifest.spec.language.num_hidden_layers
-    nbytes = sum(manifest.files[name].bytes for name in files)
-    return max(1, min(layers, -(-nbytes // PART_BYTES)))
-
-
-def part_names(graph: str, count: int) -> list[str]:
-    """Names of a graph's parts: language.onnx, language.1.onnx, ...; each has a .data file."""
-    return [graph, *(graph.replace(".", f".{number}.") for number in range(1, count))]
 
 
 def prepared_folder(bundle: Bundle) -> Path:
@@ -85,8 +65,8 @@ def why_none(bundle: Bundle) -> str | None:
     folder = prepared_folder(bundle)
     if folder.is_dir():
         return (
-            f"prepared weights in {named(folder)} were made from another export, or for products"
-            f" that are not exact on this CPU; {PREPARE_AGAIN}"
+            f"prepared weights in {named(folder)} were made from another export, by another version"
+            f" of internvl-edge, or for products that are not exact on this CPU; {PREPARE_AGAIN}"
         )
     others = sorted(path.name for path in folder.parent.glob("*") if (path / MANIFEST).exists())
     if not others:
@@ -123,7 +103,7 @@ def _manifest(bundle: Bundle) -> dict[str, Any] | None:
     """What lies there; None if nothing does, or what was made from another bundle."""
     path = prepared_folder(bundle) / MANIFEST
     try:
-        data = read_sealed(path, older=(*_origin(bundle), "files"))
+        data = read_sealed(path, older=OLDER_KEYS)
     except FileNotFoundError:
         return None
     except (OSError, JsonError) as error:
@@ -142,12 +122,7 @@ def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}") from None
-    graphs = [
-        name
-        for graph in (VISION_GRAPH, LANGUAGE_GRAPH)
-        for name in part_names(graph, part_count(bundle.manifest, graph))
-    ]
-    if set(entries) != {*graphs, *(str(Path(name).with_suffix(".data")) for name in graphs)}:
+    if set(entries) != {*VISION_FILES, *LANGUAGE_FILES}:
         raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}")
     return entries
 
@@ -159,13 +134,13 @@ def _is_origin(data: Mapping[str, Any], bundle: Bundle) -> bool:
 
 
 def _origin(bundle: Bundle) -> dict[str, Any]:
-    """What packed graphs depend on besides the machine.
+    """Return what packed graphs depend on besides the machine.
 
-    Hashes of the graphs and of their weights, how both are cut, and, where it is not the stored
+    Hashes of the graphs and of their weights, how they are written, and, where it is not the stored
     one, the form of the integer products.
     """
     files = bundle.manifest.files
     source = {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
     form = bundle_form(bundle.manifest)
     forms = {} if form == AS_STORED else {"products": form.name}
-    return {"source": source, "widest_bytes": WIDEST_BYTES, "part_bytes": PART_BYTES, **forms}
+    return {"source": source, "layout": LAYOUT, **forms}

@@ -19,16 +19,8 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
-from internvl_edge.runtime.backends.chain import Chain
-from internvl_edge.runtime.backends.heap import large_blocks_returned, large_blocks_reused
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.prepared import (
-    PREPARE_AGAIN,
-    part_count,
-    part_names,
-    verified_prepared,
-    why_none,
-)
+from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
 from internvl_edge.runtime.memory import MemoryGuard
 
@@ -47,9 +39,11 @@ _ORT_TYPE = {
 
 #: Products that share a zero point, as they did at first, cannot be made unsigned when they load.
 _OLD_BUNDLE = (
-    "an older bundle needs another form of its weights on this CPU: run 'internvl-edge prepare' on"
-    " it, or export it anew"
+    "an older bundle needs another form of its weights on this CPU: export the checkpoint anew"
 )
+
+#: How far ONNX Runtime may rewrite a graph when it opens it.
+Optimise = Literal["all", "basic", "none"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -63,14 +57,13 @@ class Provider:
         options: the provider's.
         optimise: "all", also into operators that compute differently: weights of 4 and 8 bits then
             meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr); "basic", into equal
-            ones; or "none": in a prepared graph there is nothing, and looking takes 0.3 s of the
-            26B's load.
+            ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
     """
 
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
-    optimise: Literal["all", "basic", "none"] = "all"
+    optimise: Optimise = "all"
     form: Form = AS_STORED
 
     @property
@@ -130,7 +123,7 @@ class CpuGraphs:
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
         self._held: HeldFiles | None = None
-        self._chains: dict[str, Chain] = {}
+        self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
             self._open(contract.VISION_GRAPH, contract.LANGUAGE_GRAPH)
@@ -141,21 +134,21 @@ class CpuGraphs:
         return self._prepared is not None
 
     @property
-    def vision(self) -> Chain:
-        return self._chain(contract.VISION_GRAPH)
+    def vision(self) -> ort.InferenceSession:
+        return self._session(contract.VISION_GRAPH)
 
     @property
-    def language(self) -> Chain:
-        return self._chain(contract.LANGUAGE_GRAPH)
+    def language(self) -> ort.InferenceSession:
+        return self._session(contract.LANGUAGE_GRAPH)
 
-    def _chain(self, graph: str) -> Chain:
+    def _session(self, graph: str) -> ort.InferenceSession:
         with self._lock:
-            if graph not in self._chains:
-                self._chains.clear()  # first: their memory is needed
+            if graph not in self._sessions:
+                self._sessions.clear()  # first: their memory is needed
                 self._open(graph)
             if self._held is not None:
                 self._held.check()
-            return self._chains[graph]
+            return self._sessions[graph]
 
     def _find_prepared(self) -> VerifiedFiles | None:
         try:
@@ -179,42 +172,24 @@ class CpuGraphs:
                 return self._open_from(self._prepared, graphs)
             except BundleError as error:
                 self._prepared = None
-                self._chains.clear()
+                self._sessions.clear()
                 self._warn(f"{error}; {PREPARE_AGAIN}")
         return self._open_from(self._bundle.verified, graphs)
 
     def _open_from(self, files: VerifiedFiles, graphs: Sequence[str]) -> None:
-        """Open all parts of these graphs at once: packing weights keeps one core busy for each."""
-        prepared, manifest = files is self._prepared, self._bundle.manifest
-        provider = Provider(optimise="none" if prepared else "all", form=self._form)
-        open_part = partial(open_session, files.path, provider=provider, threads=self._threads)
-        names = {
-            graph: part_names(graph, part_count(manifest, graph)) if prepared else [graph]
-            for graph in graphs
-        }
-        # The part with the largest matrices, the head's, is opened here: glibc keeps freed blocks
-        # over 64 MB for its main thread only.
-        *others, last = [name for graph in graphs for name in names[graph]]
-        loading = large_blocks_reused if prepared else large_blocks_returned
-        sessions = {}
-        with (
-            files.unchanged(),
-            loading() as enter,
-            ThreadPoolExecutor(max(1, len(others)), initializer=enter) as pool,
-        ):
-            opening = {name: pool.submit(open_part, name) for name in others}
-            sessions[last] = open_part(last)
-            sessions |= {name: future.result() for name, future in opening.items()}
-        self._held = files.hold(
-            str(Path(name).with_suffix(".data")) for graph in graphs for name in names[graph]
-        )
-        for graph in graphs:
-            chain = Chain([sessions[name] for name in names[graph]])
-            check_graph(self._bundle, graph, chain)
-            self._chains[graph] = chain
+        """Open these graphs at once: packing weights keeps one core busy for each."""
+        optimise: Optimise = "none" if files is self._prepared else "all"
+        provider = Provider(optimise=optimise, form=self._form)
+        open_graph = partial(open_session, files.path, provider=provider, threads=self._threads)
+        with files.unchanged(), ThreadPoolExecutor(len(graphs)) as pool:
+            opened = dict(zip(graphs, pool.map(open_graph, graphs), strict=True))
+        self._held = files.hold(str(Path(graph).with_suffix(".data")) for graph in graphs)
+        for graph, session in opened.items():
+            check_graph(self._bundle, graph, session)
+        self._sessions |= opened
 
 
-def check_graph(bundle: Bundle, graph: str, opened: Chain | ort.InferenceSession) -> None:
+def check_graph(bundle: Bundle, graph: str, opened: ort.InferenceSession) -> None:
     """Raise BundleError unless an opened graph is the contract's."""
     spec, manifest = bundle.spec, bundle.manifest
     if graph == contract.VISION_GRAPH:
@@ -245,24 +220,7 @@ def open_session(
     ort = load_onnxruntime()
 
     check_path(folder)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next
-    # (30 tiles of the 2B: 1.6 GB of activations with patterns, 0.8 without).
-    options.enable_mem_pattern = False
-    # Idle threads of one graph would spin beside the other's and the host's work: with this, four
-    # threads take 378 ms instead of 421 for a prefill of two true-width layers, 3.5 instead of
-    # 12.0 for tiny_ocr's, and 0.25 instead of 0.45 ms for each of its tokens.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.graph_optimization_level = {
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    }[provider.optimise]
-    for key, value in provider.form.entries.items():
-        options.add_session_config_entry(key, value)
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(provider, threads)
     chosen = {provider.name: dict(provider.options)}
     chosen.setdefault(PROVIDERS["cpu"], {})  # for operators that only the CPU has
     said = io.StringIO()  # it prints when another provider than the CPU's raises, and falls back
@@ -290,6 +248,31 @@ def open_session(
     return session
 
 
+def session_options(provider: Provider, threads: int | None) -> ort.SessionOptions:
+    """Return the options every session is opened with; threads: None is one per core."""
+    ort = load_onnxruntime()
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next
+    # (30 tiles of the 2B: 1.6 GB of activations with patterns, 0.8 without).
+    options.enable_mem_pattern = False
+    # Idle threads of one graph would spin beside the other's and the host's work: with this, four
+    # threads take 378 ms instead of 421 for a prefill of two true-width layers, 3.5 instead of
+    # 12.0 for tiny_ocr's, and 0.25 instead of 0.45 ms for each of its tokens.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.graph_optimization_level = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }[provider.optimise]
+    for key, value in provider.form.entries.items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 def check_path(folder: Path) -> None:
     """Raise BundleError where ONNX Runtime could not be given a path."""
     try:
@@ -301,7 +284,7 @@ def check_path(folder: Path) -> None:
 
 
 def check_contract(
-    graph: Chain | ort.InferenceSession,
+    graph: ort.InferenceSession,
     inputs: list[contract.Tensor],
     outputs: list[contract.Tensor],
 ) -> None:

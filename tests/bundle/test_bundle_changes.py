@@ -15,6 +15,7 @@ from checkpoints import small_config, write_checkpoint
 from internvl_edge.bundle.manifest import open_bundle, sha256_stream
 from internvl_edge.bundle.verified import VerifiedFiles
 from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.prepare import prepack
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import BundleError, InternVL
 from internvl_edge.runtime.backends import sessions
@@ -149,8 +150,9 @@ def test_prepared_weights_written_anew(path: Path) -> None:
         answers(model)
 
 
-def test_prepared_weights_written_to(path: Path) -> None:
+def test_prepared_weights_written_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are mapped; a model that holds both graphs looks at them before each pass."""
+    monkeypatch.setattr(prepack, "LEAST_BYTES", 1 << 12)
     prepare_bundle(path)
     model = load(path)
     answers(model)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from internvl_edge.bundle.manifest import Manifest, open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.runtime import CapacityError, InternVL, LimitError, memory
-from internvl_edge.runtime.backends import prepared as prepared_module
 from internvl_edge.runtime.memory import (
     MemoryGuard,
     MemoryPlan,
@@ -151,15 +150,6 @@ def test_what_is_cached_already_is_not_counted_again(
         guard.check_load()
 
 
-def test_more_parts_pack_more_at_once(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned() -> MemoryPlan:
-        return plan_memory(manifest, tokens=900, tiles=40, prepared=True, low_memory=False)
-
-    whole = planned()
-    monkeypatch.setattr(prepared_module, "PART_BYTES", 1)
-    assert whole.packing < planned().packing
-
-
 def test_low_memory_gives_the_same_answers(golden_bundle: Path, golden_model: InternVL) -> None:
     """Graphs are opened and closed in turns; the cache survives its session."""
     model = InternVL.load(golden_bundle, device="cpu", threads=1, low_memory=True, reuse_bytes=0)
@@ -170,7 +160,7 @@ def test_low_memory_gives_the_same_answers(golden_bundle: Path, golden_model: In
         wanted = other.send(question, images, max_new_tokens=5)
         assert got.token_ids == wanted.token_ids
         assert got.timings.cached_tokens == wanted.timings.cached_tokens
-        assert len(model.engine.backend._graphs._chains) == 1
+        assert len(model.engine.backend._graphs._sessions) == 1
 
 
 def test_inspect_states_the_plan(golden_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
