@@ -7,6 +7,7 @@ A dimension given as a string is symbolic (any size).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,58 @@ CachePrecision = Literal["fp32", "fp16", "int8"]
 #: Who the graphs are written for: ONNX Runtime; TensorRT 10.15 and later (RTX, JetPack 7.2);
 #: TensorRT 10.3 (JetPack 6.1 and 6.2).
 DialectName = Literal["onnxruntime", "tensorrt", "tensorrt-portable"]
+
+
+@dataclass(frozen=True)
+class DialectTraits:
+    """What graphs of a dialect take and give, and how they store what they hold.
+
+    Attributes:
+        engines: whether they run from engines that TensorRT builds on a GPU; ONNX Runtime opens
+            others itself, and runs these on the CPU as reference.
+        modern: whether TensorRT's parser must be of 10.15 or later.
+        integers_compute: NumPy dtype name of the activations around integer weights.
+        cache_in_place: whether the cache is given whole, in the buffer it was taken from; if not,
+            only the new rows, to be put there.
+        int8_cache: whether the cache may hold integers.
+        half_cache: whether it may hold float16 beside a decoder that computes in float32.
+        layer_dtypes: whether single layers of a float16 graph are kept in float32.
+        row_scales: whether weights of 8 bits alone have one scale a row, whatever the block.
+        integer_bias: whether a W8A8 product takes an int32 bias and, as its scales, LayerScale.
+        wide_vectors: whether norms, positions and LayerScale stay float32 in a float16 graph.
+    """
+
+    engines: bool
+    modern: bool = False
+    integers_compute: str = "float16"
+    cache_in_place: bool = True
+    int8_cache: bool = True
+    half_cache: bool = False
+    layer_dtypes: bool = True
+    row_scales: bool = True
+    integer_bias: bool = False
+    wide_vectors: bool = True
+
+    def caches(self, computed: CachePrecision) -> list[CachePrecision]:
+        """Return the precisions of a cache beside keys and values computed so, that first."""
+        halves: list[CachePrecision] = ["fp16"] if self.half_cache else []
+        integers: list[CachePrecision] = ["int8"] if self.int8_cache else []
+        return list(dict.fromkeys([computed, *halves, *integers]))
+
+
+DIALECTS: Mapping[DialectName, DialectTraits] = {
+    "onnxruntime": DialectTraits(
+        engines=False,
+        integers_compute="float32",
+        half_cache=True,
+        layer_dtypes=False,
+        row_scales=False,
+        integer_bias=True,
+        wide_vectors=False,
+    ),
+    "tensorrt": DialectTraits(engines=True, modern=True, int8_cache=False),
+    "tensorrt-portable": DialectTraits(engines=True, cache_in_place=False),
+}
 
 #: NumPy dtype name of stored keys and values.
 CACHE_DTYPE: dict[CachePrecision, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
@@ -139,8 +192,8 @@ def compute_dtype(precision: LanguagePrecision, dialect: DialectName = "onnxrunt
 
     ONNX Runtime's integer kernels take and give float32, TensorRT's float16.
     """
-    half = precision == "fp16" or (precision != "fp32" and dialect != "onnxruntime")
-    return "float16" if half else "float32"
+    floats = {"fp32": "float32", "fp16": "float16"}
+    return floats.get(precision, DIALECTS[dialect].integers_compute)
 
 
 def vision_outputs(
@@ -199,7 +252,7 @@ def language_outputs(
     """Logits and the cache: whole, in the buffer of the past, so that a step writes its own rows
     and copies nothing; from the tensorrt-portable dialect only the new rows, to be put there.
     """
-    length = "tokens" if dialect == "tensorrt-portable" else "context"
+    length = "context" if DIALECTS[dialect].cache_in_place else "tokens"
     tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
     for layer in range(spec.num_hidden_layers):
         tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache, length)
@@ -212,7 +265,7 @@ def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
 
 
 def _place(dialect: DialectName) -> list[Tensor]:
-    if dialect == "onnxruntime":
+    if not DIALECTS[dialect].engines:
         return [
             Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
             Tensor(TOTAL_LENGTH, "int32", ()),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
 
 from internvl_edge.bundle.contract import (
+    DIALECTS,
     EMBEDDING_SCALES,
     EMBEDDING_TABLE,
     LANGUAGE_FILES,
@@ -23,6 +24,7 @@ from internvl_edge.bundle.contract import (
     VISION_FILES,
     CachePrecision,
     DialectName,
+    DialectTraits,
     LanguagePrecision,
     VisionPrecision,
 )
@@ -93,6 +95,11 @@ class Manifest:
     def precision(self) -> dict[str, str]:
         """How each part is stored."""
         return {part: getattr(self, part) for part in _PRECISIONS}
+
+    @property
+    def traits(self) -> DialectTraits:
+        """What graphs of its dialect take and give."""
+        return DIALECTS[self.dialect]
 
     def to_json(self) -> str:
         """The text of bundle.json, sealed."""

@@ -214,28 +214,20 @@ def _decide(
 def _check_cache(recipe: Recipe) -> None:
     """Raise OptionsError unless the dialect's attention takes the KV cache's precision."""
     computed = default_cache(recipe.language, recipe.dialect)
-    if recipe.kv == "int8":
-        _check_int8_cache(recipe.dialect, computed)
-        return
-    # ONNX Runtime's attention may compute at half precision within a float32 decoder.
-    floats = dict.fromkeys([computed, *(["fp16"] if recipe.dialect == "onnxruntime" else [])])
-    if recipe.kv not in floats:
-        others = [] if recipe.dialect == "tensorrt" else ["int8"]
+    caches = recipe.traits.caches(computed)
+    if recipe.kv == "int8" and not recipe.traits.int8_cache:
         raise OptionsError(
-            f"kv {recipe.kv} does not go with language {recipe.language} in graphs for"
-            f" {recipe.dialect}; use {' or '.join([*floats, *others])}"
-        )
-
-
-def _check_int8_cache(dialect: DialectName, computed: CachePrecision) -> None:
-    if dialect == "tensorrt":
-        raise OptionsError(
-            "kv int8 does not go with the tensorrt dialect: TensorRT's cache update (TensorScatter)"
-            f" takes no integers, only {computed}",
+            f"kv int8 does not go with the {recipe.dialect} dialect: TensorRT's cache update"
+            f" (TensorScatter) takes no integers, only {computed}",
             [Remedy.CACHE_AS_COMPUTED, Remedy.FOR_PORTABLE],
         )
+    if recipe.kv not in caches:
+        raise OptionsError(
+            f"kv {recipe.kv} does not go with language {recipe.language} in graphs for"
+            f" {recipe.dialect}; use {' or '.join(caches)}"
+        )
     # Whoever runs the graphs: calibration measures what such a cache costs.
-    if not takes_int8_cache():
+    if recipe.kv == "int8" and not takes_int8_cache():
         raise OptionsError(
             "kv int8 needs an onnxruntime whose attention takes a quantised cache on the CPU, which"
             f" {load_onnxruntime().__version__} does not; {REMEDY}"

@@ -129,11 +129,11 @@ def _linear_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
     kind, float_bytes = recipe.kind(name), _float_bytes(name, recipe)
     if kind == "blocks":
         form = recipe.block_form(name)
-        if recipe.dialect != "onnxruntime" and form.bits == 8:  # a scale per row
+        if recipe.traits.row_scales and form.bits == 8:
             return rows * (columns + float_bytes)
         return block_bytes(rows, columns, form, float_bytes)
     if kind == "int8":
-        bias_bytes = 4 if recipe.dialect == "onnxruntime" else 0
+        bias_bytes = 4 if recipe.traits.integer_bias else 0
         return rows * (columns + float_bytes + bias_bytes)
     return rows * columns * (2 if kind == "fp16" else float_bytes)
 
@@ -146,7 +146,7 @@ def _table_bytes(shape: tuple[int, ...], recipe: Recipe) -> int:
 
 def _absorbed(name: str, recipe: Recipe) -> bool:
     """Whether a vector went into QGemm: a bias as its int32 one, LayerScale as its scales."""
-    return recipe.dialect == "onnxruntime" and any(
+    return recipe.traits.integer_bias and any(
         recipe.kind(linear) == "int8" for linear in _absorbing(name)
     )
 
@@ -161,7 +161,7 @@ def _absorbing(name: str) -> Iterator[str]:
 
 def _vector_bytes(name: str, recipe: Recipe) -> int:
     """Of a value outside of the matrices."""
-    wide = recipe.dialect != "onnxruntime" and re.fullmatch(WIDE, name)
+    wide = recipe.traits.wide_vectors and re.fullmatch(WIDE, name)
     return 4 if wide else _float_bytes(name, recipe)
 
 

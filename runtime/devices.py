@@ -89,14 +89,15 @@ def open_device(
     if device == "cpu":
         return _open_cpu(bundle, threads, low_memory)
     dialect = bundle.manifest.dialect
-    if device == "cuda" and dialect != "onnxruntime":
+    engines = bundle.manifest.traits.engines
+    if device == "cuda" and engines:
         raise DeviceError(
             f"{named(bundle.path)} is of the {dialect} dialect: device 'cuda' runs the onnxruntime"
             " dialect, 'cpu' gives reference results",
             [Remedy.ON_TENSORRT, Remedy.ON_CPU],
         )
     try:
-        if device == "cuda" or (device == "auto" and dialect == "onnxruntime"):
+        if device == "cuda" or (device == "auto" and not engines):
             return _open_cuda(bundle, threads, stream)
         return _open_tensorrt(bundle, stream, context, build_engines)
     except DeviceError as error:
@@ -112,7 +113,7 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
     from internvl_edge.runtime.backends.reference import ReferenceBackend
 
     cpu_kernels()  # compiled once per machine: here rather than in the first answer
-    if bundle.manifest.dialect != "onnxruntime":
+    if bundle.manifest.traits.engines:
         return Opened(ReferenceBackend(bundle, threads, note), tile_on_host)
     MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory).check_load()
     backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)

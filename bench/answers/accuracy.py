@@ -25,7 +25,7 @@ from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.peers.answers import NAMES as LLAMA_CPP
 from internvl_edge.bench.peers.answers import absent, llamacpp_models
-from internvl_edge.bundle.contract import DialectName
+from internvl_edge.bundle.contract import DIALECTS, DialectName
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.bundle.manifest import read_manifest
@@ -59,7 +59,7 @@ class Case:
     def has_naive(self) -> bool:
         """Tell whether rounding to nearest is measured too: once for each quantised precision."""
         integers = self.vision == "int8" or self.language in ("int8", "int4")
-        return integers and self.dialect == "onnxruntime"
+        return integers and not DIALECTS[self.dialect].engines
 
 
 #: The row that the others are compared with; it stands first.

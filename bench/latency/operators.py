@@ -98,7 +98,7 @@ def profile_bundle(
         BundleError: the bundle was not written for ONNX Runtime.
     """
     manifest = bundle.manifest
-    if manifest.dialect != "onnxruntime":
+    if manifest.traits.engines:
         raise BundleError(
             f"{named(bundle.path)} was written for {manifest.dialect!r}; ONNX Runtime's profile"
             " says nothing of it: export with --for onnxruntime"

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.contract import (
+    DIALECTS,
     CachePrecision,
     DialectName,
+    DialectTraits,
     LanguagePrecision,
     VisionPrecision,
     compute_dtype,
@@ -82,6 +84,11 @@ class Recipe:
     dialect: DialectName = "onnxruntime"
 
     @property
+    def traits(self) -> DialectTraits:
+        """What graphs of its dialect take and give."""
+        return DIALECTS[self.dialect]
+
+    @property
     def embedding(self) -> CachePrecision:
         """The table follows the decoder; 8 bits are enough for a lookup."""
         return "int8" if self.language == "int4" else self.language
@@ -94,7 +101,7 @@ class Recipe:
     def guards_float16(self) -> bool:
         """Whether linear layers that float16 is too small for are kept in float32."""
         parts = (self.vision, self.language)
-        return self.dialect != "onnxruntime" and any(map(self._is_half, parts))
+        return self.traits.layer_dtypes and any(map(self._is_half, parts))
 
     @property
     def needs_calibration(self) -> bool:

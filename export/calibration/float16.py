@@ -38,7 +38,7 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
     for value in exposed:
         if value.overflows:
             raise RangeError(_describe(value), _remedies(value, recipe))
-    if exposed and recipe.dialect == "onnxruntime":
+    if exposed and not recipe.traits.layer_dtypes:
         worst = max(exposed, key=lambda value: value.largest)
         remedies = _remedies(worst, recipe)
         warnings.warn(
@@ -57,7 +57,7 @@ def _is_exposed(value: ValueRange, recipe: Recipe) -> bool:
         return True
     if not recipe.computes_in_float16(value.weight):
         return False
-    return recipe.dialect == "onnxruntime" or attended
+    return attended or not recipe.traits.layer_dtypes
 
 
 def _is_attended(value: ValueRange) -> bool:
@@ -75,7 +75,7 @@ def _remedies(value: ValueRange, recipe: Recipe) -> dict[Remedy, str]:
     if decoder and not recipe.computes_in_float16(value.weight):
         return {Remedy.FP32_CACHE: ""}
     whole = {Remedy.FP32_LANGUAGE if decoder else Remedy.FP32_VISION: ""}
-    if recipe.dialect != "onnxruntime":
+    if recipe.traits.layer_dtypes:
         return whole
     integers = Remedy.INT8_LANGUAGE if decoder else Remedy.INT8_VISION
     kept = "whose graphs keep single layers in float32"

@@ -163,7 +163,7 @@ def check_bundle(
         EngineBuildError: it does not build a graph.
     """
     bundle = open_bundle(path)
-    if bundle.manifest.dialect == "onnxruntime":
+    if not bundle.manifest.traits.engines:
         raise BundleError(
             f"{named(path)} is of the onnxruntime dialect, the check is for TensorRT's graphs",
             [Remedy.FOR_TENSORRT, Remedy.FOR_PORTABLE],

@@ -146,7 +146,7 @@ def _decode(
 
 def _check_reference(manifest: Manifest, reference: Path) -> None:
     other = read_manifest(reference)
-    if other.dialect != "onnxruntime":
+    if other.traits.engines:
         raise BundleError(
             f"{named(reference)} is of the {other.dialect} dialect", [Remedy.FOR_ONNXRUNTIME]
         )

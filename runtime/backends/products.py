@@ -77,7 +77,7 @@ FORMS = (AS_STORED, UNSIGNED, UNPACKED)
 
 def products_of(manifest: Manifest) -> tuple[Product, ...]:
     """Return the integer products in a bundle's graphs; TensorRT's graphs have none on the CPU."""
-    if manifest.dialect != "onnxruntime":
+    if manifest.traits.engines:
         return ()
     products: list[Product] = []
     if manifest.vision == "int8":

@@ -93,13 +93,13 @@ class ReferenceBackend:
         self._spec = bundle.spec.language
         rope_dtype = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
         self._cache_dtype = contract.CACHE_DTYPE[manifest.kv]
-        self._in_place = manifest.dialect == "tensorrt"
+        self._in_place = manifest.traits.cache_in_place
         self._ort_value = ort.OrtValue
         self._rope = RopeTable(self._spec, self._spec.max_context, rope_dtype)
         try:
             self._vision, self._language = open_graphs(bundle, Provider(optimise="basic"), threads)
         except BundleError as error:
-            if not self._in_place:
+            if not manifest.traits.modern:
                 raise
             raise BundleError(
                 f"{error}; as reference, graphs for TensorRT 10.15 need onnxruntime 1.25 or later"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import DialectName, Tensor
+from internvl_edge.bundle.contract import DIALECTS, DialectName, Tensor
 from internvl_edge.bundle.errors import BundleError, DeviceError, MissingExtraError
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted, reason
@@ -134,12 +134,12 @@ class Library:
 
     def check_dialect(self, dialect: DialectName) -> None:
         """Raise DeviceError unless the parser takes graphs of this dialect."""
-        if dialect == "onnxruntime":
+        if not DIALECTS[dialect].engines:
             raise DeviceError(
                 "a bundle of the onnxruntime dialect has no engines",
                 [Remedy.FOR_TENSORRT, Remedy.FOR_PORTABLE],
             )
-        if dialect == "tensorrt" and not self.api.modern:
+        if DIALECTS[dialect].modern and not self.api.modern:
             raise DeviceError(
                 f"graphs of the tensorrt dialect need TensorRT 10.15, this is {self.version}",
                 [Remedy.FOR_PORTABLE],

@@ -86,7 +86,7 @@ class Buffers:
         self.logits = cuda.empty((limits.rows, language.vocab_size), np.float32)
         self._logits_host = cuda.pinned(self.logits.shape, np.float32)
         self.fresh: DeviceArray | None = None
-        if bundle.manifest.dialect == "tensorrt-portable":
+        if not bundle.manifest.traits.cache_in_place:
             shape = contract.cache_shape(language, limits.tokens)
             kind = contract.CACHE_DTYPE[bundle.manifest.kv]
             self.fresh = cuda.empty((2 * language.num_hidden_layers, *shape), kind)
