@@ -13,22 +13,37 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.bundle.errors import EngineBuildError
-from internvl_edge.export.tensorrt.rtx import EngineLayer, ShapeRange, parse_layers
+from internvl_edge.bundle.quoting import named
+from internvl_edge.export.tensorrt.layers import LAYERS, EngineLayer, parse_layers
 from internvl_edge.runtime.backends.tensorrt_library import Library, error_logger
 
 #: Called with the phase's name, steps done and steps in all.
 Progress = Callable[[str, int, int], None]
 
-#: Beginning of the message that lists an engine's layers, at verbose level.
-LAYERS = "Layers:"
+#: Complaints of the builder that go into an error.
 SHOWN_ERRORS = 4
+#: Seconds between looks at the builder's memory.
+SAMPLING_S = 0.02
+#: Figures the builder only logs.
+_LOGGED = {"weight_bytes": "Total Weights Memory: ", "scratch_bytes": "Total Activation Memory: "}
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """An input's smallest, typical and largest shape: one optimisation profile's part."""
+
+    smallest: tuple[int, ...]
+    typical: tuple[int, ...]
+    largest: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Request:
         graph: the ONNX file; weights lie beside it.
         profile: a range for each input that has a symbolic dimension.
         capability: compute capability without the dot; None is the GPU that is here.
-        workspace: most bytes of scratch memory a layer may take.
+        workspace: most bytes of scratch memory a layer may take; None leaves it to the builder.
         flags: names of builder flags.
         timing_cache: file to begin with and to update; None: the library has none.
         plan: file to write.
@@ -50,7 +65,7 @@ class Request:
     graph: str
     profile: Mapping[str, ShapeRange]
     capability: int | None
-    workspace: int
+    workspace: int | None
     flags: tuple[str, ...]
     timing_cache: str | None
     plan: str
@@ -63,11 +78,22 @@ class Built:
     Attributes:
         layers: of the engine; empty where the builder lists them in a way not known here.
         peak_bytes: the process's largest resident memory, mapped weights included.
+        seconds: parsing and building.
+        parsed_layers: layers of the parsed network.
+        weight_bytes: weights in the engine, as the builder counts them; 0 where it does not.
+        scratch_bytes: device memory for activations at the profile's largest shapes; the same.
+        own_bytes: the process's largest anonymous resident memory beyond what it had before
+            parsing; None where the system does not tell. Weights mapped from their file come on
+            top, and can be dropped.
     """
 
     layers: tuple[EngineLayer, ...]
     peak_bytes: int
     seconds: float
+    parsed_layers: int = 0
+    weight_bytes: int = 0
+    scratch_bytes: int = 0
+    own_bytes: int | None = None
 
 
 def build_in_process(request: Request, model: bytes, progress: Progress) -> Built:
@@ -86,7 +112,8 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
         try:
-            result = _converse(process, model, progress)
+            with _watched(process.pid) as seen:
+                result = _converse(process, model, progress)
         finally:
             process.kill()
             process.wait()
@@ -94,17 +121,46 @@ def build_in_process(request: Request, model: bytes, progress: Progress) -> Buil
         tail = errors.read().decode(errors="replace").strip().splitlines()[-SHOWN_ERRORS:]
     if result is None:
         raise EngineBuildError(
-            f"{request.graph}: {request.library} ended with status {process.returncode}"
-            f" (-9: killed, most often for memory): {' | '.join(tail)}"
+            f"{named(Path(request.graph))}: {request.library} ended with status"
+            f" {process.returncode} (-9: killed, most often for memory): {' | '.join(tail)}"
         )
     if (code := result.get("errno")) is not None:
         raise OSError(code, os.strerror(code), request.plan)
     if result["errors"]:
         raise EngineBuildError(
-            f"{request.graph}: {request.library} does not build it:"
+            f"{named(Path(request.graph))}: {request.library} does not build it:"
             f" {' | '.join(result['errors'][:SHOWN_ERRORS])}"
         )
-    return Built(parse_layers(result["layers"]), result["peak_bytes"], result["seconds"])
+    before = result["before_bytes"]
+    return Built(
+        parse_layers(result["layers"]),
+        result["peak_bytes"],
+        result["seconds"],
+        parsed_layers=result["parsed_layers"],
+        weight_bytes=result["weight_bytes"],
+        scratch_bytes=result["scratch_bytes"],
+        own_bytes=max(0, max(seen) - before) if seen and before is not None else None,
+    )
+
+
+@contextmanager
+def _watched(pid: int) -> Iterator[list[int]]:
+    """Collect, while a process runs, its anonymous resident bytes every `SAMPLING_S`."""
+    seen: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLING_S):
+            if (now := _anonymous_bytes(pid)) is not None:
+                seen[:] = [max([now, *seen])]
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def _converse(
@@ -136,11 +192,16 @@ def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
     """Build in the child process; return a result ready for JSON."""
     library = Library.open(request["library"])
     trt, start, listed = library.module, time.monotonic(), [""]
+    figures = dict.fromkeys(_LOGGED, 0)
 
     def listen(message: str) -> None:
         if message.startswith(LAYERS):
             listed[0] = message
+        for name, prefix in _LOGGED.items():
+            if message.startswith(prefix):
+                figures[name] = int(message[len(prefix) :].split()[0])
 
+    before = _anonymous_bytes("self")
     log = error_logger(trt, listen)
     builder = trt.Builder(log)
     strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -157,20 +218,29 @@ def _build_here(request: Mapping[str, Any], model: bytes) -> dict[str, Any]:
             except OSError as error:  # the parent raises it: it knows what that means
                 return {"errno": error.errno}
             _keep(cache, request["timing_cache"])
-    parse_errors = [str(parser.get_error(i).desc()).strip() for i in range(parser.num_errors)]
+    parse_errors = [_parse_error(parser.get_error(i)) for i in range(parser.num_errors)]
     return {
         "errors": [] if plan is not None else parse_errors or log.errors or ["no reason given"],
         "layers": listed[0],
+        "parsed_layers": network.num_layers,
+        **figures,
+        "before_bytes": before,
         "peak_bytes": _peak_bytes(),
         "seconds": time.monotonic() - start,
     }
+
+
+def _parse_error(error: Any) -> str:
+    place = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{place}: {error.desc().strip()}" if place else str(error.desc()).strip()
 
 
 def _config(library: Library, builder: Any, request: Mapping[str, Any]) -> Any:
     """One profile for all shapes: with two, RTX stores FP16 and INT8 weights twice."""
     trt, config = library.module, builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names layers and their types
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
+    if request["workspace"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
     config.progress_monitor = _monitor(trt)
     for flag in request["flags"]:
         config.set_flag(getattr(trt.BuilderFlag, flag))
@@ -246,6 +316,16 @@ def _say(message: Mapping[str, Any]) -> bool:
     except BrokenPipeError:
         return False
     return True
+
+
+def _anonymous_bytes(pid: int | str) -> int | None:
+    """Return resident memory that belongs to no file; None where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _peak_bytes() -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from internvl_edge.export.tensorrt.rtx import EngineLayer
+from internvl_edge.export.tensorrt.layers import EngineLayer
 
 #: Bits of a value, by the names ONNX and the builder give its type.
 BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int64": 64, "int32": 32, "int8": 8, "int4": 4}

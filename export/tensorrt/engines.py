@@ -26,7 +26,13 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.dialects.engine_form import engine_form
 from internvl_edge.export.output.destination import check_target
 from internvl_edge.export.output.work import NEW, check_space, work_folder
-from internvl_edge.export.tensorrt.builder import Built, Progress, Request, build_in_process
+from internvl_edge.export.tensorrt.builder import (
+    Built,
+    Progress,
+    Request,
+    ShapeRange,
+    build_in_process,
+)
 from internvl_edge.export.tensorrt.built import as_built, products
 from internvl_edge.export.tensorrt.gate import EngineShapes, profile_of
 from internvl_edge.export.tensorrt.profiles import (
@@ -37,7 +43,6 @@ from internvl_edge.export.tensorrt.profiles import (
     plan_build,
     this_place,
 )
-from internvl_edge.export.tensorrt.rtx import ShapeRange
 from internvl_edge.kernels.build import cache_directory
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import (

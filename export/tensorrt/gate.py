@@ -25,9 +25,10 @@ from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.export.graphs.dialects.engine_form import engine_form
+from internvl_edge.export.tensorrt.builder import ShapeRange
 from internvl_edge.export.tensorrt.built import as_built, products, weight_bytes
 from internvl_edge.export.tensorrt.oracle import Comparison, compare_bundles
-from internvl_edge.export.tensorrt.rtx import ShapeRange, build, require_builder
+from internvl_edge.export.tensorrt.rtx import build, require_builder
 from internvl_edge.runtime.decoding.passes import MAX_CHUNK
 
 #: Weights in an engine may take this much more or less than in the file.
@@ -217,7 +218,8 @@ def build_graph(path: Path, capability: int, shapes: EngineShapes) -> GraphRepor
     """
     form = engine_form(path, shapes.context)
     graph = onnx.load_from_string(form).graph
-    built = build(form, path, profile_of(graph, shapes), capability)
+    trial = build(form, path, profile_of(graph, shapes), capability)
+    built = trial.built
     computed = [as_built(product, built.layers) for product in products(graph)]
     return GraphReport(
         graph=path.name,
@@ -229,9 +231,9 @@ def build_graph(path: Path, capability: int, shapes: EngineShapes) -> GraphRepor
         apart=[item.product.node for item in computed if item.apart],
         expected_bytes=weight_bytes(graph),
         weight_bytes=built.weight_bytes,
-        plan_bytes=built.plan_bytes,
+        plan_bytes=trial.plan_bytes,
         scratch_bytes=built.scratch_bytes,
-        peak_bytes=built.peak_bytes,
+        peak_bytes=built.own_bytes,
         seconds=built.seconds,
     )
 

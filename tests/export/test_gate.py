@@ -24,6 +24,7 @@ from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.graphs.dialects.tensorrt_modern import ModernDialect, Step
 from internvl_edge.export.graphs.graph import ALIGNMENT, GraphBuilder
+from internvl_edge.export.tensorrt.builder import ShapeRange
 from internvl_edge.export.tensorrt.gate import (
     EngineShapes,
     GateReport,
@@ -33,7 +34,7 @@ from internvl_edge.export.tensorrt.gate import (
     profile_of,
     render_gate,
 )
-from internvl_edge.export.tensorrt.rtx import CAPABILITIES, ShapeRange
+from internvl_edge.export.tensorrt.rtx import CAPABILITIES
 from internvl_edge.runtime import BundleError
 
 #: Small, so that building is quick; the shapes of real engines are the default's business.
