@@ -1,4 +1,4 @@
-"""One CUDA device for the runtime: memory, copies, streams, events, graphs, kernels.
+"""One CUDA device for the runtime: memory, copies, streams, events, graphs.
 
     cuda = Cuda.open()                      # or Cuda.open(torch.cuda.current_stream())
     with cuda.active():
@@ -11,6 +11,7 @@
         cuda.synchronize()
 
 Built on `kernels/device.py`, whose driver checks every call; a refused one is a `DeviceError`.
+Kernels are launched by `kernels/cuda.py`, on the stream it is given.
 Everything is queued on one stream, so that nothing waits but the host for results.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -204,29 +205,6 @@ class Cuda:
             self.driver.bindings.cuStreamEndCapture(self.stream)  # its status: capture was broken
             raise
         graph.take(self.driver("cuStreamEndCapture", self.stream))
-
-    def load_module(self, image: bytes) -> Any:
-        """Load a fat binary, cubin or PTX into the context."""
-        return self.driver("cuModuleLoadData", image)
-
-    def function(self, module: Any, name: str) -> Any:
-        """A kernel of a module."""
-        return self.driver("cuModuleGetFunction", module, name.encode())
-
-    def launch(
-        self,
-        function: Any,
-        blocks: tuple[int, int, int],
-        threads: int,
-        arguments: Sequence[ctypes._SimpleCData[Any] | ctypes.Structure],
-        shared: int = 0,
-    ) -> None:
-        """Queue a kernel; the driver copies the arguments before it returns."""
-        addresses = [ctypes.addressof(argument) for argument in arguments]
-        table = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
-        where = ctypes.addressof(table)
-        shape = (*blocks, threads, 1, 1, shared)
-        self.driver("cuLaunchKernel", function, *shape, self.stream, where, 0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from host_driver import CONTEXT, FOREIGN_CONTEXT, HostDriver
 
+from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray, Driver
-from internvl_edge.kernels.jobs import ShuffleJob
 from internvl_edge.runtime import DeviceError
 from internvl_edge.runtime.backends.cuda import Cuda
 
@@ -205,13 +206,16 @@ def test_events_measure(cuda: Cuda) -> None:
     assert start.seconds_until(stop) == 0.008
 
 
-def test_a_kernel_gets_its_arguments(cuda: Cuda, bindings: HostDriver) -> None:
+def test_a_kernel_gets_its_arguments(
+    cuda: Cuda, bindings: HostDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the device's stream, queued behind what is there."""
+    binary = tmp_path / "shuffle.fatbin"
+    binary.write_bytes(b"shuffle.fatbin")
+    monkeypatch.setattr("internvl_edge.kernels.cuda.cuda_binary", lambda source: binary)
     source = DeviceArray.of(cuda.driver, np.arange(20, dtype=np.float32).reshape(1, 5, 4))
     out = cuda.empty((1, 1, 16), "float32")
-    job = ShuffleJob(source.address, out.address, None, None, 1, 2, 2, 4, 0, 1, 1, 1e-5, 1.0)
-    function = cuda.function(cuda.load_module(b"shuffle.fatbin"), "ive_pixel_shuffle_f32_f32")
-    cuda.launch(function, (1, 1, 1), 256, [job], shared=64)
-    del job  # copied
+    CudaKernels(cuda.driver).pixel_shuffle(source, out=out, stream=cuda.stream)
     np.testing.assert_array_equal(out.to_host().ravel(), np.arange(4, 20))
     ((_, *shape),) = bindings.named("cuLaunchKernel")
     assert shape[:8] == [1, 1, 1, 256, 1, 1, 64, cuda.stream]
