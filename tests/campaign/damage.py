@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from checkpoints import small_config, write_checkpoint
@@ -30,6 +31,7 @@ from internvl_edge.bundle.json_reader import JsonError, as_object, parse_json
 from internvl_edge.bundle.manifest import Manifest, parse_manifest
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.prepare import prepack
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import InternVL, InternVLEdgeError
 from internvl_edge.runtime.inspection import inspect_bundle
@@ -156,7 +158,8 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._seed = folder, seed
-        self.checkpoint = write_checkpoint(folder / "checkpoint", small_config(), shards=2)
+        config = small_config(hidden=256, vision_hidden=128, heads=8, kv_heads=2)
+        self.checkpoint = write_checkpoint(folder / "checkpoint", config, shards=2)
         self.bundle = export_bundle(
             self.checkpoint,
             folder / "bundle",
@@ -164,7 +167,8 @@ class Campaign:
             language="int8",
             options=QuantOptions(naive=True, block=32),
         )
-        prepare_bundle(self.bundle)
+        with mock.patch.object(prepack, "LEAST_BYTES", 1 << 12):  # small weights, too
+            prepare_bundle(self.bundle)
         self._of_bundle = answer(self.bundle)
         plain = export_bundle(self.checkpoint, folder / "plain")
         self._of_checkpoint = answer(plain)
