@@ -32,9 +32,7 @@ from internvl_edge.runtime import (
     BundleError,
     ExportError,
     InternVL,
-    LimitError,
     PreparedWarning,
-    memory,
 )
 from internvl_edge.runtime.backends import machine, products
 from internvl_edge.runtime.backends.prepared import find_prepared
@@ -329,17 +327,6 @@ def test_an_older_version_is_replaced(prepared_bundle: Path) -> None:
     assert find_prepared(open_bundle(bundle)) == folder
     assert len(list(folder.iterdir())) == 5  # two graphs, their weights, the manifest
     assert InternVL.load(bundle, device="cpu", threads=1).engine.backend.prepared  # type: ignore[attr-defined]
-
-
-def test_more_than_fits_into_memory_is_refused(
-    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A graph is packed in memory before it is saved."""
-    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
-    monkeypatch.setattr(memory, "available_memory", lambda: memory.RESERVE_BYTES)
-    with pytest.raises(LimitError, match=r"^preparing this bundle takes .*larger machine"):
-        prepare_bundle(bundle)
-    assert not (bundle / "prepared").exists()
 
 
 @pytest.mark.parametrize("fault", ["does not load", "computes .* differently"])

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.bundle.manifest import Manifest, open_bundle
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.cli.main import main
+from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import CapacityError, InternVL, LimitError, memory
 from internvl_edge.runtime.memory import (
     MemoryGuard,
@@ -120,6 +122,19 @@ def test_what_does_not_fit_is_refused_with_remedies(
     assert "--" not in str(error)
     for option in ("--low-memory (saves ", "lower --max-context", "--kv int8"):
         assert option in error.told(flags=True)
+
+
+def test_preparing_what_does_not_fit_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is packed in memory before it is saved: 'prepare' is no remedy."""
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.RESERVE_BYTES)
+    with pytest.raises(CapacityError, match=r"^preparing this bundle takes .*larger mach") as said:
+        prepare_bundle(bundle)
+    assert Remedy.PREPARE not in said.value.remedies
+    assert said.value.needed is not None
+    assert said.value.needed > said.value.free == memory.RESERVE_BYTES
+    assert not (bundle / "prepared").exists()
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_is_computed(
