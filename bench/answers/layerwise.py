@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
+from internvl_edge.bench.peers.layout import TRANSFORMERS, peer_kind
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs, stored_name
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
@@ -185,7 +186,13 @@ def _answer(
 
 
 def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
-    """Logits of every position by transformers' layers in float32, `(tokens, vocab)`."""
+    """Logits of every position by transformers' layers in float32, `(tokens, vocab)`.
+
+    Raises:
+        LimitError: the decoder is no Llama, whose layers these are.
+    """
+    if (kind := peer_kind(bundle.spec.language, TRANSFORMERS)) != "llama":
+        raise LimitError(f"layerwise runs Llama's layers, and this decoder is of the kind {kind}")
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import (
@@ -203,6 +210,7 @@ def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
         rms_norm_eps=spec.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
         attention_bias=spec.bias,
+        head_dim=spec.head_dim,
     )
     config._attn_implementation = "eager"
     embedded = EmbeddingTable.load(bundle).rows(np.asarray(ids, np.int64))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from internvl_edge.bench.peers.layout import GGUF, Tensor, llama_tensors, read_tensor
+from internvl_edge.bench.peers.layout import GGUF, Tensor, llama_tensors, peer_kind, read_tensor
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
 
@@ -25,13 +25,15 @@ def write_gguf(source: WeightSource, path: Path, dtype: GgufDtype = "float16") -
         dtype: of matrices; vectors are float32, as llama.cpp's own converter leaves them.
 
     Raises:
+        LimitError: the decoder is of no kind that peers know; see `peer_kind`.
         CheckpointError: a value is NaN or infinite.
         RangeError: a finite value does not fit float16.
     """
+    architecture = peer_kind(source.spec.language, GGUF)
     from gguf import GGUFWriter
 
     tensors = list(llama_tensors(source, GGUF))
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     _describe(writer, source.spec.language)
     for tensor in tensors:
         kind = np.dtype(_dtype(tensor, dtype))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
 from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD, NORM, decoder_prefix
 from internvl_edge.export.checkpoint.weights import WeightReader
+
+#: Decoders that peers know by the same names.
+Kind = Literal["llama", "qwen2", "qwen3"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Names:
         query_key_value: inside a layer, of the three parts of `qkv`.
         linears, norms: inside a layer, by canonical name.
         interleaved: rotation turns lanes 2i and 2i + 1 instead of i and i + d / 2.
+        kinds: of decoders that are written so.
     """
 
     embedding: str
@@ -33,6 +39,7 @@ class Names:
     linears: Mapping[str, str]
     norms: Mapping[str, str]
     interleaved: bool
+    kinds: tuple[Kind, ...]
 
 
 GGUF = Names(
@@ -49,6 +56,7 @@ GGUF = Names(
     },
     norms={"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"},
     interleaved=True,
+    kinds=("llama",),
 )
 TRANSFORMERS = Names(
     embedding="model.embed_tokens",
@@ -62,9 +70,34 @@ TRANSFORMERS = Names(
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     },
-    norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    norms={
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    },
     interleaved=False,
+    kinds=get_args(Kind),
 )
+
+
+def peer_kind(spec: LanguageSpec, names: Names) -> Kind:
+    """Return what peers call a decoder of this kind.
+
+    Raises:
+        LimitError: it has something of two kinds, or what is not written under these names.
+    """
+    if spec.rope_frequencies:
+        raise LimitError(
+            f"peers are not given a rotary embedding of the type {spec.rope_type}; compare another"
+            " model"
+        )
+    if spec.qk_norm and (spec.bias or spec.qkv_bias):
+        raise LimitError("peers are not given a decoder with normed heads and biases")
+    kind: Kind = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "llama"
+    if kind not in names.kinds:
+        raise LimitError(f"this peer is given {' and '.join(names.kinds)} only, not {kind}")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -78,7 +111,11 @@ class Tensor:
 
 
 def llama_tensors(source: WeightSource, names: Names) -> Iterator[Tensor]:
-    """Every tensor of the language part."""
+    """Every tensor of the language part.
+
+    Raises:
+        LimitError: see `peer_kind`.
+    """
 
     def whole(name: str, ours: str) -> Tensor:
         return Tensor(name, ours, source.shape(ours))
@@ -88,9 +125,10 @@ def llama_tensors(source: WeightSource, names: Names) -> Iterator[Tensor]:
     yield whole(f"{names.norm}.weight", NORM)
     yield whole(f"{names.head}.weight", HEAD)
     parts = dict(zip(names.query_key_value, _qkv_rows(spec, names.interleaved), strict=True))
+    norms = {ours: name for ours, name in names.norms.items() if spec.qk_norm or ours[1] != "_"}
     for layer in range(spec.num_hidden_layers):
         there, here = names.layer.format(layer), decoder_prefix(layer)
-        for ours, name in {**names.norms, **names.linears}.items():
+        for ours, name in {**norms, **names.linears}.items():
             yield whole(f"{there}.{name}.weight", f"{here}{ours}.weight")
         for leaf in ("weight", "bias") if spec.has_qkv_bias else ("weight",):
             fused = f"{here}qkv.{leaf}"

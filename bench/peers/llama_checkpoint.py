@@ -1,4 +1,4 @@
-"""The language part of a checkpoint as a Llama checkpoint that transformers and Optimum load."""
+"""The language part of a checkpoint as a text model that transformers and Optimum load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 from safetensors.numpy import save_file
 
-from internvl_edge.bench.peers.layout import TRANSFORMERS, llama_tensors, read_tensor
+from internvl_edge.bench.peers.layout import TRANSFORMERS, llama_tensors, peer_kind, read_tensor
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.checkpoint import INDEX, WeightSource
 
@@ -18,9 +18,12 @@ def write_llama(source: WeightSource, directory: Path) -> Path:
 
     Args:
         directory: to create.
+
+    Raises:
+        LimitError: the decoder is of no kind that peers know; see `peer_kind`.
     """
-    directory.mkdir(parents=True)
     config = json.dumps(llama_config(source.spec.language), indent=2)
+    directory.mkdir(parents=True)
     (directory / "config.json").write_text(config, encoding="utf-8")
     places = {}
     for number, tensor in enumerate(llama_tensors(source, TRANSFORMERS)):
@@ -34,14 +37,20 @@ def write_llama(source: WeightSource, directory: Path) -> Path:
 
 
 def llama_config(spec: LanguageSpec) -> dict[str, object]:
-    """config.json of the Llama that computes the same function up to the trained length."""
+    """config.json of the decoder that computes the same function up to the trained length.
+
+    Raises:
+        LimitError: see `peer_kind`.
+    """
+    kind = peer_kind(spec, TRANSFORMERS)
     scaling = None
     if spec.rope_type == "linear":
         scaling = {"rope_type": "linear", "factor": spec.rope_factor}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
         "attention_bias": spec.bias,
+        "head_dim": spec.head_dim,
         "hidden_act": "silu",
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,

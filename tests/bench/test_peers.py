@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from internvl_edge.bench.peers.answers import llamacpp_models
 from internvl_edge.bench.peers.gguf_writer import write_gguf
-from internvl_edge.bench.peers.layout import interleaved_rows
+from internvl_edge.bench.peers.layout import TRANSFORMERS, interleaved_rows, peer_kind
 from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import LlamaCpp, quantize_gguf
 from internvl_edge.bench.peers.run import compare
@@ -44,10 +46,26 @@ def random_checkpoint(folder: Path) -> Path:
     return write_checkpoint(folder, config)
 
 
-@pytest.fixture(scope="module", params=["tiny_ocr", "random"])
+#: Decoders of other kinds.
+QWEN: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+}
+
+
+def qwen_checkpoint(folder: Path, kind: str) -> Path:
+    config = small_config(heads=4, kv_heads=2)
+    del config["llm_config"]["bias"]
+    config["llm_config"] |= QWEN[kind]
+    return write_checkpoint(folder, config)
+
+
+@pytest.fixture(scope="module", params=["tiny_ocr", "random", *QWEN])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "tiny_ocr":
         return example_room() / "checkpoint"
+    if request.param in QWEN:
+        return qwen_checkpoint(tmp_path_factory.mktemp("qwen") / "checkpoint", request.param)
     return random_checkpoint(tmp_path_factory.mktemp("random") / "checkpoint")
 
 
@@ -82,6 +100,34 @@ def test_llama_checkpoint_gives_our_logits(
     assert np.abs(logits - own_logits).max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"rope_type": "yarn", "rope_frequencies": (1.0,) * 8},
+            "a rotary embedding of the type yarn",
+        ),
+        ({"qk_norm": True, "bias": True}, "normed heads and biases"),
+    ],
+)
+def test_decoders_that_peers_are_not_given(
+    changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = Checkpoint(example_room() / "checkpoint")
+    source.spec = replace(source.spec, language=replace(source.spec.language, **changed))
+    for write in (write_llama, write_gguf):
+        with pytest.raises(LimitError, match=said):
+            write(source, tmp_path / "peer")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_gguf_is_written_of_llama_only(kind: str, tmp_path: Path) -> None:
+    source = Checkpoint(qwen_checkpoint(tmp_path / "checkpoint", kind))
+    with pytest.raises(LimitError, match=f"this peer is given llama only, not {kind}"):
+        write_gguf(source, tmp_path / "model.gguf")
+
+
 @needs_llama
 @pytest.mark.parametrize(("dtype", "agreement"), [("float32", 0.99), ("float16", 0.98)])
 def test_gguf_gives_our_logits(
@@ -93,6 +139,8 @@ def test_gguf_gives_our_logits(
     agreement: float,
 ) -> None:
     """Its KV cache is float16: 0.02 off at most where logits reach 19 (tiny_ocr, 700 tokens)."""
+    if peer_kind(Checkpoint(checkpoint).spec.language, TRANSFORMERS) != "llama":
+        pytest.skip("GGUF files are written of Llama only")
     path = write_gguf(Checkpoint(checkpoint), tmp_path / "model.gguf", dtype)
     model = LlamaCpp(path, 1, TOKENS)
     logits = model.append_ids(ids, every=True)
