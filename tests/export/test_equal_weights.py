@@ -1,0 +1,114 @@
+"""One model's weights as each family stores them: the same bundle, and no worse in integers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import small_config, write_checkpoint, write_config
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from internvl_edge.bundle.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.checkpoint.checkpoint import Checkpoint
+from internvl_edge.export.checkpoint.config import describe_config
+from internvl_edge.export.checkpoint.names import tensor_shapes
+from internvl_edge.export.checkpoint.origin import stored_shapes
+from internvl_edge.export.tensorrt.oracle import Outputs, run_bundle
+
+#: Families whose mathematics is InternLM2's without biases.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "phi3": {"architectures": ["Phi3ForCausalLM"]},
+}
+
+
+def first_config() -> dict[str, Any]:
+    return small_config(hidden=128, heads=8, vision_hidden=64, vision_layers=1)
+
+
+def rewritten(source: Checkpoint, folder: Path, changed: dict[str, Any]) -> Path:
+    """The same weights as another family stores them."""
+    config = first_config()
+    del config["llm_config"]["bias"]
+    config["llm_config"] |= changed
+    write_config(folder, config)
+    described = describe_config(config)
+    table = described.tensors()
+    shapes = stored_shapes(table, tensor_shapes(described.spec))
+    stored: dict[str, NDArray[np.float32]] = {n: np.empty(s, np.float32) for n, s in shapes.items()}
+    for name, origin in table.items():
+        values = np.concatenate([block.astype(np.float32) for block in source.blocks(name)])
+        assert origin.order is None
+        start = 0
+        for part in origin.parts:
+            place = stored[part.name][part.start : part.stop]
+            place[...] = values[start : start + len(place)]
+            start += len(place)
+    save_file(stored, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(write_checkpoint(tmp_path / "internlm2", first_config()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bundles_are_equal(first: Checkpoint, tmp_path: Path, name: str) -> None:
+    other = rewritten(first, tmp_path / name, FAMILIES[name])
+    bundles = [
+        export_bundle(checkpoint, tmp_path / f"bundle {i}")
+        for i, checkpoint in enumerate((first.directory, other))
+    ]
+    for file in (*VISION_FILES, *LANGUAGE_FILES, "embedding.npy"):
+        ours, theirs = ((bundle / file).read_bytes() for bundle in bundles)
+        assert ours == theirs, file
+    parts = [json.loads((bundle / "bundle.json").read_text())["parts"] for bundle in bundles]
+    assert parts[0] == parts[1]
+
+
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("language", ["int8", "int4"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_integers_lose_no_more(
+    first: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    language: Any,
+) -> None:
+    """Which rows calibration looks at follows the stored order; what it finds does not, by much."""
+    monkeypatch.setattr(calibration_run, "DEFAULT_ITEMS", 2)
+    other = rewritten(first, tmp_path / name, FAMILIES[name])
+    exact = run_bundle(export_bundle(first.directory, tmp_path / "float"))
+    losses = []
+    for i, checkpoint in enumerate((first.directory, other)):
+        bundle = export_bundle(
+            checkpoint,
+            tmp_path / f"bundle {i}",
+            vision="int8",
+            language=language,
+            options=QuantOptions(block=32),
+            sensitivity=False,
+        )
+        losses.append(_divergence(exact, run_bundle(bundle, exact.rows)))
+    assert losses[0] > 0
+    assert losses[1] < 1.1 * losses[0]
+
+
+def _divergence(exact: Outputs, got: Outputs) -> float:
+    """Mean KL divergence in nats of the logits' distributions."""
+    p, q = (_log_softmax(outputs.whole.astype(np.float64)) for outputs in (exact, got))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
