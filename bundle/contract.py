@@ -21,6 +21,9 @@ CachePrecision = Literal["fp32", "fp16", "int8"]
 #: TensorRT 10.3 (JetPack 6.1 and 6.2).
 DialectName = Literal["onnxruntime", "tensorrt", "tensorrt-portable"]
 
+#: Head sizes that ONNX Runtime's attention rotates itself; others are rotated before it.
+ROTARY_MULTIPLE = 16
+
 
 @dataclass(frozen=True)
 class DialectTraits:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import QUANTISATION_REPORT, CachePrecision
+from internvl_edge.bundle.contract import QUANTISATION_REPORT, ROTARY_MULTIPLE, CachePrecision
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.json_reader import read_object
 from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
 from internvl_edge.bundle.quoting import named, reason
-from internvl_edge.bundle.specs import ModelSpec
+from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
@@ -157,6 +157,8 @@ def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecisi
             "layers": language.num_hidden_layers,
             "hidden_size": language.hidden_size,
             "heads": f"{language.num_attention_heads} ({language.num_key_value_heads} KV)",
+            "head_size": _head_size(language),
+            "rotary": _rotary(language),
             "vocabulary": language.vocab_size,
             "trained_length": language.max_position_embeddings,
             "max_context": language.max_context,
@@ -193,3 +195,19 @@ def _bytes(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def _head_size(language: LanguageSpec) -> str:
+    """The size, what is done to heads, and whether they take the slower way on the CPU."""
+    said = [str(language.head_dim)]
+    if language.qk_norm:
+        said.append("queries and keys normed")
+    if language.head_dim % ROTARY_MULTIPLE:
+        said.append(f"rotated before attention: no multiple of {ROTARY_MULTIPLE}")
+    return ", ".join(said)
+
+
+def _rotary(language: LanguageSpec) -> str:
+    if language.rope_type == "default":
+        return f"theta {language.rope_theta:.6g}"
+    return f"theta {language.rope_theta:.6g}, {language.rope_type} by {language.rope_factor:.6g}"

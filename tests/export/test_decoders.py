@@ -17,8 +17,9 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.calibration.ranges import sqnr_db
+from internvl_edge.export.inspection import inspect_checkpoint
 from internvl_edge.export.tensorrt.oracle import compare_bundles, run_bundle
-from internvl_edge.runtime import InternVL
+from internvl_edge.runtime import ExportError, InternVL
 
 LOGIT_TOLERANCE = 2e-4
 PREFIX = "language_model."
@@ -194,3 +195,26 @@ def test_tensorrt_dialects(tmp_path: Path, name: str, dialect: Any) -> None:
 
 def _sqnr(exact: NDArray[np.float32], got: NDArray[np.float32]) -> float:
     return sqnr_db(float((exact**2).sum()), float(((got - exact) ** 2).sum()))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "size", "rotary"),
+    [
+        ("llama", "16", "theta 10000"),
+        ("llama, heads of 8", "8, rotated before attention: no multiple of 16", "theta 10000"),
+        ("qwen3", "32, queries and keys normed", "theta 10000"),
+    ],
+)
+def test_inspect_says_what_a_decoder_is(
+    tmp_path: Path, decoder: str, size: str, rotary: str
+) -> None:
+    config = decoder_config(DECODERS[decoder], (4, 2))
+    report = inspect_checkpoint(write_checkpoint(tmp_path / "model", config))
+    assert (report["language"]["head_size"], report["language"]["rotary"]) == (size, rotary)
+
+
+def test_heads_that_no_operator_takes(tmp_path: Path) -> None:
+    config = decoder_config(DECODERS["llama"] | {"head_dim": 20}, (4, 2))
+    checkpoint = write_checkpoint(tmp_path / "model", config)
+    with pytest.raises(ExportError, match=r"head size is 20; .* takes multiples of 8 only"):
+        export_bundle(checkpoint, tmp_path / "bundle")

@@ -18,9 +18,8 @@ from internvl_edge.export.formats.quantize import ACTIVATION_ZERO_POINT
 from internvl_edge.export.graphs.dialects import AttentionShape, CacheNames, HeadNorms, Linear
 from internvl_edge.export.graphs.graph import MICROSOFT, GraphBuilder
 
-#: Head sizes GroupQueryAttention accepts, and those its rotary path does: others are rotated before
-#: it. Every released model has 64 to 128.
-HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
+#: Head sizes GroupQueryAttention accepts. Every released model has 64 to 128.
+HEAD_MULTIPLE = 8
 #: GroupQueryAttention's inputs before the scales of its cache.
 CACHE_SCALES = 12
 
@@ -230,7 +229,7 @@ class OnnxRuntimeDialect:
         dtype = graph.dtype(qkv)
         if graph.dtype(cache.past_key) == "float16":  # all of attention's floats are of one type
             qkv = graph.cast(qkv, "float16", f"{name}.half")
-        rotates = spec.head_dim % ROTARY_MULTIPLE == 0
+        rotates = spec.head_dim % contract.ROTARY_MULTIPLE == 0
         inputs = [
             *self._heads_in(qkv, cache, spec, name, rotates),
             cache.past_key,
