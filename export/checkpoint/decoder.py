@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint import config_keys
-from internvl_edge.export.checkpoint.rotary import read_rope
+from internvl_edge.export.checkpoint.rotary import Rope, read_rope
 from internvl_edge.export.checkpoint.section import REQUIRED, Section
 
 
@@ -49,15 +49,12 @@ def read_decoder(
     def size(key: str) -> int:
         return llm.positive(key, defaults.sizes.get(key, REQUIRED))
 
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    heads = size("num_attention_heads")
     kv_heads = heads if llm.raw("num_key_value_heads", None) is None else None
     rope = read_rope(llm)
     theta = defaults.rope_theta if rope.theta is None else rope.theta
-    theta = llm.number("rope_theta") if theta is None else theta
-    rope.check_lanes(llm, head_size or hidden // heads)
-    frequencies, long = rope.frequencies(theta, head_size or hidden // heads)
-    return LanguageSpec(
-        hidden_size=hidden,
+    spec = LanguageSpec(
+        hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
@@ -66,13 +63,23 @@ def read_decoder(
         rms_norm_eps=llm.number("rms_norm_eps", defaults.rms_norm_eps),
         bias=bias,
         max_position_embeddings=size("max_position_embeddings"),
-        rope_theta=theta,
+        rope_theta=llm.number("rope_theta") if theta is None else theta,
         rope_type=rope.kind,
         rope_factor=rope.factor,
         qkv_bias=qkv_bias,
         head_size=head_size,
         qk_norm=qk_norm,
         tied_head=llm.flag("tie_word_embeddings", False),
+    )
+    rope.check_lanes(llm, spec.head_dim)
+    return _with_frequencies(spec, rope)
+
+
+def _with_frequencies(spec: LanguageSpec, rope: Rope) -> LanguageSpec:
+    """Return the same decoder with what theta alone does not say of its rotary embedding."""
+    frequencies, long = rope.frequencies(spec.rope_theta, spec.head_dim)
+    return replace(
+        spec,
         rope_frequencies=tuple(frequencies.tolist()),
         rope_long_frequencies=tuple(long.tolist()),
         rope_original=rope.original if rope.kind == "longrope" else None,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internvl_edge.bench.scale.members import CONFIGS
+from internvl_edge.bench.scale.models_table import models_table
 from internvl_edge.export.checkpoint.config import describe_config
 from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.checkpoint.origin import stored_shapes
 from internvl_edge.export.inspection import RECIPES, parameter_counts
 from internvl_edge.export.sizes import bundle_bytes
+from internvl_edge.runtime import CheckpointError
 
 #: Billions of parameters as published on the model cards, where names round more.
 PUBLISHED = {
@@ -66,3 +71,31 @@ def _values(shapes: dict[str, tuple[int, ...]]) -> int:
             size *= dim
         total += size
     return total
+
+
+def test_the_table_of_the_docs() -> None:
+    """It is what `python -m internvl_edge.bench.scale.models_table` prints."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert models_table() in text
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llm_config", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+    ("llm_config", {"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
+    ("llm_config", {"architectures": ["InternLM2VEForCausalLM"]}, "InternLM2VEForCausalLM"),
+    ("llm_config", {"quantization_config": {"quant_method": "awq"}}, "quantised with 'awq'"),
+    ("llm_config", {"rope_pos_id_version": "v2pe_fix"}, "rope_pos_id_version"),
+    ("llm_config", {"use_sliding_window": True}, "use_sliding_window"),
+    ("", {"flash_mode": True}, "flash_mode"),
+    ("", {"pad2square": True}, "pad2square"),
+    ("", {"model_type": "interns1"}, "interns1"),
+    ("", {"architectures": ["InternVLModel"]}, "InternVLModel"),
+]
+
+
+@pytest.mark.parametrize(("section", "changed", "said"), REFUSED, ids=lambda item: str(item)[:50])
+def test_cousins_are_refused_by_name(section: str, changed: dict[str, Any], said: str) -> None:
+    config = copy.deepcopy(dict(CONFIGS["internvl3_5-8b"]))
+    (config[section] if section else config).update(changed)
+    with pytest.raises(CheckpointError, match=said):
+        describe_config(config)
