@@ -120,6 +120,7 @@ _STORED_NAMES = (
     (r"(layers\.\d+\.)qkv\.", rf"{_DECODER}\1attention.wqkv."),
     (r"(layers\.\d+\.)([qk]_norm)\.", rf"{_DECODER}\1attention.\2."),
     (r"(layers\.\d+\.)out\.", rf"{_DECODER}\1attention.wo."),
+    (r"(layers\.\d+\.)(router|experts_gated|experts_down)\.", rf"{_DECODER}\1feed_forward.\2."),
     (r"(layers\.\d+\.)gate\.", rf"{_DECODER}\1feed_forward.w1."),
     (r"(layers\.\d+\.)up\.", rf"{_DECODER}\1feed_forward.w3."),
     (r"(layers\.\d+\.)down\.", rf"{_DECODER}\1feed_forward.w2."),

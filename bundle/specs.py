@@ -28,6 +28,8 @@ _Spec = TypeVar("_Spec")
 MAX_INTEGER = 2**31 - 1
 #: More layers than any known tower or decoder has.
 MAX_LAYERS = 1024
+#: More experts than any known decoder's layer has.
+MAX_EXPERTS = 4096
 #: Longest side of a tile: at 14-pixel patches one head's attention scores take 1.8 GB there.
 MAX_TILE_SIZE = 2048
 #: Most tiles of one image; more would not fit the context of any model of the family.
@@ -99,6 +101,12 @@ class LanguageSpec:
         head_size: of one head; None where it is `hidden_size / num_attention_heads`.
         qk_norm: whether each head of queries and keys is normed before it is rotated.
         tied_head: whether the checkpoint has one matrix as table and as head.
+        experts: how many MLPs of `intermediate_size` a layer has; None where it has one, for all
+            tokens.
+        experts_per_token: how many of them a token goes through.
+        experts_normed: whether their shares add up to one.
+        dense_layers: layers with one MLP all the same, counted from 1.
+        dense_size: the width of that MLP.
         rope_frequencies: inverse frequencies `(head_dim / 2,)`; empty where theta gives them.
         rope_long_frequencies: those of sequences beyond `rope_original` tokens; empty: the same.
         rope_original: see there; None where there is one set.
@@ -121,10 +129,24 @@ class LanguageSpec:
     head_size: int | None = None
     qk_norm: bool = False
     tied_head: bool = False
+    experts: int | None = None
+    experts_per_token: int | None = None
+    experts_normed: bool = False
+    dense_layers: tuple[int, ...] = ()
+    dense_size: int | None = None
     rope_frequencies: tuple[float, ...] = ()
     rope_long_frequencies: tuple[float, ...] = ()
     rope_original: int | None = None
     rope_attention: float = 1.0
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer, counted from 0, has experts."""
+        return self.experts is not None and layer + 1 not in self.dense_layers
+
+    def mlp_size(self, layer: int) -> int:
+        """Return the width of a layer's MLP, or of each of its experts."""
+        dense = layer + 1 in self.dense_layers
+        return self.dense_size or self.intermediate_size if dense else self.intermediate_size
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -250,6 +272,15 @@ def _of_language(language: LanguageSpec) -> Iterator[str]:
             f" {language.rope_type}"
         )
     yield from _of_frequencies(language)
+    if language.experts is not None or language.experts_per_token is not None:
+        experts, chosen = language.experts or 0, language.experts_per_token or 0
+        yield from _too_large("language.experts (num_experts)", experts, MAX_EXPERTS)
+        if not 1 <= chosen <= experts:
+            yield f"a token goes through {chosen} experts, expected 1 to {experts}"
+    if bool(language.dense_layers) != (language.dense_size is not None):
+        yield "language.dense_layers and language.dense_size go together"
+    if language.dense_layers and max(language.dense_layers) > language.num_hidden_layers:
+        yield f"language.dense_layers names a layer beyond {language.num_hidden_layers}"
     if (longest := language.max_position_embeddings * factor) > MAX_INTEGER:
         yield f"the context is {longest:.6g} tokens, the longest context supported {MAX_INTEGER}"
 
@@ -298,6 +329,7 @@ _EXPECTED: dict[Any, str] = {
     str: "text",
     int | None: "a positive integer",
     tuple[float, ...]: "a list of positive numbers",
+    tuple[int, ...]: "a list of positive integers",
 }
 
 
@@ -333,9 +365,9 @@ def _frozen(value: Any) -> Any:
 
 
 def _fits(value: object, hint: Any, *, signed: bool) -> bool:
-    if hint == tuple[float, ...]:
+    if hint in (tuple[float, ...], tuple[int, ...]):
         items = value if isinstance(value, (list, tuple)) else [None]
-        return all(_fits(item, float, signed=False) for item in items)
+        return all(_fits(item, get_args(hint)[0], signed=False) for item in items)
     if hint == (int | None):
         hint = int  # None is the default, which is not written
     if hint in (int, float):

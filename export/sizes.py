@@ -35,7 +35,7 @@ from internvl_edge.runtime.inspection import ITEM_BYTES
 PARTS = {
     "vision_linears": rf"{re.escape(VISION)}layers\.\d+\.(qkv|proj|fc[12])\.weight",
     "projector": rf"{re.escape(PROJECTOR)}fc[12]\.weight",
-    "decoder_linears": r"layers\.\d+\.(qkv|out|gate|up|down)\.weight",
+    "decoder_linears": r"layers\.\d+\.(qkv|out|gate|up|down|experts_(gated|down))\.weight",
     "head": re.escape(HEAD),
     "embedding": re.escape(EMBEDDING),
 }

@@ -159,6 +159,7 @@ def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecisi
             "heads": f"{language.num_attention_heads} ({language.num_key_value_heads} KV)",
             "head_size": _head_size(language),
             "rotary": _rotary(language),
+            **_experts(language),
             "vocabulary": language.vocab_size,
             "trained_length": language.max_position_embeddings,
             "max_context": language.max_context,
@@ -211,3 +212,9 @@ def _rotary(language: LanguageSpec) -> str:
     if language.rope_type == "default":
         return f"theta {language.rope_theta:.6g}"
     return f"theta {language.rope_theta:.6g}, {language.rope_type} by {language.rope_factor:.6g}"
+
+
+def _experts(language: LanguageSpec) -> Report:
+    if language.experts is None:
+        return {}
+    return {"experts": f"{language.experts}, {language.experts_per_token} a token"}

@@ -92,6 +92,8 @@ def peer_kind(spec: LanguageSpec, names: Names) -> Kind:
             f"peers are not given a rotary embedding of the type {spec.rope_type}; compare another"
             " model"
         )
+    if spec.experts is not None:
+        raise LimitError("peers are not given a decoder with experts")
     if spec.qk_norm and (spec.bias or spec.qkv_bias):
         raise LimitError("peers are not given a decoder with normed heads and biases")
     kind: Kind = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "llama"

@@ -78,6 +78,13 @@ _QWEN3 = {
     "vocab_size": 151936,
 }
 
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
 
 def _dynamic(factor: float) -> dict[str, Any]:
     return {"rope_scaling": {"type": "dynamic", "factor": factor}}
@@ -129,6 +136,12 @@ def _qwen3(*sizes: int) -> Decoder:
     return Decoder(_QWEN3, (width, mlp, layers, heads, kv_heads))
 
 
+def _qwen3_moe(*sizes: int) -> Decoder:
+    width, expert, layers, heads, kv_heads = sizes
+    family = _QWEN3_MOE | {"moe_intermediate_size": expert}
+    return Decoder(family, (width, 3 * width, layers, heads, kv_heads))
+
+
 #: Name, tower, template, decoder.
 _MEMBERS: tuple[tuple[str, str, str, Decoder], ...] = (
     ("internvl-chat-v1-5", "6B", "internlm2-chat", _INTERNLM2_20B),
@@ -166,6 +179,8 @@ _MEMBERS: tuple[tuple[str, str, str, Decoder], ...] = (
     ("internvl3_5-8b", "300M", "internvl2_5", _qwen3(4096, 12288, 36, 32, 8)),
     ("internvl3_5-14b", "300M", "internvl2_5", _qwen3(5120, 17408, 40, 40, 8)),
     ("internvl3_5-38b", "6B", "internvl2_5", _qwen3(5120, 25600, 64, 64, 8)),
+    ("internvl3_5-30b-a3b", "300M", "internvl2_5", _qwen3_moe(2048, 768, 48, 32, 4)),
+    ("internvl3_5-241b-a28b", "6B", "internvl2_5", _qwen3_moe(4096, 1536, 94, 64, 4)),
 )
 
 

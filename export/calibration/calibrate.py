@@ -21,6 +21,7 @@ from internvl_edge.export.calibration.decisions import (
     Recipe,
     decide,
     decide_cache,
+    decide_experts,
     make_plan,
 )
 from internvl_edge.export.calibration.observe import HERE, Collector, Site, run_float, run_planned
@@ -142,6 +143,8 @@ class Calibration:
         decisions = decide(
             groups, collector, self._source, form, naive=naive, compensate=compensate
         )
+        if unit.name.startswith("language."):
+            decisions |= decide_experts(self._spec.language, layer)
         if sizes:
             decisions |= decide_cache(
                 self._spec.language, layer, decisions, sizes[KEY], sizes[VALUE]

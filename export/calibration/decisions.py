@@ -28,9 +28,11 @@ from internvl_edge.export.calibration.ranges import wide_linears
 from internvl_edge.export.calibration.search import full_scale, search, unsearched
 from internvl_edge.export.checkpoint.checkpoint import FloatSource, WeightSource
 from internvl_edge.export.checkpoint.names import (
+    EXPERT_MATRICES,
     HEAD,
     decoder_prefix,
     is_language,
+    language_shapes,
     tensor_shapes,
 )
 from internvl_edge.export.formats.packing import THREADS
@@ -242,6 +244,20 @@ def _compensated(
     }
     zeros = [run.zero_points for run in done if run.zero_points is not None]
     return result | ({f"packed_zeros:{name}": ordered(zeros)} if zeros else {})
+
+
+def decide_experts(spec: LanguageSpec, layer: int) -> Decisions:
+    """Return what is decided of a layer's experts: rounding to nearest, all inputs alike.
+
+    Which tokens an expert gets depends on the router; few calibration tokens reach each.
+    """
+    decisions: Decisions = {}
+    for name in EXPERT_MATRICES if spec.has_experts(layer) else ():
+        weight = f"{decoder_prefix(layer)}{name}.weight"
+        columns = language_shapes(spec)[weight][1]
+        decisions[f"scale:{weight}"] = np.zeros((), np.float32)
+        decisions[f"square:{weight}"] = np.ones(columns, np.float32)
+    return decisions
 
 
 #: Range of the int8 cache over the largest size seen. Scales are fixed while prompts are not, and a

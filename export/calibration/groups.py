@@ -79,8 +79,7 @@ def language_groups(spec: LanguageSpec, layer: int) -> list[Group]:
     first = spec.query_size + spec.key_value_size
     rows = np.arange(first, first + spec.key_value_size).reshape(-1, 1, spec.head_dim)
     value_rows = np.broadcast_to(rows, (len(rows), repeats, spec.head_dim)).reshape(-1)
-    gate, up, down = (f"{prefix}{name}.weight" for name in ("gate", "up", "down"))
-    return [
+    attention = [
         Group((f"{prefix}qkv.weight",), (Upstream(f"{prefix}attention_norm.weight"),)),
         Group(
             (f"{prefix}out.weight",),
@@ -90,6 +89,12 @@ def language_groups(spec: LanguageSpec, layer: int) -> list[Group]:
             ),
             tie=(spec.num_key_value_heads, repeats),
         ),
+    ]
+    if spec.has_experts(layer):  # nobody sees what goes into one; see `decide_experts`
+        return attention
+    gate, up, down = (f"{prefix}{name}.weight" for name in ("gate", "up", "down"))
+    return [
+        *attention,
         Group((gate, up), (Upstream(f"{prefix}ffn_norm.weight"),)),
         # silu(gate x) * (up x) is linear in up's rows.
         Group((down,), (Upstream(up),)),

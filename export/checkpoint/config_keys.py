@@ -47,7 +47,9 @@ TOP = frozenset(
 VISION = frozenset(f"{_ANY} {_EXPERTS} tie_word_embeddings".split())
 
 #: `max_window_layers` counts layers without the sliding window that is refused.
-LANGUAGE = frozenset(f"{_ANY} {_EXPERTS} max_window_layers".split())
+LANGUAGE = frozenset(
+    f"{_ANY} {_EXPERTS} max_window_layers output_router_logits router_aux_loss_coef".split()
+)
 
 #: Of transformers' own layout. The image's id is the tokenizer's, by name: converters were wrong.
 NATIVE_TOP = frozenset(f"{_ANY} image_token_id tie_word_embeddings".split())

@@ -32,6 +32,7 @@ def read_decoder(
     qkv_bias: bool = False,
     head_size: int | None = None,
     qk_norm: bool = False,
+    mlp_key: str = "intermediate_size",
 ) -> LanguageSpec:
     """Read what all decoders have; `finish` follows, when a family has read its own keys.
 
@@ -40,6 +41,7 @@ def read_decoder(
         qkv_bias: whether query, key and value have one and the output has none.
         head_size: where it does not follow from the other sizes.
         qk_norm: whether the heads of queries and keys are normed before they are rotated.
+        mlp_key: tells the width of the MLP, or of an expert.
 
     Raises:
         CheckpointError: a key is missing or malformed.
@@ -55,7 +57,7 @@ def read_decoder(
     theta = defaults.rope_theta if rope.theta is None else rope.theta
     spec = LanguageSpec(
         hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=size(mlp_key),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or llm.positive("num_key_value_heads"),

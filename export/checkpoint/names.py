@@ -5,7 +5,8 @@ The same for every decoder family and every layout. What a checkpoint calls them
 
 A layer of the decoder has `attention_norm`, `qkv` (all query rows, all key rows, all value rows),
 `out`, `ffn_norm`, `gate`, `up` and `down`: `down(silu(gate x) * up x)`; where heads are normed,
-`q_norm` and `k_norm`.
+`q_norm` and `k_norm`. With experts it has `router`, `experts_gated` (of every expert the rows of
+gate and up, in turns) and `experts_down` in the place of the last three.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ ModelPart = Literal["vision", "projector", "language"]
 VISION = "vision."
 PROJECTOR = "projector."
 
+#: In a layer with experts.
+EXPERT_MATRICES = ("experts_gated", "experts_down")
 EMBEDDING = "embedding.weight"
 NORM = "norm.weight"
 HEAD_PREFIX = "head."
@@ -104,15 +107,12 @@ def _projector_shapes(spec: ModelSpec) -> Shapes:
 
 def language_shapes(spec: LanguageSpec) -> Shapes:
     """Return every tensor of a decoder and its shape."""
-    hidden, mlp = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     fused = spec.query_size + 2 * spec.key_value_size
     layer: Shapes = {
         "qkv.weight": (fused, hidden),
         "out.weight": (hidden, spec.query_size),
         "attention_norm.weight": (hidden,),
-        "gate.weight": (mlp, hidden),
-        "down.weight": (hidden, mlp),
-        "up.weight": (mlp, hidden),
         "ffn_norm.weight": (hidden,),
     }
     if spec.qk_norm:
@@ -123,5 +123,21 @@ def language_shapes(spec: LanguageSpec) -> Shapes:
         layer["out.bias"] = (hidden,)
     shapes: Shapes = {EMBEDDING: (spec.vocab_size, hidden)}
     for i in range(spec.num_hidden_layers):
-        shapes |= {f"{decoder_prefix(i)}{name}": shape for name, shape in layer.items()}
+        whole = layer | _mlp_shapes(spec, i)
+        shapes |= {f"{decoder_prefix(i)}{name}": shape for name, shape in whole.items()}
     return shapes | {NORM: (hidden,), HEAD: (spec.vocab_size, hidden)}
+
+
+def _mlp_shapes(spec: LanguageSpec, layer: int) -> Shapes:
+    hidden, mlp, experts = spec.hidden_size, spec.mlp_size(layer), spec.experts
+    if experts is None or not spec.has_experts(layer):
+        return {
+            "gate.weight": (mlp, hidden),
+            "down.weight": (hidden, mlp),
+            "up.weight": (mlp, hidden),
+        }
+    return {
+        "router.weight": (experts, hidden),
+        "experts_gated.weight": (experts * 2 * mlp, hidden),
+        "experts_down.weight": (experts * hidden, mlp),
+    }

@@ -29,6 +29,7 @@ class Origin:
 
     Attributes:
         order: the row, counted over all parts, that each canonical row is; None keeps their order.
+            Shorter than the tensor, it holds within each run of so many rows.
     """
 
     parts: tuple[Rows, ...]
@@ -93,12 +94,23 @@ def stored_shapes(table: Mapping[str, Origin], shapes: Mapping[str, Shape]) -> d
 def read_in_order(origin: Origin, read: ReadRows) -> Iterator[NDArray[np.generic]]:
     """Yield a canonical tensor as runs of its rows.
 
-    A tensor whose rows are moved is held while it is read; any other streams.
+    A run whose rows are moved is held while it is read; any other tensor streams.
     """
     if origin.order is None:
         yield from read_as_stored(origin, read)
         return
-    yield np.concatenate(list(read_as_stored(origin, read)))[origin.order]
+    size, held = len(origin.order), 0
+    blocks: list[NDArray[np.generic]] = []
+    for block in read_as_stored(origin, read):
+        blocks.append(block)
+        held += len(block)
+        if held < size:
+            continue
+        rows = np.concatenate(blocks)
+        whole = held - held % size
+        for start in range(0, whole, size):
+            yield rows[start : start + size][origin.order]
+        blocks, held = [rows[whole:]], held - whole
 
 
 def read_as_stored(origin: Origin, read: ReadRows) -> Iterator[NDArray[np.generic]]:

@@ -9,7 +9,7 @@ from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.names import HEAD, NORM, decoder_prefix
 from internvl_edge.export.checkpoint.weights import Weight, WeightReader
-from internvl_edge.export.graphs.dialects import CacheNames, Dialect, HeadNorms
+from internvl_edge.export.graphs.dialects import CacheNames, Dialect, Experts, HeadNorms
 
 
 def build_language(
@@ -60,7 +60,7 @@ def decoder_layer(
         hidden, key, value = _attention(spec, dialect, reader, layer, normed)
         norm = reader.tensor(f"{prefix}ffn_norm.weight")
         normed, residual = _add_norm(dialect, hidden, residual, norm, spec, "ffn_norm")
-        hidden = _feed_forward(dialect, reader, prefix, normed)
+        hidden = _feed_forward(spec, dialect, reader, layer, normed)
     return LayerStep(hidden, residual, key, value)
 
 
@@ -112,10 +112,21 @@ def _head_norms(spec: LanguageSpec, reader: WeightReader, prefix: str) -> HeadNo
     return HeadNorms(query, key, spec.rms_norm_eps)
 
 
-def _feed_forward(dialect: Dialect, reader: WeightReader, prefix: str, x: str) -> str:
-    """down(silu(gate x) * up x)"""
+def _feed_forward(
+    spec: LanguageSpec, dialect: Dialect, reader: WeightReader, layer: int, x: str
+) -> str:
+    """down(silu(gate x) * up x), of all or of the experts that are chosen."""
+    prefix = decoder_prefix(layer)
     with dialect.graph.scope("feed_forward"):
+        if spec.has_experts(layer):
+            return dialect.mixture(x, _experts(spec, reader, prefix), "experts")
         gate = dialect.linear(x, reader.tensor(f"{prefix}gate.weight"), None, "w1")
         up = dialect.linear(x, reader.tensor(f"{prefix}up.weight"), None, "w3")
         gated = dialect.gated_silu(gate, up, "gated")
         return dialect.linear(gated, reader.tensor(f"{prefix}down.weight"), None, "w2")
+
+
+def _experts(spec: LanguageSpec, reader: WeightReader, prefix: str) -> Experts:
+    names = (f"{prefix}{name}.weight" for name in ("router", "experts_gated", "experts_down"))
+    router, gated, down = map(reader.tensor, names)
+    return Experts(router, gated, down, spec.experts_per_token or 1, spec.experts_normed)

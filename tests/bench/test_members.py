@@ -34,6 +34,8 @@ PUBLISHED = {
     "internvl3_5-8b": 8.53,
     "internvl3_5-14b": 15.1,
     "internvl3_5-38b": 38.4,
+    "internvl3_5-30b-a3b": 30.8,
+    "internvl3_5-241b-a28b": 240.7,
     "mini-internvl-chat-4b-v1-5": 4.15,
     "internvl2-4b": 4.15,
     "internvl2-llama3-76b": 76.3,
@@ -80,7 +82,6 @@ def test_the_table_of_the_docs() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llm_config", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
     ("llm_config", {"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
     ("llm_config", {"architectures": ["InternLM2VEForCausalLM"]}, "InternLM2VEForCausalLM"),
     ("llm_config", {"quantization_config": {"quant_method": "awq"}}, "quantised with 'awq'"),

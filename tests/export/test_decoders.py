@@ -17,6 +17,7 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.calibration.ranges import sqnr_db
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.inspection import inspect_checkpoint
 from internvl_edge.export.tensorrt.oracle import compare_bundles, run_bundle
 from internvl_edge.runtime import ExportError, InternVL
@@ -57,6 +58,23 @@ DECODERS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "sliding_window": 256,
     },
+}
+#: With experts; INT8 and INT4 have an operator for ONNX Runtime only.
+EXPERTS: dict[str, dict[str, Any]] = {
+    name: {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": normed,
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+    }
+    for name, experts, chosen, normed in (
+        ("qwen3 moe", 8, 2, True),
+        ("qwen3 moe, shares as they are", 8, 3, False),
+        ("qwen3 moe, all chosen", 4, 4, True),
+    )
 }
 #: Kinds of rotary embedding, with sequences that go beyond where each begins to scale.
 ROTARY: dict[str, dict[str, Any]] = {
@@ -122,7 +140,7 @@ def reference_logits(config: dict[str, Any], ids: list[int]) -> NDArray[np.float
     decoder = dict(config["llm_config"])
     told = AutoConfig.for_model(decoder.pop("model_type"), **decoder)
     model = AutoModelForCausalLM.from_config(told, attn_implementation="eager").float().eval()
-    missing, unknown = model.load_state_dict(state, strict=False)
+    missing, unknown = model.load_state_dict(_stacked(state, config), strict=False)
     assert set(missing) <= ({"lm_head.weight"} if told.tie_word_embeddings else set())
     assert not unknown
     model.tie_weights()
@@ -130,10 +148,33 @@ def reference_logits(config: dict[str, Any], ids: list[int]) -> NDArray[np.float
         return np.asarray(model(torch.tensor([ids])).logits[0].numpy())
 
 
+def _stacked(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Experts in one tensor, as transformers holds them in memory."""
+    decoder = config["llm_config"]
+    layers, count = decoder["num_hidden_layers"], decoder.get("num_experts", 0)
+    stacked = {name: value for name, value in state.items() if ".experts." not in name}
+    for layer in range(layers if count else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        if f"{prefix}0.down_proj.weight" not in state:
+            continue
+        parts = {
+            kind: torch.stack([state[f"{prefix}{e}.{kind}_proj.weight"] for e in range(count)])
+            for kind in ("gate", "up", "down")
+        }
+        stacked[f"{prefix}gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        stacked[f"{prefix}down_proj"] = parts["down"]
+    return stacked
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits(tmp_path: Path, name: str, heads: tuple[int, int]) -> None:
     compare_logits(tmp_path, decoder_config(DECODERS[name], heads))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_logits_of_experts(tmp_path: Path, name: str) -> None:
+    compare_logits(tmp_path, decoder_config(EXPERTS[name], (4, 2)))
 
 
 @pytest.mark.parametrize("kind", ROTARY)
@@ -159,10 +200,11 @@ def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow(seconds=60)
 @pytest.mark.usefixtures("few_items")
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, "qwen3 moe"])
 def test_integers(tmp_path: Path, name: str) -> None:
     """Random weights lose what rounding loses, and one token at a time as much as a whole pass."""
-    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(DECODERS[name], (8, 2)))
+    decoder = (DECODERS | EXPERTS)[name]
+    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(decoder, (8, 2)))
     exact = run_bundle(export_bundle(checkpoint, tmp_path / "float"))
     for language, least, kv in (("int8", 28, {}), ("int4", 8, {}), ("int4", 8, KV8)):
         wanted: dict[str, Any] = {"vision": "int8", "language": language, **kv}
@@ -218,3 +260,38 @@ def test_heads_that_no_operator_takes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", config)
     with pytest.raises(ExportError, match=r"head size is 20; .* takes multiples of 8 only"):
         export_bundle(checkpoint, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"dialect": "tensorrt"}, "experts.* no such operator; export for onnxruntime"),
+        ({"dialect": "tensorrt-portable"}, "experts.* no such operator; export for onnxruntime"),
+        ({"language": "fp16"}, "not exported as fp16; pass --language fp32, int8 or int4"),
+        (
+            {"language": "int4", "options": QuantOptions(block=128)},
+            r"mlp.experts.* 64 inputs.* pass a --block that divides 64",
+        ),
+        (
+            {"language": "int4", "options": QuantOptions(block=32, symmetric=False)},
+            "leave --asymmetric out",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_experts_that_are_refused(tmp_path: Path, wanted: dict[str, Any], said: str) -> None:
+    config = decoder_config(EXPERTS["qwen3 moe"], (8, 2))
+    checkpoint = write_checkpoint(tmp_path / "model", config)
+    with pytest.raises(ExportError, match=said):
+        export_bundle(checkpoint, tmp_path / "bundle", **wanted)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_layers_without_experts(tmp_path: Path) -> None:
+    """Every second layer, and one by name: those have an MLP of another width."""
+    dense = {"decoder_sparse_step": 2, "mlp_only_layers": [1], "num_hidden_layers": 4}
+    config = decoder_config(EXPERTS["qwen3 moe"] | dense, (4, 2))
+    language = parse_config(config).language
+    assert language.dense_layers == (1, 2, 3)
+    assert [language.mlp_size(layer) for layer in range(4)] == [192, 192, 192, 64]
+    compare_logits(tmp_path, config)

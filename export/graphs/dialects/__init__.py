@@ -57,6 +57,25 @@ class Linear:
     gain: Weight | None = None
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of one layer, and what chooses between them.
+
+    Attributes:
+        router: `(experts, hidden)`.
+        gated: `(experts * 2 * width, hidden)`: of each, rows of gate and up in turns.
+        down: `(experts * hidden, width)`.
+        per_token: how many a token goes through.
+        normed: whether their shares add up to one.
+    """
+
+    router: Weight
+    gated: Weight
+    down: Weight
+    per_token: int
+    normed: bool
+
+
 class Dialect(Protocol):
     """Writes blocks into the graph it was made for."""
 
@@ -91,6 +110,13 @@ class Dialect(Protocol):
 
     def gated_silu(self, gate: str, up: str, name: str) -> str:
         """`silu(gate) * up`"""
+
+    def mixture(self, x: str, experts: Experts, name: str) -> str:
+        """Of each row the MLPs the router gives most, weighted by its softmax over all.
+
+        Raises:
+            ExportError: the dialect or the precision has no such operator.
+        """
 
     def add(self, x: str, y: str, name: str) -> str:
         """The sum of a residual stream and what is added to it."""

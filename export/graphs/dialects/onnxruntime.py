@@ -15,7 +15,13 @@ from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.packing import pack_blocks, pack_channels
 from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import ACTIVATION_ZERO_POINT
-from internvl_edge.export.graphs.dialects import AttentionShape, CacheNames, HeadNorms, Linear
+from internvl_edge.export.graphs.dialects import (
+    AttentionShape,
+    CacheNames,
+    Experts,
+    HeadNorms,
+    Linear,
+)
 from internvl_edge.export.graphs.graph import MICROSOFT, GraphBuilder
 
 #: Head sizes GroupQueryAttention accepts. Every released model has 64 to 128.
@@ -200,6 +206,51 @@ class OnnxRuntimeDialect:
     def gated_silu(self, gate: str, up: str, name: str) -> str:
         silu = self.graph.node("QuickGelu", [gate], f"{name}.silu", {"alpha": 1.0}, MICROSOFT)
         return self.graph.node("Mul", [silu, up], name)
+
+    def mixture(self, x: str, experts: Experts, name: str) -> str:
+        """One operator: it computes the chosen experts only."""
+        graph = self.graph
+        if graph.dtype(x) == "float16":
+            # What overflows inside an expert is seen by no probe.
+            raise ExportError(
+                "a decoder with experts is not exported as fp16; pass --language fp32, int8 or int4"
+            )
+        logits = self.linear(x, experts.router, None, f"{name}.router")
+        count = experts.router.shape[0]
+        gated, down = (self._expert_weights(w, count, name) for w in (experts.gated, experts.down))
+        attributes: dict[str, object] = {
+            "k": experts.per_token,
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "swiglu_fusion": 1,
+            "normalize_routing_weights": int(experts.normed),
+        }
+        plan = self._plan(experts.gated)
+        if plan.kind == "blocks" and plan.form is not None:
+            attributes |= {"expert_weight_bits": plan.form.bits, "block_size": plan.form.block}
+            inputs = [x, logits, *gated, "", *down]
+            return graph.node("QMoE", inputs, name, attributes, MICROSOFT)
+        return graph.node("MoE", [x, logits, *gated, "", *down], name, attributes, MICROSOFT)
+
+    def _expert_weights(self, weight: Weight, experts: int, name: str) -> list[str]:
+        """A matrix, or its packed values and scales, with the experts as the first axis."""
+        plan, (rows, columns) = self._plan(weight), weight.shape
+        if plan.kind != "blocks" or plan.form is None:
+            whole = replace(weight, shape=(experts, rows // experts, columns))
+            return [self._half(whole, name) if plan.kind == "fp16" else self.graph.weight(whole)]
+        if not plan.form.symmetric or columns % plan.form.block:
+            raise ExportError(
+                f"{weight.label} holds experts of {columns} inputs, which are stored in whole"
+                f" blocks without zero points: leave --asymmetric out, and pass a --block that"
+                f" divides {columns}"
+            )
+        stored = []
+        for part in pack_blocks(weight, plan):
+            values = part.shape[1] * (part.shape[2] if len(part.shape) > 2 else 1)
+            shape = (experts, rows // experts, values)
+            stored.append(self.graph.weight(replace(part, shape=shape)))
+        return stored
 
     def add(self, x: str, y: str, name: str) -> str:
         return self.graph.node("Add", [x, y], name)

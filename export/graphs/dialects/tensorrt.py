@@ -17,10 +17,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from internvl_edge.bundle.errors import ExportError
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
-from internvl_edge.export.graphs.dialects import HeadNorms, Linear
+from internvl_edge.export.graphs.dialects import Experts, HeadNorms, Linear
 from internvl_edge.export.graphs.dialects.tensorrt_weights import (
     check_form,
     pack_columns,
@@ -155,6 +156,12 @@ class TensorRtDialect(ABC):
         sigmoid = graph.node("Sigmoid", [gate], f"{name}.sigmoid")
         silu = graph.node("Mul", [gate, sigmoid], f"{name}.silu")
         return graph.node("Mul", [silu, up], name)
+
+    def mixture(self, x: str, experts: Experts, name: str) -> str:
+        raise ExportError(
+            f"{experts.router.label} chooses between experts, and graphs for TensorRT have no such"
+            " operator; export for onnxruntime"
+        )
 
     def add(self, x: str, y: str, name: str) -> str:
         graph = self.graph
