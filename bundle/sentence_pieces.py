@@ -73,13 +73,14 @@ class SentencePieceTokenizer:
         if flag(config, "add_eos_token", default=False):
             raise BundleError(f"{CONFIG_FILE}: add_eos_token is true; supported: false")
         add_bos = flag(config, "add_bos_token", default=True)
+        legacy = flag(config, "legacy", default=True)
         return cls(
             proto,
             added,
             add_bos=add_bos,
             cleans_up=_cleans_up(config),
-            legacy=flag(config, "legacy", default=True),
-            named=files.named_tokens(config),
+            legacy=legacy,
+            named=() if legacy else files.named_tokens(config),  # only the newer rules ask
         )
 
     @property

@@ -29,7 +29,7 @@ from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.peers.layout import TRANSFORMERS, peer_kind
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs, stored_name
-from internvl_edge.bundle.errors import BundleError
+from internvl_edge.bundle.errors import BundleError, UsageError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.specs import LanguageSpec
@@ -189,10 +189,10 @@ def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
     """Logits of every position by transformers' layers in float32, `(tokens, vocab)`.
 
     Raises:
-        LimitError: the decoder is no Llama, whose layers these are.
+        UsageError: the decoder is no Llama, whose layers these are.
     """
     if (kind := peer_kind(bundle.spec.language, TRANSFORMERS)) != "llama":
-        raise LimitError(f"layerwise runs Llama's layers, and this decoder is of the kind {kind}")
+        raise UsageError(f"layerwise runs Llama's layers, and this decoder is of the kind {kind}")
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import (

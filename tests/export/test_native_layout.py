@@ -86,7 +86,11 @@ def test_other_spellings_of_the_same(path: str, value: Any) -> None:
 
 REFUSED = [
     ("config.json:architectures", ["InternS1ForConditionalGeneration"], "architectures"),
-    ("config.json:text_config.model_type", "gpt_oss", "supported: one of llama, phi3, qwen2, qwen3"),
+    (
+        "config.json:text_config.model_type",
+        "gpt_oss",
+        "supported: one of llama, phi3, qwen2, qwen3",
+    ),
     ("config.json:text_config.use_sliding_window", True, "use_sliding_window"),
     ("config.json:text_config.layer_types", ["sliding_attention"] * 2, "layer_types"),
     ("config.json:text_config.quantization_config", {"quant_method": "awq"}, "awq"),

@@ -212,7 +212,7 @@ class OnnxRuntimeDialect:
         graph = self.graph
         if graph.dtype(x) == "float16":
             # What overflows inside an expert is seen by no probe.
-            raise ExportError(
+            raise OptionsError(
                 "a decoder with experts is not exported as fp16; pass --language fp32, int8 or int4"
             )
         logits = self.linear(x, experts.router, None, f"{name}.router")
@@ -240,7 +240,7 @@ class OnnxRuntimeDialect:
             whole = replace(weight, shape=(experts, rows // experts, columns))
             return [self._half(whole, name) if plan.kind == "fp16" else self.graph.weight(whole)]
         if not plan.form.symmetric or columns % plan.form.block:
-            raise ExportError(
+            raise OptionsError(
                 f"{weight.label} holds experts of {columns} inputs, which are stored in whole"
                 f" blocks without zero points: leave --asymmetric out, and pass a --block that"
                 f" divides {columns}"
