@@ -122,6 +122,11 @@ def resolve(model: str, wish: Wish) -> tuple[ModelSpec, Request]:
         spec = parse_config(CONFIGS[name])
     else:
         spec = _read_config(path)
+    if spec.language.experts is not None:
+        raise UsageError(
+            "an estimate counts every weight as read for every token; of a decoder with experts a"
+            " token reads a few: measure it instead"
+        )
     tiles = wish.tiles
     if tiles is None:
         tiles = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)

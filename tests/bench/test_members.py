@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from internvl_edge.bench.estimate.run import Wish, resolve
 from internvl_edge.bench.scale.members import CONFIGS
 from internvl_edge.bench.scale.models_table import models_table
+from internvl_edge.bundle.errors import LimitError
 from internvl_edge.export.checkpoint.config import describe_config
 from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.checkpoint.origin import stored_shapes
@@ -100,3 +102,10 @@ def test_cousins_are_refused_by_name(section: str, changed: dict[str, Any], said
     (config[section] if section else config).update(changed)
     with pytest.raises(CheckpointError, match=said):
         describe_config(config)
+
+
+def test_an_estimate_of_experts_is_refused() -> None:
+    """Every weight would count as read for every token."""
+    wish = Wish(None, None, None, 1, 100, None, 128, None, None)
+    with pytest.raises(LimitError, match="of a decoder with experts a token reads a few"):
+        resolve("internvl3_5-30b-a3b", wish)
