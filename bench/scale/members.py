@@ -144,6 +144,7 @@ def _qwen3_moe(*sizes: int) -> Decoder:
 
 #: Name, tower, template, decoder.
 _MEMBERS: tuple[tuple[str, str, str, Decoder], ...] = (
+    ("internvl-chat-v1-2", "6B", "Hermes-2", _YI_34B),
     ("internvl-chat-v1-5", "6B", "internlm2-chat", _INTERNLM2_20B),
     ("mini-internvl-chat-2b-v1-5", "300M", "internlm2-chat", _INTERNLM2_2B),
     ("mini-internvl-chat-4b-v1-5", "300M", "phi3-chat", _PHI3_MINI),
@@ -203,8 +204,13 @@ def _configs() -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
+#: The first with its decoder: one tile a picture, and the first order of pixel shuffle.
+_UNTILED = {"ps_version": "v1", "dynamic_image_size": False, "use_thumbnail": False}
+
 #: config.json by name.
-CONFIGS: Mapping[str, Mapping[str, Any]] = dict(_configs())
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    name: config | (_UNTILED if name == "internvl-chat-v1-2" else {}) for name, config in _configs()
+}
 
 
 def internvl_1_5() -> ModelSpec:

@@ -22,6 +22,7 @@ from internvl_edge.runtime import CheckpointError
 
 #: Billions of parameters as published on the model cards, where names round more.
 PUBLISHED = {
+    "internvl-chat-v1-2": 40.1,
     "internvl2-1b": 0.94,
     "internvl2_5-4b": 3.71,
     "internvl2_5-38b": 38.4,
