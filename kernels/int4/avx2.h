@@ -1,0 +1,170 @@
+// Tiles of 6 rows and 16 columns for x86 with AVX2.
+#pragma once
+
+#include <immintrin.h>
+
+#include "tiles.h"
+
+namespace ive::int4::avx2 {
+
+#define IVE_AVX2 __attribute__((target("avx2,fma")))
+
+constexpr int kRows = 6, kColumns = 16;
+// Inputs whose products are added in int16: 8 pairs of at most 2 * 15 * 127 fit.
+constexpr int64_t kRun = 32;
+
+inline bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+IVE_AVX2 inline void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
+                                  float* scales, int32_t* starts) {
+  round_row<kRows>(x, inputs, block, values, scales, starts);
+}
+
+// 8 columns of 8 times four bytes.
+IVE_AVX2 IVE_INLINE void transpose8(__m256i (&v)[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+
+IVE_AVX2 inline void transpose(const uint8_t* source, int64_t apart, int given, int64_t count,
+                               uint8_t* out) {
+  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* columns[8];
+    for (int i = 0; i < 8; ++i) columns[i] = column(source, apart, given, 8 * half + i);
+    for (int64_t k = 0; k < count; k += 8) {
+      const int left = static_cast<int>(count - k < 8 ? count - k : 8);
+      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), places);
+      __m256i v[8];
+      for (int i = 0; i < 8; ++i) {
+        v[i] = _mm256_maskload_epi32(reinterpret_cast<const int*>(columns[i] + 4 * k), mask);
+      }
+      transpose8(v);
+      uint8_t* to = out + (2 * k + half) * 32;
+      for (int i = 0; i < 8 && i < left; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * i), v[i]);
+      }
+    }
+  }
+}
+
+IVE_AVX2 IVE_INLINE __m256i load(const uint8_t* bytes) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+
+// Adds the products of one block, by pairs in int16, which no product of 4 bits saturates.
+template <int R>
+IVE_AVX2 IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
+                             int64_t block) {
+  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  for (int64_t run = 0; run < block; run += kRun) {
+    __m256i pairs[R][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < kRun; k += 8) {
+      const __m256i v0 = load(w), v1 = load(w + 32);
+      const __m256i even0 = _mm256_and_si256(v0, low), even1 = _mm256_and_si256(v1, low);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m256i given = _mm256_set1_epi32(four(x + 4 * r));
+        pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(even0, given));
+        pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(even1, given));
+      }
+      x += 4 * kRows;
+      const __m256i odd0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), low);
+      const __m256i odd1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), low);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m256i given = _mm256_set1_epi32(four(x + 4 * r));
+        pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(odd0, given));
+        pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(odd1, given));
+      }
+      x += 4 * kRows;
+      w += 64;
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(pairs[r][0], ones));
+      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pairs[r][1], ones));
+    }
+  }
+}
+
+// Adds a block's sums to the results.
+template <int R>
+IVE_AVX2 IVE_INLINE void finish(__m256 (&results)[R][2], const __m256i (&sums)[R][2],
+                                const float* x_scales, const float* w_scales) {
+  const __m256 scales[2] = {_mm256_loadu_ps(w_scales), _mm256_loadu_ps(w_scales + 8)};
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const __m256 scale = _mm256_set1_ps(x_scales[r]);
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const __m256 both = _mm256_mul_ps(scale, scales[c]);
+      results[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][c]), both, results[r][c]);
+    }
+  }
+}
+
+template <int R>
+IVE_AVX2 IVE_INLINE void begin(__m256 (&results)[R][2], const float* y, int64_t apart, bool first) {
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < 2; ++c) {
+      results[r][c] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(y + r * apart + 8 * c);
+    }
+  }
+}
+
+template <int R>
+IVE_AVX2 IVE_INLINE void start(__m256i (&sums)[R][2], const int32_t* starts) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_set1_epi32(starts[r]);
+}
+
+template <int R>
+IVE_AVX2 IVE_INLINE void store(const __m256 (&results)[R][2], float* y, int64_t apart) {
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < 2; ++c) _mm256_storeu_ps(y + r * apart + 8 * c, results[r][c]);
+  }
+}
+
+template <int R>
+IVE_AVX2 void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
+                       int64_t apart) {
+  __m256 results[R][2];
+  begin(results, y, apart, span.first);
+  for (int64_t b = 0; b < span.blocks; ++b) {
+    const int64_t before = b * span.block;
+    __m256i sums[R][2];
+    start(sums, inputs.starts + b * kRows);
+    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns, span.block);
+    finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
+  }
+  store(results, y, apart);
+}
+
+inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span,
+                          float* y, int64_t apart) {
+  constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
+      multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
+  kMultiply[rows - 1](inputs, panel, span, y, apart);
+}
+
+constexpr Path kPath = {"AVX2", kRows, kColumns, runs_here, round_inputs, transpose, multiply_rows};
+
+}  // namespace ive::int4::avx2

@@ -1,0 +1,166 @@
+// One product: which path takes it, and how it is cut into tasks that may run side by side.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <new>
+
+#include "plain.h"
+#include "tiles.h"
+#if defined(__x86_64__)
+#include "avx2.h"
+#include "avx512.h"
+#include "avx_vnni.h"
+#elif defined(__aarch64__)
+#include "neon.h"
+#endif
+
+namespace ive::int4 {
+
+// The fastest first.
+constexpr Path kPaths[] = {
+#if defined(__x86_64__)
+    avx512::kPath,
+#ifdef IVE_HAS_AVX_VNNI
+    avx_vnni::kPath,
+#endif
+    avx2::kPath,
+#elif defined(__aarch64__)
+    neon::kPath,
+#endif
+    // As it is defined: it has no tiles.
+    {"plain", 0, 0, [] { return true; }, nullptr, nullptr, nullptr}};
+
+inline const Path& best_path() {
+  for (const Path& path : kPaths) {
+    if (path.runs_here()) return path;
+  }
+  return kPaths[std::size(kPaths) - 1];
+}
+
+// Inputs of a span: 16 KB of weights a panel, 12 KB of rounded inputs a tile.
+constexpr int64_t kSpanInputs = 1024;
+// Columns of one task: their weights in a span stay in the second cache for all rows.
+constexpr int64_t kTaskColumns = 128;
+// Columns of a task where few rows are not worth it to keep them.
+constexpr int64_t kLeastTasks = 64;
+
+class Multiplication {
+ public:
+  Multiplication(const Product& product, const Path& path)
+      : p_(product), path_(path), blocks_(product.blocks()) {
+    if (path.rows == 0) return;
+    const int64_t panels = ceil_div(p_.columns, path.columns);
+    const int64_t widest = kTaskColumns / path.columns;
+    panels_ = std::clamp<int64_t>(panels / kLeastTasks, 1, widest);
+    row_tiles_ = ceil_div(p_.rows, path.rows);
+  }
+
+  // False where there is no memory for the rounded inputs.
+  bool allocate() {
+    if (path_.rows == 0) return true;
+    const int64_t rows = row_tiles_ * path_.rows;
+    values_.reset(new (std::nothrow) int8_t[rows * blocks_ * p_.block]);
+    scales_.reset(new (std::nothrow) float[rows * blocks_]);
+    starts_.reset(new (std::nothrow) int32_t[rows * blocks_]);
+    return values_ != nullptr && scales_ != nullptr && starts_ != nullptr;
+  }
+
+  // Tasks of the two passes; the first must be done before the second begins.
+  int64_t roundings() const { return path_.rows == 0 ? 0 : p_.rows; }
+  int64_t products() const {
+    return path_.rows == 0 ? p_.rows : ceil_div(p_.columns, panels_ * path_.columns);
+  }
+
+  void round(int64_t row) const {
+    const int64_t tile = row / path_.rows, place = row % path_.rows;
+    const int64_t first = tile * path_.rows * blocks_ + place;
+    path_.round_row(p_.x + row * p_.inputs, p_.inputs, p_.block,
+                    values_.get() + tile * path_.rows * blocks_ * p_.block + 4 * place,
+                    scales_.get() + first, starts_.get() + first);
+  }
+
+  void multiply(int64_t task) const {
+    if (path_.rows == 0) return plain_row(p_, task);
+    alignas(64) uint8_t values[kTaskColumns * kSpanInputs / 2];
+    alignas(64) float scales[kTaskColumns * kSpanInputs / kLeastBlock];
+    const int64_t from = task * panels_ * path_.columns;
+    const int64_t to = std::min(from + panels_ * path_.columns, p_.columns);
+    const int64_t step = std::max<int64_t>(1, kSpanInputs / p_.block);
+    for (int64_t block = 0; block < blocks_; block += step) {
+      const Span span{std::min(step, blocks_ - block), p_.block, block == 0};
+      for (int64_t n = from; n < to; n += path_.columns) {
+        const int64_t place = (n - from) * step;
+        load(n, block, span, {values + place * p_.block / 2, scales + place});
+      }
+      for (int64_t tile = 0; tile < row_tiles_; ++tile) {
+        for (int64_t n = from; n < to; n += path_.columns) {
+          const int64_t place = (n - from) * step;
+          multiply_tile(tile, n, block, span, {values + place * p_.block / 2, scales + place});
+        }
+      }
+    }
+    for (int64_t row = 0; p_.bias != nullptr && row < p_.rows; ++row) {
+      for (int64_t n = from; n < to; ++n) p_.y[row * p_.columns + n] += p_.bias[n];
+    }
+  }
+
+ private:
+  static constexpr int64_t kLeastBlock = 32;
+
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  int given(int64_t n) const {
+    return static_cast<int>(std::min<int64_t>(path_.columns, p_.columns - n));
+  }
+
+  struct Room {
+    uint8_t* values;
+    float* scales;
+  };
+
+  // Transposes the weights of a panel from column `n` on.
+  void load(int64_t n, int64_t block, const Span& span, const Room& room) const {
+    const uint8_t* values = p_.values + n * p_.column_bytes() + block * p_.block / 2;
+    const float* scales = p_.scales + n * blocks_ + block;
+    path_.transpose(values, p_.column_bytes(), given(n), span.blocks * p_.block / 8, room.values);
+    path_.transpose(reinterpret_cast<const uint8_t*>(scales), blocks_ * 4, given(n), span.blocks,
+                    reinterpret_cast<uint8_t*>(room.scales));
+  }
+
+  void multiply_tile(int64_t tile, int64_t n, int64_t block, const Span& span,
+                     const Room& room) const {
+    const int64_t row = tile * path_.rows, first = row * blocks_ + block * path_.rows;
+    const Inputs inputs{values_.get() + first * p_.block, scales_.get() + first,
+                        starts_.get() + first};
+    const Panel panel{room.values, room.scales};
+    const int rows = static_cast<int>(std::min<int64_t>(path_.rows, p_.rows - row));
+    float* y = p_.y + row * p_.columns + n;
+    if (n + path_.columns <= p_.columns) {
+      return path_.multiply(rows, inputs, panel, span, y, p_.columns);
+    }
+    float edge[kMostRows * kMostColumns];  // a tile that is wider than what is left
+    copy(edge, path_.columns, y, p_.columns, span.first ? 0 : rows, given(n));
+    path_.multiply(rows, inputs, panel, span, edge, path_.columns);
+    copy(y, p_.columns, edge, path_.columns, rows, given(n));
+  }
+
+  static constexpr int kMostRows = 12, kMostColumns = 32;
+
+  static void copy(float* to, int64_t to_apart, const float* from, int64_t from_apart, int rows,
+                   int columns) {
+    for (int r = 0; r < rows; ++r) {
+      std::memcpy(to + r * to_apart, from + r * from_apart, columns * sizeof(float));
+    }
+  }
+
+  Product p_;
+  const Path& path_;
+  int64_t blocks_, panels_ = 0, row_tiles_ = 0;
+  std::unique_ptr<int8_t[]> values_;
+  std::unique_ptr<float[]> scales_;
+  std::unique_ptr<int32_t[]> starts_;
+};
+
+}  // namespace ive::int4

@@ -1,0 +1,32 @@
+// The product as it is defined: what the other paths are compared with, on any CPU.
+#pragma once
+
+#include <cmath>
+
+#include "product.h"
+
+namespace ive::int4 {
+
+inline void plain_row(const Product& p, int64_t row) {
+  const int64_t blocks = p.blocks(), half = p.block / 2;
+  float* y = p.y + row * p.columns;
+  for (int64_t n = 0; n < p.columns; ++n) y[n] = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int8_t even[kMaxBlock / 2], odd[kMaxBlock / 2];
+    float room[kMaxBlock];
+    const float* x = p.x + row * p.inputs + b * p.block;
+    x = whole_block(x, p.inputs - b * p.block, p.block, room);
+    const Rounded rounded = round_block(x, p.block, even, odd);
+    for (int64_t n = 0; n < p.columns; ++n) {
+      const uint8_t* values = p.values + (n * blocks + b) * half;
+      int32_t sum = -kMiddle * rounded.sum;
+      for (int64_t i = 0; i < half; ++i)
+        sum += (values[i] & 15) * even[i] + (values[i] >> 4) * odd[i];
+      const float scale = rounded.scale * p.scales[n * blocks + b];
+      y[n] = std::fma(static_cast<float>(sum), scale, y[n]);
+    }
+  }
+  for (int64_t n = 0; p.bias != nullptr && n < p.columns; ++n) y[n] += p.bias[n];
+}
+
+}  // namespace ive::int4
