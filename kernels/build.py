@@ -1,12 +1,14 @@
 """Builds the kernels on first use: the CPU library by g++ or clang++, the CUDA fat binary by nvcc.
 
-Products go to `$XDG_CACHE_HOME/internvl-edge/kernels/<hash>/` (default `~/.cache`), never into the
-package. The hash covers sources, compiler version, flags, the variables that compilers read, the C
-library and the CPU's features, so a product is never stale; a file lock lets one process build
-while others wait, and a rename publishes it whole.
+Products go to `$XDG_CACHE_HOME/internvl-edge/kernels/<hash>/` (default `~/.cache`). The hash covers
+sources, compiler version, flags, the variables that compilers read, the C library and the CPU's
+features, so a product is never stale; a file lock lets one process build while others wait, and a
+rename publishes it whole. Only the INT4 library may be put into the package, to be distributed: it
+chooses among the CPU's instructions when it runs.
 
-    python -m internvl_edge.kernels.build               # the CPU library; prints its path
+    python -m internvl_edge.kernels.build               # the CPU libraries; prints their paths
     python -m internvl_edge.kernels.build --cuda        # the fat binaries
+    python -m internvl_edge.kernels.build --ship        # the INT4 library, into the package
     python -m internvl_edge.kernels.resources   # registers and spills -> RESOURCES.md
 """
 
@@ -31,6 +33,9 @@ from internvl_edge.kernels.cpu import is_emulated
 SOURCES = Path(__file__).parent
 CPU_SOURCE = "host.cpp"
 CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu", "select.cu")
+#: Sources of the INT4 product, in a folder of their own.
+INT4_SOURCES = SOURCES / "int4"
+INT4_SOURCE = "int4_matmul.cpp"
 
 #: Jetson Orin is 87, Thor 110; a PTX of the newest lets later devices compile their own.
 CUDA_ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
@@ -81,6 +86,53 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Path:
         if native == tuple(extra_flags):
             raise
         return _cpu_library(compiler, tuple(extra_flags))  # a compiler that does not know this CPU
+
+
+def int4_library(extra_flags: Sequence[str] = ()) -> Path:
+    """Return the INT4 library: that of the distribution, or one built now if the cache has none.
+
+    Args:
+        extra_flags: added at the end of the command line; what is shipped is not taken then.
+
+    Raises:
+        BuildError: see `cpu_library`.
+    """
+    shipped = shipped_library()
+    if shipped.exists() and not extra_flags:
+        return shipped
+    compiler = _cpu_compiler()
+    source = str(INT4_SOURCES / INT4_SOURCE)
+    command = [*compiler, *CPU_FLAGS, "-fvisibility=hidden", *extra_flags, source]
+    name, version = "libinternvl_edge_int4.so", _version(compiler)
+    return _cached(command, version, name, cpu=platform.machine(), sources=INT4_SOURCES)
+
+
+def shipped_library() -> Path:
+    """Return where a distribution has the INT4 library of these sources, be it there or not."""
+    kind = f"{platform.system()}-{platform.machine()}-{source_hash(INT4_SOURCES)[:16]}".lower()
+    return INT4_SOURCES / f"libinternvl_edge_int4-{kind}.so"
+
+
+def ship() -> Path:
+    """Put the INT4 library into the package, for machines of this kind without a compiler.
+
+    Raises:
+        BuildError: see `cpu_library`; or the package cannot be written to.
+    """
+    built, shipped = int4_library(), shipped_library()
+    if built == shipped:
+        return shipped
+    partial = shipped.with_suffix(".partial")
+    try:
+        shutil.copyfile(built, partial)
+        partial.replace(shipped)
+        for other in INT4_SOURCES.glob("*.so"):
+            if other != shipped:
+                other.unlink()
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BuildError(f"cannot write {shipped}: {error.strerror or error}") from error
+    return shipped
 
 
 def cuda_binary(source: str) -> Path:
@@ -145,10 +197,10 @@ def machine_code(architectures: Sequence[int]) -> list[str]:
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
 
 
-def source_hash() -> str:
-    """sha256 over names and contents of every C++ and CUDA source."""
+def source_hash(folder: Path = SOURCES) -> str:
+    """sha256 over names and contents of every C++ and CUDA source in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
@@ -180,10 +232,12 @@ def cache_directory() -> Path:
     return user_cache() / "kernels"
 
 
-def _cached(command: list[str], version: str, name: str, *, cpu: str) -> Path:
+def _cached(
+    command: list[str], version: str, name: str, *, cpu: str, sources: Path = SOURCES
+) -> Path:
     """The product of `command -o <name>`, from the cache or made now."""
     flags = [part for part in command if not part.startswith(str(SOURCES))]
-    key = "\0".join([source_hash(), *flags, version, cpu, name, *_surroundings()])
+    key = "\0".join([source_hash(sources), *flags, version, cpu, name, *_surroundings()])
     folder = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:24]
     product = folder / name
     if product.exists():
@@ -257,8 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.cuda:
             for source in CUDA_SOURCES:
                 print(cuda_binary(source))
+        elif arguments.ship:
+            print(ship())
         else:
-            print(cpu_library())
+            print(cpu_library(), int4_library(), sep="\n")
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,8 @@
 // Tiles of 6 rows and 16 columns for x86 with AVX2.
 #pragma once
 
-#include <immintrin.h>
-
 #include "tiles.h"
+#include "x86.h"
 
 namespace ive::int4::avx2 {
 

@@ -1,9 +1,8 @@
 // Tiles of 12 rows and 32 columns for x86 with AVX512-VNNI: 24 sums of 16 columns in registers.
 #pragma once
 
-#include <immintrin.h>
-
 #include "tiles.h"
+#include "x86.h"
 
 namespace ive::int4::avx512 {
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_another_version_flag_or_cpu_is_another_product(
     products.add(build.cpu_library())
     monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
     products.add(build.cpu_library())
-    monkeypatch.setattr(build, "source_hash", lambda: "another source")
+    monkeypatch.setattr(build, "source_hash", lambda folder: "another source")
     products.add(build.cpu_library())
     assert len(products) == runs(stub) == 5
 
@@ -241,6 +242,64 @@ def test_other_instruction_sets_give_the_same_bits(flags: tuple[str, ...]) -> No
         for library in (path, build.cpu_library())
     )
     assert got == expected
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of its own that holds the INT4 sources."""
+    folder = Path(shutil.copytree(build.INT4_SOURCES, tmp_path / "int4"))
+    monkeypatch.setattr(build, "INT4_SOURCES", folder)
+    return folder
+
+
+def test_the_int4_library_is_for_every_cpu_of_a_kind(
+    stub: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = build.int4_library()
+    assert "native" not in product.read_text()
+    monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
+    assert build.int4_library() == product
+    assert runs(stub) == 1
+    assert build.int4_library(("-g",)) != product
+
+
+def test_a_change_of_either_library_leaves_the_other(stub: Path, package: Path) -> None:
+    tiling, int4 = build.cpu_library(), build.int4_library()
+    (package / "plain.h").write_text("another source")
+    assert build.cpu_library() == tiling
+    assert build.int4_library() != int4
+
+
+def test_what_is_shipped_needs_no_compiler(
+    stub: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = build.ship()
+    assert shipped.parent == package
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert build.int4_library() == shipped
+    assert build.ship() == shipped
+
+
+def test_what_was_shipped_with_other_sources_is_not_used(stub: Path, package: Path) -> None:
+    older = build.ship()
+    (package / "plain.h").write_text("another source")
+    assert build.int4_library() != older
+    newer = build.ship()
+    assert build.int4_library() == newer
+    assert list(package.glob("*.so")) == [newer]
+
+
+def test_a_package_that_cannot_be_written(
+    stub: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.shutil, "copyfile", full)
+    with pytest.raises(build.BuildError, match=r"cannot write .*: No space left on device"):
+        build.ship()
+    assert not [path for path in package.iterdir() if path.suffix in (".so", ".partial")]
 
 
 PTXAS = """ptxas info    : Compiling entry function 'ive_a' for 'sm_87'

@@ -1,0 +1,94 @@
+"""The library of the INT4 product: its paths, and one product on the calling thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Inputs that may share a scale.
+BLOCKS = (32, 64, 128, 256)
+
+
+class Product(ctypes.Structure):
+    """`ive::int4::Product`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "values", "scales", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "columns", "block")),
+    )
+
+
+class Int4Library:
+    """A build of the library.
+
+    Args:
+        path: of it; see `build.int4_library`.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.ive_int4_path.restype = ctypes.c_char_p
+        self._library.ive_int4_path.argtypes = [ctypes.c_int32]
+        self._library.ive_int4_multiply.argtypes = [ctypes.POINTER(Product), ctypes.c_int32]
+
+    @property
+    def paths(self) -> list[str]:
+        """Names of the paths that run on this CPU, the fastest first; "plain" is the last."""
+        return list(self._paths())
+
+    def _paths(self) -> Iterator[str]:
+        index = 0
+        while (name := self._library.ive_int4_path(index)) is not None:
+            yield name.decode()
+            index += 1
+
+    def multiply(
+        self,
+        x: NDArray[np.float32],
+        values: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        bias: NDArray[np.float32] | None = None,
+        *,
+        path: str,
+    ) -> NDArray[np.float32]:
+        """Multiply rows by a weight, as MatMulNBits stores it.
+
+        Args:
+            x: `(rows, inputs)`.
+            values: `(columns, blocks, block / 2)`, two in a byte, the earlier in the lower half.
+            scales: `(columns, blocks)`.
+            bias: `(columns,)`.
+            path: one of `paths`.
+
+        Returns:
+            `(rows, columns)`.
+
+        Raises:
+            ValueError: shapes do not fit each other, or there is no such path.
+            MemoryError: the rounded inputs could not be had.
+        """
+        rows, inputs = x.shape
+        columns, blocks, half = values.shape
+        block = 2 * half
+        if (
+            block not in BLOCKS
+            or blocks != -(-inputs // block)
+            or scales.shape != (columns, blocks)
+        ):
+            raise ValueError(f"{values.shape} and {scales.shape} are no weight of {inputs} inputs")
+        if bias is not None and bias.shape != (columns,):
+            raise ValueError(f"the bias is {bias.shape}, the weight has {columns} columns")
+        held = [None if a is None else np.ascontiguousarray(a) for a in (x, values, scales, bias)]
+        y = np.empty((rows, columns), np.float32)
+        addresses = [None if a is None else a.ctypes.data for a in (*held, y)]
+        product = Product(*addresses, rows, inputs, columns, block)
+        if self._library.ive_int4_multiply(ctypes.byref(product), self.paths.index(path)):
+            raise MemoryError(f"no memory for {rows} rounded rows")
+        return y

@@ -1,0 +1,61 @@
+"""The INT4 product in NumPy: the rounding of the inputs, and exact integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: What a stored value of zero stands for.
+MIDDLE = 8
+#: Blocks whose largest value is smaller count as zero.
+LEAST = np.float32(2.0**-118)
+
+
+def round_inputs(
+    x: NDArray[np.float32], block: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Round rows `(rows, inputs)` to int8 block by block, the last filled up with zeros.
+
+    Returns:
+        Integers `(rows, blocks, block)` and the scale of each block, `(rows, blocks)`.
+    """
+    short = -x.shape[1] % block
+    blocked = np.pad(x, ((0, 0), (0, short))).reshape(len(x), -1, block)
+    largest = np.abs(blocked).max(axis=-1)
+    used = (largest >= LEAST) & np.isfinite(largest)
+    factor = np.where(used, np.float32(127) / np.where(used, largest, 1), 0).astype(np.float32)
+    finite = np.where(np.isfinite(blocked), blocked, 0)
+    rounded = np.rint(finite * factor[..., np.newaxis]).astype(np.int64)
+    scales = np.where(largest < LEAST, np.float32(0), largest / np.float32(127))
+    return rounded, np.where(np.isfinite(largest), scales, np.nan).astype(np.float32)
+
+
+def integer_sums(rounded: NDArray[np.int64], values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Sum products block by block.
+
+    Args:
+        rounded: `(rows, blocks, block)`.
+        values: `(columns, blocks, block / 2)`.
+
+    Returns:
+        `(rows, columns, blocks)`.
+    """
+    pairs = np.stack([values & 15, values >> 4], axis=-1)
+    weight = pairs.reshape(*values.shape[:2], -1).astype(np.int64) - MIDDLE
+    return np.asarray(np.einsum("mbk,nbk->mnb", rounded, weight))
+
+
+def multiply(
+    x: NDArray[np.float32],
+    values: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+) -> NDArray[np.float64]:
+    """Multiply as `Int4Library.multiply` does, blocks added in float64."""
+    rounded, x_scales = round_inputs(x, 2 * values.shape[2])
+    sums = integer_sums(rounded, values)
+    both: NDArray[Any] = x_scales.astype(np.float64)[:, np.newaxis] * scales
+    product = (sums * both).sum(axis=-1)
+    return np.asarray(product if bias is None else product + bias)

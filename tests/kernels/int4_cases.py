@@ -1,0 +1,92 @@
+"""Products for the INT4 kernel, random and extreme, and whether results are NumPy's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from internvl_edge.kernels.int4 import reference
+from internvl_edge.kernels.int4.library import BLOCKS
+
+#: Of integers that float32 sums without rounding: |8 * 127| * INPUTS < 2**24.
+EXACT_INPUTS = 16000
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of a product; see `Int4Library.multiply`."""
+
+    x: NDArray[np.float32]
+    values: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+
+    @property
+    def block(self) -> int:
+        return 2 * self.values.shape[2]
+
+
+def case(
+    rows: int, inputs: int, columns: int, block: int, kind: str = "random", seed: int = 0
+) -> Case:
+    """Return a product of one of `KINDS`, with a bias or without: of random values, of the largest
+    there are, the smallest or both, of more orders of magnitude than a scale spans, half zero."""
+    random = np.random.default_rng(seed)
+    blocks = -(-inputs // block)
+    x = random.standard_normal((rows, inputs)).astype(np.float32)
+    values = random.integers(0, 256, (columns, blocks, block // 2), np.uint8)
+    if kind in ("largest", "smallest"):
+        x[:] = 1 if kind == "largest" else -1
+        values[:] = 0xFF if random.integers(2) else 0
+    if kind == "mixed":
+        x = np.sign(x)
+        values = np.where(values & 1, 0xF0, 0x0F).astype(np.uint8)
+    if kind == "wide":
+        x *= np.exp(random.uniform(-80, 80, x.shape)).astype(np.float32)
+    if kind == "zero":
+        x[:, : inputs // 2] = 0
+    scales = random.random((columns, blocks), np.float32)
+    bias = random.standard_normal(columns).astype(np.float32) if random.integers(2) else None
+    return Case(x, values, scales, bias)
+
+
+KINDS = ("random", "largest", "smallest", "mixed", "wide", "zero")
+
+
+@st.composite
+def cases(draw: st.DrawFn, most_rows: int = 50, most_columns: int = 150) -> Case:
+    """Draw a product; inputs need not fill their last block."""
+    block = draw(st.sampled_from(BLOCKS))
+    return case(
+        rows=draw(st.integers(1, most_rows)),
+        inputs=draw(st.integers(1, 9 * block)),
+        columns=draw(st.integers(1, most_columns)),
+        block=block,
+        kind=draw(st.sampled_from(KINDS)),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+def integers(given: Case) -> tuple[Case, NDArray[np.float32]]:
+    """Return a product all of whose scales are one, and its result, which are integers."""
+    rounded, _ = reference.round_inputs(given.x, given.block)
+    rounded[:, :, 0] = 127  # so that rounding leaves them as they are
+    x = rounded.reshape(len(rounded), -1)
+    sums = reference.integer_sums(rounded, given.values).sum(axis=-1)
+    assert x.shape[1] <= EXACT_INPUTS
+    whole = Case(x.astype(np.float32), given.values, np.ones_like(given.scales))
+    return whole, sums.astype(np.float32)
+
+
+def error(got: NDArray[np.float32], given: Case) -> float:
+    """Return the largest difference from the float64 sum over the same integers, as a share of the
+    magnitudes that are added."""
+    wanted = reference.multiply(given.x, given.values, given.scales, given.bias)
+    rounded, scales = reference.round_inputs(given.x, given.block)
+    sums = np.abs(reference.integer_sums(rounded, given.values))
+    size = (sums * (scales.astype(np.float64)[:, np.newaxis] * given.scales)).sum(axis=-1)
+    size += 0 if given.bias is None else np.abs(given.bias)
+    return float((np.abs(got - wanted) / np.maximum(size, 1e-30)).max())

@@ -1,0 +1,133 @@
+"""The INT4 product on CPUs we do not have, by emulation, and under AddressSanitizer."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from int4_cases import KINDS, Case, case, error, integers
+
+from internvl_edge.kernels import build
+from internvl_edge.kernels.int4.library import BLOCKS
+
+RUNNER = Path(__file__).with_name("int4_runner.cpp")
+FLAGS = [flag for flag in build.CPU_FLAGS if flag not in ("-shared", "-fPIC")]
+ARM = "aarch64-linux-gnu-g++"
+
+#: Of awkward rows, inputs and columns, on both sides of tiles and spans.
+SHAPES = (
+    *((1, 1, 1), (2, 31, 7), (5, 33, 15), (6, 96, 16), (7, 500, 17), (12, 1024, 31)),
+    *((13, 1030, 33), (25, 640, 65), (50, 130, 129), (3, 2100, 40)),
+)
+
+
+def given_products() -> list[Case]:
+    """Products with results in integers, and with any."""
+    made = []
+    for i, (rows, inputs, columns) in enumerate(SHAPES):
+        for block in BLOCKS:
+            made.append(case(rows, inputs, columns, block, KINDS[i % len(KINDS)], seed=i))
+    return [integers(one)[0] for one in made] + made
+
+
+def compiled(compiler: str, folder: Path, *flags: str) -> Path:
+    """Return the runner, built statically unless flags say otherwise."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    program = folder / "runner"
+    command = [compiler, *FLAGS, f"-I{build.INT4_SOURCES}", *(flags or ("-static",)), str(RUNNER)]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{compiler} cannot build it here: {done.stderr.strip()[-300:]}")
+    return program
+
+
+def emulator(name: str) -> str:
+    if (found := shutil.which(name)) is None:
+        pytest.skip(f"{name} is not installed (Debian: qemu-user-static)")
+    return found
+
+
+def run(command: list[str], products: list[Case]) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Return the names of the paths, and of each product the result of each path."""
+    content = b"".join(
+        np.array(
+            [len(p.x), p.x.shape[1], len(p.values), p.block, p.bias is not None], np.int64
+        ).tobytes()
+        + p.x.tobytes()
+        + p.values.tobytes()
+        + p.scales.tobytes()
+        + (b"" if p.bias is None else p.bias.tobytes())
+        for p in products
+    )
+    done = subprocess.run(command, input=content, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
+    line, _, rest = done.stdout.partition(b"\n")
+    paths, floats, at, results = line.decode().split(","), np.frombuffer(rest, np.float32), 0, []
+    for p in products:
+        size = len(p.x) * len(p.values)
+        each = floats[at : at + size * len(paths)].reshape(len(paths), len(p.x), len(p.values))
+        results.append(list(each))
+        at += size * len(paths)
+    assert at == len(floats)
+    return paths, results
+
+
+def check(products: list[Case], results: list[list[np.ndarray]]) -> None:
+    for i, (given, (*fast, plain)) in enumerate(zip(products, results, strict=True)):
+        assert error(plain, given) < (1e-5 if i >= len(products) // 2 else 1e-12)
+        for y in fast:
+            np.testing.assert_array_equal(y, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "wanted"), [("Haswell", ["AVX2", "plain"]), ("Nehalem", ["plain"])]
+)
+def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("this machine is no x86-64")
+    program = compiled("g++", tmp_path)
+    products = given_products()
+    paths, results = run([emulator("qemu-x86_64-static"), "-cpu", model, str(program)], products)
+    assert paths == wanted
+    check(products, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [("neoverse-n1", ["NEON dot products", "plain"]), ("cortex-a53", ["plain"])],
+)
+def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
+    program = compiled(ARM, tmp_path)
+    products = given_products()
+    paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], products)
+    assert paths == wanted
+    check(products, results)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    return compiled("g++", tmp_path_factory.mktemp("sanitized"), *flags)
+
+
+@pytest.mark.slow(seconds=20)
+def test_nothing_outside_is_read_or_written(sanitized: Path) -> None:
+    products = given_products()
+    paths, results = run([str(sanitized)], products)
+    assert paths[-1] == "plain"
+    check(products, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("short", ["x", "values", "scales"])
+def test_an_array_that_is_too_short_is_seen(short: str, sanitized: Path) -> None:
+    """Else the test above would pass with anything."""
+    with pytest.raises(AssertionError, match="AddressSanitizer"):
+        run([str(sanitized), short], [case(3, 64, 20, 32)])

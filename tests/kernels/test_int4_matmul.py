@@ -1,0 +1,121 @@
+"""The INT4 product on every path that runs here: NumPy's integers, and the same bits on all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from int4_cases import KINDS, Case, case, cases, error, integers
+
+from internvl_edge.export.formats.quantize import BlockFormat, dequantize_blocks, quantize_blocks
+from internvl_edge.kernels import build
+from internvl_edge.kernels.int4 import reference
+from internvl_edge.kernels.int4.library import BLOCKS, Int4Library
+
+
+@pytest.fixture(scope="module")
+def library() -> Int4Library:
+    try:
+        return Int4Library(build.int4_library())
+    except build.BuildError as reason:
+        pytest.skip(f"no C++ compiler here: {reason}")
+
+
+def results(library: Int4Library, given: Case) -> list[np.ndarray]:
+    arrays = given.x, given.values, given.scales, given.bias
+    return [library.multiply(*arrays, path=path) for path in library.paths]
+
+
+@settings(max_examples=150)
+@given(drawn=cases())
+def test_integers_are_numpys_on_every_path(library: Int4Library, drawn: Case) -> None:
+    whole, sums = integers(drawn)
+    for y in results(library, whole):
+        np.testing.assert_array_equal(y, sums)
+
+
+@settings(max_examples=150)
+@given(drawn=cases())
+def test_floats_are_the_sum_over_these_integers_and_the_same_bits(
+    library: Int4Library, drawn: Case
+) -> None:
+    *fast, plain = results(library, drawn)
+    assert error(plain, drawn) < 1e-5
+    for y in fast:
+        np.testing.assert_array_equal(y, plain)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_with_every_number_of_rows(library: Int4Library, kind: str, block: int) -> None:
+    for rows in (*range(1, 14), 24, 50):
+        given = case(rows, 2 * block + 1, 33, block, kind, seed=rows)
+        *fast, plain = results(library, given)
+        assert error(plain, given) < 1e-5
+        for y in fast:
+            np.testing.assert_array_equal(y, plain)
+
+
+@pytest.mark.parametrize(("inputs", "columns"), [(4096, 4200), (5120, 129), (1000, 2050)])
+def test_more_inputs_and_columns_than_one_task_takes(
+    library: Int4Library, inputs: int, columns: int
+) -> None:
+    given = case(13, inputs, columns, 128, seed=1)
+    *fast, plain = results(library, given)
+    assert error(plain[:2], Case(given.x[:2], given.values, given.scales, given.bias)) < 1e-5
+    for y in fast:
+        np.testing.assert_array_equal(y, plain)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(library: Int4Library, wrong: float) -> None:
+    given = case(5, 96, 40, 32)
+    wanted = reference.multiply(given.x, given.values, given.scales, given.bias)
+    given.x[2, 50] = wrong
+    for y in results(library, given):
+        assert np.isnan(y[2]).all()
+        np.testing.assert_allclose(np.delete(y, 2, 0), np.delete(wanted, 2, 0), atol=1e-4)
+
+
+@settings(max_examples=50)
+@given(
+    scale=st.floats(2.0**-149, 2.0**127, width=32),
+    ratios=st.lists(st.floats(-1, 1, width=32), min_size=32, max_size=32),
+)
+def test_any_float_is_rounded_as_numpy_rounds(
+    library: Int4Library, scale: float, ratios: list[float]
+) -> None:
+    """From the smallest there is, which counts as zero, to the largest."""
+    x = np.array([ratios], np.float32) * np.float32(scale)
+    rounded, scales = reference.round_inputs(x, 32)
+    weight = np.full((1, 1, 16), 0x88, np.uint8)
+    for place in range(32):  # a weight of one at each place in turn
+        weight[0, 0, place // 2] = 0x98 if place % 2 else 0x89
+        (wanted,) = (rounded[0, 0, place] * scales[0, 0].astype(np.float64)).reshape(1)
+        for y in results(library, Case(x, weight, np.ones((1, 1), np.float32))):
+            assert y[0, 0] == np.float32(wanted)
+        weight[0, 0, place // 2] = 0x88
+
+
+def test_a_weight_means_what_export_quantised(library: Int4Library) -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((48, 200)).astype(np.float32)
+    form = BlockFormat(4, 64)
+    blocks = quantize_blocks(weight, form)
+    x = random.standard_normal((6, 200)).astype(np.float32)
+    wanted = x @ dequantize_blocks(blocks, form, 200).T
+    for path in library.paths:
+        y = library.multiply(x, blocks.packed, blocks.scales, path=path)
+        assert np.linalg.norm(y - wanted) / np.linalg.norm(wanted) < 0.01
+
+
+def test_shapes_that_do_not_fit_are_refused(library: Int4Library) -> None:
+    given = case(2, 64, 8, 32)
+    with pytest.raises(ValueError, match="no weight of 65 inputs"):
+        library.multiply(np.zeros((2, 65), np.float32), given.values, given.scales, path="plain")
+    with pytest.raises(ValueError, match="no weight of 64 inputs"):
+        library.multiply(given.x, given.values, given.scales[:, :1], path="plain")
+    bias = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match=r"the bias is \(3,\), the weight has 8 columns"):
+        library.multiply(given.x, given.values, given.scales, bias, path="plain")
