@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,7 +45,6 @@ LIMITS: Mapping[Product, tuple[int, int]] = {
 }
 LARGEST_INPUT = 127
 
-_PROBES = Path(__file__).with_name("probes")
 _MULTIPLIER = 2654435761  # Knuth's multiplicative hash
 
 
@@ -157,10 +156,22 @@ def _is_exact(form: Form, product: Product) -> bool:
     options.intra_op_num_threads = 1
     for key, value in form.entries.items():
         options.add_session_config_entry(key, value)
-    path = str(_PROBES / f"{product}.onnx")
+    path = str(probe_file(product))
+    return gives_integers(
+        lambda: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), product
+    )
+
+
+def probe_file(product: Product) -> Path:
+    """Return the graph by which a product is tried."""
+    return Path(__file__).with_name("probes") / f"{product}.onnx"
+
+
+def gives_integers(open_session: Callable[[], Any], product: Product) -> bool:
+    """Return whether a session of a product's probe opens, runs, and gives NumPy's integers."""
     inputs = [probe_input(rows) for rows in ROWS]
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_session()
         results = [session.run(None, {"x": x.astype(np.float32)}) for x in inputs]
     except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class: not this form
         return False
@@ -196,5 +207,5 @@ def _key(manifest: Manifest, products: Sequence[Product]) -> str:
     for graph in (VISION_GRAPH, LANGUAGE_GRAPH):
         digest.update(manifest.files[graph].sha256.encode())
     for product in products:
-        digest.update((_PROBES / f"{product}.onnx").read_bytes())
+        digest.update(probe_file(product).read_bytes())
     return digest.hexdigest()[:32]

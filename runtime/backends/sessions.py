@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
+from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel, bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
@@ -59,12 +59,14 @@ class Provider:
             meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr); "basic", into equal
             ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
+        int4: what multiplies 4-bit weights, where it is not ONNX Runtime.
     """
 
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
     optimise: Optimise = "all"
     form: Form = AS_STORED
+    int4: Int4Kernel = NO_KERNEL
 
     @property
     def name(self) -> str:
@@ -104,7 +106,8 @@ def open_graphs(
 class CpuGraphs:
     """Both graphs of a bundle on the CPU, prepared for this machine where they are.
 
-    Where prepared ones do not fit, the plain graphs are opened instead, with a warning.
+    Where prepared ones do not fit, the plain graphs are opened instead, with a warning. A graph
+    that our own kernel computes is always the plain one: its weights are mapped as they are.
 
     Args:
         bundle: a verified bundle.
@@ -122,7 +125,8 @@ class CpuGraphs:
         self._guard = MemoryGuard(bundle.manifest, prepared=False, low_memory=one_at_a_time)
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
-        self._held: HeldFiles | None = None
+        self._kernel = bundle_kernel(bundle.manifest)
+        self._held: list[HeldFiles] = []
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
         if not one_at_a_time:
@@ -146,8 +150,8 @@ class CpuGraphs:
             if graph not in self._sessions:
                 self._sessions.clear()  # first: their memory is needed
                 self._open(graph)
-            if self._held is not None:
-                self._held.check()
+            for held in self._held:
+                held.check()
             return self._sessions[graph]
 
     def _find_prepared(self) -> VerifiedFiles | None:
@@ -169,24 +173,54 @@ class CpuGraphs:
         if self._prepared is not None:
             self._prepared.check()  # what has changed is refused, not passed over
             try:
-                return self._open_from(self._prepared, graphs)
+                return self._open_parts(graphs)
             except BundleError as error:
                 self._prepared = None
                 self._sessions.clear()
                 self._warn(f"{error}; {PREPARE_AGAIN}")
-        return self._open_from(self._bundle.verified, graphs)
+        return self._open_parts(graphs)
 
-    def _open_from(self, files: VerifiedFiles, graphs: Sequence[str]) -> None:
+    def _part(self, graph: str) -> _Part:
+        """Return what is opened of a graph."""
+        bundle, kernel = self._bundle, self._kernel
+        if graph == contract.LANGUAGE_GRAPH and kernel.library is not None:
+            return _Part(bundle.verified, graph, Provider(form=self._form, int4=kernel))
+        if self._prepared is None:
+            return _Part(bundle.verified, graph, Provider(form=self._form))
+        return _Part(self._prepared, graph, Provider(optimise="none", form=self._form))
+
+    def _open_parts(self, graphs: Sequence[str]) -> None:
         """Open these graphs at once: packing weights keeps one core busy for each."""
-        optimise: Optimise = "none" if files is self._prepared else "all"
-        provider = Provider(optimise=optimise, form=self._form)
-        open_graph = partial(open_session, files.path, provider=provider, threads=self._threads)
-        with files.unchanged(), ThreadPoolExecutor(len(graphs)) as pool:
-            opened = dict(zip(graphs, pool.map(open_graph, graphs), strict=True))
-        self._held = files.hold(str(Path(graph).with_suffix(".data")) for graph in graphs)
-        for graph, session in opened.items():
-            check_graph(self._bundle, graph, session)
-        self._sessions |= opened
+        parts = [self._part(graph) for graph in graphs]
+        folders = {id(part.files): part.files for part in parts}.values()
+        with contextlib.ExitStack() as stack:
+            for files in folders:
+                stack.enter_context(files.unchanged())
+            pool = stack.enter_context(ThreadPoolExecutor(len(parts)))
+            opened = list(pool.map(lambda part: part.open(self._threads), parts))
+        self._held = [
+            files.hold(part.data for part in parts if part.files is files) for files in folders
+        ]
+        for part, session in zip(parts, opened, strict=True):
+            check_graph(self._bundle, part.name, session)
+        self._sessions |= {part.name: session for part, session in zip(parts, opened, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A graph: the files it is of, and what runs it."""
+
+    files: VerifiedFiles
+    name: str
+    provider: Provider
+
+    @property
+    def data(self) -> str:
+        """The name of the file with its weights."""
+        return str(Path(self.name).with_suffix(".data"))
+
+    def open(self, threads: int | None) -> ort.InferenceSession:
+        return open_session(self.files.path, self.name, self.provider, threads)
 
 
 def check_graph(bundle: Bundle, graph: str, opened: ort.InferenceSession) -> None:
@@ -227,10 +261,10 @@ def open_session(
     catching = provider.device != "cpu"
     try:
         with contextlib.redirect_stdout(said) if catching else contextlib.nullcontext():
-            path = str(folder / graph)
+            model = provider.int4.give(folder / graph, options)
             # Without a provider to fall back to, it would print and try the same again.
             session = ort.InferenceSession(
-                path, options, providers=list(chosen.items()), enable_fallback=catching
+                model, options, providers=list(chosen.items()), enable_fallback=catching
             )
     except Exception as error:
         remedy = "" if provider.form == AS_STORED else f"; {_OLD_BUNDLE}"

@@ -1,0 +1,94 @@
+"""The product of 4-bit weights by our own kernel, where it can be had and is exact.
+
+It reads weights as the bundle stores them, for ONNX Runtime's MatMulNBits: they are mapped and
+never copied, by any version of ONNX Runtime, and where the kernel cannot be had, MatMulNBits runs
+the same file.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.bundle.files import read_bytes
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.kernels.build import BuildError, int4_library
+from internvl_edge.kernels.int4.library import Int4Library
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_nodes import give_products
+from internvl_edge.runtime.backends.products import gives_integers, probe_file
+
+#: A graph without its weights.
+GRAPH_BYTES = 1 << 30
+#: Where a graph that is given as bytes finds its weights.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Int4Kernel:
+    """The kernel that multiplies 4-bit weights on this machine.
+
+    Attributes:
+        library: of ONNX Runtime operators; None where there is none.
+        name: the instructions it uses, or why there is none.
+    """
+
+    library: Path | None
+    name: str
+
+    def give(self, graph: Path, options: Any) -> str | bytes:
+        """Let the kernel compute what it can of a graph.
+
+        Args:
+            graph: an ONNX file.
+            options: `onnxruntime.SessionOptions`, which get the library.
+
+        Returns:
+            What to open with these options: the graph, changed, or its path.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        changed = give_products(read_bytes(graph, GRAPH_BYTES)) if self.library else None
+        if changed is None:
+            return str(graph)
+        options.register_custom_ops_library(str(self.library))
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(graph.parent))
+        return changed
+
+
+NO_KERNEL = Int4Kernel(None, "not used")
+
+
+def bundle_kernel(manifest: Manifest) -> Int4Kernel:
+    """Return the kernel that computes a bundle's language graph on the CPU."""
+    used = manifest.dialect == "onnxruntime" and manifest.language == "int4"
+    return int4_kernel() if used else NO_KERNEL
+
+
+@functools.cache
+def int4_kernel() -> Int4Kernel:
+    """Return the kernel of this machine: built on first use, and tried before it is trusted."""
+    try:
+        library = int4_library()
+        fastest = Int4Library(library).paths[0]
+    except (BuildError, OSError) as error:
+        return Int4Kernel(None, f"no library ({str(error).splitlines()[0]})")
+    if fastest == "plain":
+        return Int4Kernel(None, "this CPU has no instructions for it")
+    kernel = Int4Kernel(library, fastest)
+    if not gives_integers(lambda: _open_probe(kernel), "int4"):
+        version = load_onnxruntime().__version__
+        return Int4Kernel(None, f"onnxruntime {version} does not run it, or not exactly")
+    return kernel
+
+
+def _open_probe(kernel: Int4Kernel) -> Any:
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    model = kernel.give(probe_file("int4"), options)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
