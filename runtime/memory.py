@@ -86,7 +86,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    manifest: Manifest, *, tokens: int, tiles: int, prepared: bool, low_memory: bool
+    manifest: Manifest,
+    *,
+    tokens: int,
+    tiles: int,
+    prepared: bool,
+    low_memory: bool,
+    int4: bool = False,
 ) -> MemoryPlan:
     """Plan the memory that running a bundle takes.
 
@@ -96,6 +102,7 @@ def plan_memory(
         tiles: of all images in one prompt.
         prepared: whether the weights are mapped; see `runtime.backends.prepared`.
         low_memory: hold one graph at a time.
+        int4: whether 4-bit weights are mapped as they are; see `runtime.backends.int4`.
     """
     spec = manifest.spec
     vision, language = spec.vision, spec.language
@@ -107,9 +114,9 @@ def plan_memory(
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
         sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
-        packing=_packing(manifest) if prepared else 0,
+        packing=_packing(manifest, int4) if prepared else 0,
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
-        language_weights=0 if prepared else _weights(manifest, LANGUAGE_FILES),
+        language_weights=_language_weights(manifest, prepared, int4),
         vision=DOUBLING * VISION_WIDE * batch * wide,
         language=DOUBLING * LANGUAGE_WIDE * chunk * language.intermediate_size * 4,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
@@ -118,9 +125,23 @@ def plan_memory(
     )
 
 
-def _packing(manifest: Manifest) -> int:
+def _language_weights(manifest: Manifest, prepared: bool, int4: bool) -> int:
+    if int4 and manifest.parts:
+        return sum(_copied(manifest, part) for part in ("language", "head"))
+    return 0 if prepared else _weights(manifest, LANGUAGE_FILES)
+
+
+def _copied(manifest: Manifest, part: str) -> int:
+    """Bytes of a part whose 4-bit weights are mapped."""
+    if (entry := manifest.parts.get(part)) is None:
+        return 0
+    others = sum(count for name, count in entry.precision.items() if not name.startswith("int4"))
+    return int(PACKED_GROWTH * entry.bytes * others / max(1, sum(entry.precision.values())))
+
+
+def _packing(manifest: Manifest, int4: bool) -> int:
     """Return the bytes of what packing gives while both graphs open, to find the stored form by:
-    of the largest matrix of each."""
+    of the largest matrix of each that is packed."""
     vision, language = (
         PACKED_COPIES[precision] * WEIGHT_BYTES[precision] * _mlp_weights(part)
         for part, precision in (
@@ -128,6 +149,8 @@ def _packing(manifest: Manifest) -> int:
             (manifest.spec.language, manifest.language),
         )
     )
+    if int4:
+        return int(PACKED_GROWTH * vision) + _copied(manifest, "head")
     return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
 
 
@@ -156,11 +179,13 @@ class MemoryGuard:
         manifest: of the bundle.
         prepared: whether its weights are mapped.
         low_memory: whether one graph is held at a time.
+        int4: whether 4-bit weights are mapped as they are.
     """
 
     manifest: Manifest
     prepared: bool
     low_memory: bool
+    int4: bool = False
 
     def check_load(self) -> None:
         """Raise CapacityError unless the weights, and a prompt with one tile, fit."""
@@ -195,6 +220,7 @@ class MemoryGuard:
             tiles=tiles,
             prepared=self.prepared,
             low_memory=self.low_memory,
+            int4=self.int4,
         )
 
     def _check(self, plan: MemoryPlan, tokens: int, what: str) -> None:

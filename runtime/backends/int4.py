@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.files import read_bytes
-from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.kernels.build import BuildError, int4_library
 from internvl_edge.kernels.int4.library import Int4Library
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -37,6 +38,9 @@ class Int4Kernel:
 
     library: Path | None
     name: str
+
+    def __str__(self) -> str:
+        return self.name if self.library else f"onnxruntime's MatMulNBits: {self.name}"
 
     def give(self, graph: Path, options: Any) -> str | bytes:
         """Let the kernel compute what it can of a graph.
@@ -62,10 +66,18 @@ class Int4Kernel:
 NO_KERNEL = Int4Kernel(None, "not used")
 
 
-def bundle_kernel(manifest: Manifest) -> Int4Kernel:
+def bundle_kernel(bundle: Bundle) -> Int4Kernel:
     """Return the kernel that computes a bundle's language graph on the CPU."""
-    used = manifest.dialect == "onnxruntime" and manifest.language == "int4"
-    return int4_kernel() if used else NO_KERNEL
+    if bundle.manifest.dialect != "onnxruntime" or bundle.manifest.language != "int4":
+        return NO_KERNEL
+    kernel = int4_kernel()
+    try:
+        graph = read_bytes(bundle.file(LANGUAGE_GRAPH), GRAPH_BYTES)
+    except OSError:  # said when it is opened
+        return NO_KERNEL
+    if kernel.library is not None and give_products(graph) is None:
+        return Int4Kernel(None, "the bundle has zero points, or blocks of another size")
+    return kernel
 
 
 @functools.cache

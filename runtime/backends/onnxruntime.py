@@ -123,6 +123,8 @@ class OnnxRuntimeBackend:
         self._description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
         )
+        if self._graphs.int4:
+            self._description += ", own INT4 kernel"
         if note:
             self._description += f" ({note})"
 
@@ -138,6 +140,11 @@ class OnnxRuntimeBackend:
     def prepared(self) -> bool:
         """Whether weights are mapped from prepared files."""
         return self._graphs.prepared
+
+    @property
+    def int4(self) -> bool:
+        """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
+        return self._graphs.int4
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""

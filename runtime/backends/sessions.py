@@ -122,10 +122,15 @@ class CpuGraphs:
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads = bundle, threads
-        self._guard = MemoryGuard(bundle.manifest, prepared=False, low_memory=one_at_a_time)
+        self._kernel = bundle_kernel(bundle)
+        self._guard = MemoryGuard(
+            bundle.manifest,
+            prepared=False,
+            low_memory=one_at_a_time,
+            int4=self._kernel.library is not None,
+        )
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
-        self._kernel = bundle_kernel(bundle.manifest)
         self._held: list[HeldFiles] = []
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
@@ -136,6 +141,11 @@ class CpuGraphs:
     def prepared(self) -> bool:
         """Whether weights are mapped from prepared files."""
         return self._prepared is not None
+
+    @property
+    def int4(self) -> bool:
+        """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
+        return self._kernel.library is not None
 
     @property
     def vision(self) -> ort.InferenceSession:
