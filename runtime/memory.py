@@ -127,7 +127,7 @@ def plan_memory(
 
 def _language_weights(manifest: Manifest, prepared: bool, int4: bool) -> int:
     if int4 and manifest.parts:
-        return sum(_copied(manifest, part) for part in ("language", "head"))
+        return sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
     return 0 if prepared else _weights(manifest, LANGUAGE_FILES)
 
 

@@ -1,0 +1,233 @@
+"""Bundles of 4-bit weights on our kernel: what MatMulNBits gives, from mapped weights; without it,
+MatMulNBits itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from calibrating import few_items
+from checkpoints import GOLDEN, small_config, write_checkpoint
+
+from internvl_edge.bundle.manifest import Manifest, open_bundle
+from internvl_edge.cli.main import main
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.kernels.build import BuildError
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.backends import int4, sessions
+from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel, bundle_kernel, int4_kernel
+from internvl_edge.runtime.backends.products import probe_file
+from internvl_edge.runtime.memory import plan_memory
+
+IDS = [1, 5, 9, 200, 17, 3]
+
+
+@pytest.fixture(scope="module")
+def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with few_items():
+        return export_bundle(
+            GOLDEN / "model", tmp_path_factory.mktemp("int4") / "bundle", language="int4"
+        )
+
+
+@pytest.fixture
+def kernel() -> Int4Kernel:
+    if (found := int4_kernel()).library is None:
+        pytest.skip(found.name)
+    return found
+
+
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "bundle_kernel", lambda bundle: NO_KERNEL)
+
+
+def logits(bundle: Path) -> np.ndarray:
+    return InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
+
+
+def test_a_graph_gives_what_matmulnbits_gives(
+    int4_bundle: Path, kernel: Int4Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = logits(int4_bundle)
+    without_kernel(monkeypatch)
+    theirs = logits(int4_bundle)
+    assert not np.array_equal(ours, theirs)  # else one of them was not what it is called
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_many_threads_give_the_same_bits(int4_bundle: Path, kernel: Int4Kernel) -> None:
+    ids = (IDS * 40)[:200]
+    models = [InternVL.load(int4_bundle, device="cpu", threads=n, reuse_bytes=0) for n in (1, 3)]
+    one, three = (model.logits(ids) for model in models)
+    np.testing.assert_allclose(one, three, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def test_the_same_file_runs_without_a_library(
+    int4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> Path:
+        raise BuildError("no C++ compiler found\nand more")
+
+    wanted = logits(int4_bundle)
+    monkeypatch.setattr(int4, "int4_library", no_compiler)
+    monkeypatch.setattr(int4, "int4_kernel", int4_kernel.__wrapped__)
+    found = bundle_kernel(open_bundle(int4_bundle))
+    assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
+    model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
+    assert "own INT4 kernel" not in model.engine.backend.description
+    assert np.abs(model.logits(IDS) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_a_kernel_that_is_wrong_is_not_used(
+    kernel: Int4Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(ort.InferenceSession):  # type: ignore[misc]
+        def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            first, *others = super().run(names, feeds)
+            first[-1, -1] += 1
+            return [first, *others]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
+    found = int4_kernel.__wrapped__()
+    assert found.library is None
+    assert "does not run it, or not exactly" in found.name
+
+
+def test_a_cpu_without_instructions_for_it_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        paths = ("plain",)
+
+        def __init__(self, path: Path) -> None: ...
+
+    monkeypatch.setattr(int4, "Int4Library", Plain)
+    monkeypatch.setattr(int4, "int4_library", lambda: Path("any"))
+    assert int4_kernel.__wrapped__().library is None
+
+
+def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    monkeypatch.setattr(int4, "int4_library", lambda: tmp_path / "damaged.so")
+    assert int4_kernel.__wrapped__().name.startswith("no library (")
+
+
+@pytest.mark.parametrize("attribute", ["K", "N", "block_size"])
+def test_a_node_that_its_weight_does_not_fit_is_refused(
+    attribute: str, kernel: Int4Kernel, tmp_path: Path
+) -> None:
+    model = onnx.load(str(probe_file("int4")))
+    for node in model.graph.node:
+        for one in node.attribute:
+            if one.name == attribute:
+                one.i = 64 if one.i == 32 else one.i // 2 if attribute == "block_size" else 224
+    onnx.save(model, str(tmp_path / "wrong.onnx"))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    opened = ort.InferenceSession(kernel.give(tmp_path / "wrong.onnx", options), options)
+    with pytest.raises(Exception, match=r"of N x K|end with K"):
+        opened.run(None, {"x": np.zeros((3, 256), np.float32)})
+
+
+def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: Int4Kernel) -> None:
+    with few_items():
+        bundle = export_bundle(
+            GOLDEN / "model",
+            tmp_path / "bundle",
+            language="int4",
+            options=QuantOptions(symmetric=False),
+        )
+    found = bundle_kernel(open_bundle(bundle))
+    assert "zero points" in str(found)
+    assert np.isfinite(logits(bundle)).all()
+
+
+def test_prepared_bundles_run_on_it_too(int4_bundle: Path, kernel: Int4Kernel) -> None:
+    wanted = logits(int4_bundle)
+    prepare_bundle(int4_bundle, overwrite=True)
+    model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
+    assert model.engine.backend.prepared
+    assert model.engine.backend.int4
+    np.testing.assert_array_equal(model.logits(IDS), wanted)
+
+
+def test_inspect_and_doctor_say_it(
+    int4_bundle: Path, kernel: Int4Kernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "--json", str(int4_bundle)]) == 0
+    assert json.loads(capsys.readouterr().out)["here"]["int4_products"] == kernel.name
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"]["int4"] == kernel.name
+
+
+def test_only_what_is_copied_is_planned(int4_bundle: Path) -> None:
+    manifest = open_bundle(int4_bundle).manifest
+
+    def copied(given: Manifest, int4: bool) -> int:
+        return plan_memory(
+            given, tokens=64, tiles=1, prepared=False, low_memory=False, int4=int4
+        ).language_weights
+
+    head = manifest.parts["head"]
+    assert copied(manifest, True) == int(1.05 * head.bytes)
+    small = replace(head, precision={"int4 block 32": 1})
+    all_int4 = replace(manifest, parts={**manifest.parts, "head": small})
+    assert copied(all_int4, True) == 0
+    layers = replace(manifest.parts["decoder_linears"], precision={"int4": 1, "int8": 3})
+    some = replace(all_int4, parts={**all_int4.parts, "decoder_linears": layers})
+    assert copied(some, True) == int(1.05 * 0.75 * layers.bytes)
+    assert copied(replace(manifest, parts={}), True) == copied(manifest, False) > 0
+
+
+#: Anonymous bytes that opening a bundle takes, with our kernel and without.
+LOADED = """
+import sys
+from internvl_edge.bundle.manifest import Manifest, open_bundle
+from internvl_edge.runtime.backends import int4, sessions
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+bundle = open_bundle(sys.argv[1], verify="size")
+if sys.argv[2] == "without":
+    sessions.bundle_kernel = lambda bundle: int4.NO_KERNEL
+int4.int4_kernel()
+before = anonymous()
+graphs = sessions.CpuGraphs(bundle, 1, one_at_a_time=False)
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read memory from")
+def test_weights_are_mapped_and_not_copied(tmp_path: Path, kernel: Int4Kernel) -> None:
+    config = small_config(hidden=1024, vision_hidden=64, heads=8, kv_heads=2)
+    with few_items():
+        bundle = export_bundle(
+            write_checkpoint(tmp_path / "checkpoint", config),
+            tmp_path / "bundle",
+            language="int4",
+            options=QuantOptions(head_bits=4),
+        )
+    size = open_bundle(bundle).manifest.parts["decoder_linears"].bytes
+    assert size > 4 << 20
+    copied = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", LOADED, str(bundle), mode],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=120,
+            ).stdout
+        )
+        for mode in ("with", "without")
+    }
+    assert copied["without"] - copied["with"] > 0.7 * size

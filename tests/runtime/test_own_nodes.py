@@ -1,0 +1,80 @@
+"""Nodes are given to our operator by their bytes: the right ones, and nothing else changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN, give_products
+
+TAKEN = {"K": 64, "N": 8, "bits": 4, "block_size": 32, "accuracy_level": 4}
+
+
+def node(
+    *more: str, op: str = "MatMulNBits", domain: str = "com.microsoft", **changed: int
+) -> onnx.NodeProto:
+    attributes = {**TAKEN, **changed}
+    return helper.make_node(op, ["x", "w", "s", *more], ["y"], "n", domain=domain, **attributes)
+
+
+def model(*nodes: onnx.NodeProto) -> bytes:
+    weight = numpy_helper.from_array(np.zeros((8, 2, 16), np.uint8), "w")
+    info = helper.make_tensor_value_info
+    inputs, outputs = (
+        [info("x", TensorProto.FLOAT, [1, 64])],
+        [info("y", TensorProto.FLOAT, [1, 8])],
+    )
+    graph = helper.make_graph(list(nodes), "MatMulNBits com.microsoft", inputs, outputs, [weight])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return bytes(helper.make_model(graph, opset_imports=opsets).SerializeToString())
+
+
+def test_domains_are_of_one_length() -> None:
+    assert len(MICROSOFT_DOMAIN) == len(OWN_DOMAIN)
+
+
+@pytest.mark.parametrize("inputs", [(), ("", "", "bias"), ("",), ("", "")])
+def test_only_the_domain_changes(inputs: tuple[str, ...]) -> None:
+    given_model = model(node(*inputs), node(bits=8))
+    changed = give_products(given_model)
+    assert changed is not None
+    got, wanted = onnx.load_from_string(changed), onnx.load_from_string(given_model)
+    wanted.graph.node[0].domain = OWN_DOMAIN.decode()
+    wanted.opset_import.append(helper.make_opsetid(OWN_DOMAIN.decode(), 1))
+    assert got == wanted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        node("zero_points"),
+        node("", "g_idx"),
+        node(bits=8),
+        node(block_size=16),
+        node(accuracy_level=0),
+        node(op="MatMulNBitsMlp"),
+        node(domain="another.domain"),
+        node(domain=""),
+    ],
+    ids=lambda one: f"{one.input[3:]}{one.op_type}{one.domain}{one.attribute[2].i}",
+)
+def test_what_the_operator_does_not_take_is_left(other: onnx.NodeProto) -> None:
+    assert give_products(model(other)) is None
+
+
+@given(st.data())
+def test_damaged_bytes_raise_nothing(data: st.DataObject) -> None:
+    content = bytearray(model(node("", "", "bias"), node(bits=8)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    changed = give_products(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    assert changed is None or OWN_DOMAIN in changed
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_raise_nothing(content: bytes) -> None:
+    assert give_products(content) is None
