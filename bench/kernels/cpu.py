@@ -7,6 +7,7 @@ image, then NumPy's normalisation tile by tile. Kernel and reference run alterna
 busy machine slows both, and medians are compared. Two times are given for a kernel: `whole` from
 the same Pillow image to a new array, as the reference; `kernel` from an array to an existing one,
 whose bytes (input read once, output written once) give the percentage of the copy bandwidth.
+The product of 4-bit weights stands beside ONNX Runtime's: see `bench.kernels.int4`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.bench.common.ceilings import copy_bandwidth
+from internvl_edge.bench.kernels.int4 import (
+    SHAPE,
+    TOLERANCE,
+    Int4Row,
+    measure_int4,
+    render_int4,
+)
 from internvl_edge.kernels import ops, reference
 from internvl_edge.kernels.jobs import ShufflePlan
+from internvl_edge.runtime.backends.int4 import int4_kernel
 from internvl_edge.runtime.images.preprocess import resize
 
 SIDE = 448
@@ -88,6 +97,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         for case in (*map(_tiling, PICTURES), _shuffle("float16"), _shuffle("int8")):
             case.check()
             rows += _measure(case, counts, copy, runs)
+        int4 = _measure_int4(many, runs)
     except WrongResultError as error:
         print(f"WRONG: {error}")
         return 1
@@ -96,9 +106,24 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         "copy_gigabytes_per_s": {str(n): round(rate / 1e9, 1) for n, rate in copy.items()},
         "runs": runs,
         "rows": [asdict(row) | {"limited_by": row.limited_by} for row in rows],
+        "int4": {"kernel": str(int4_kernel()), "shape": SHAPE, "rows": list(map(asdict, int4))},
     }
-    print(json.dumps(report, indent=2) if as_json else _render(report, rows))
+    lines = [_render(report, rows), *render_int4(int4_kernel(), int4, many)]
+    print(json.dumps(report, indent=2) if as_json else "\n".join(lines))
     return 0
+
+
+def _measure_int4(threads: int, runs: int) -> list[Int4Row]:
+    """Measure the INT4 product where our kernel runs."""
+    if int4_kernel().library is None:
+        return []
+    rows = measure_int4(int4_kernel(), threads, runs)
+    for row in rows:
+        if not row.difference < TOLERANCE:
+            raise WrongResultError(
+                f"INT4 product, {row.rows} rows: differs from MatMulNBits by {row.difference:.1e}"
+            )
+    return rows
 
 
 def _measure(case: Case, counts: list[int], copy: dict[int, float], runs: int) -> list[Row]:

@@ -1,0 +1,175 @@
+"""The INT4 product beside ONNX Runtime's MatMulNBits, and how near both come to its INT8 product.
+
+All run in turns in sessions of their own, with the same threads; medians are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from internvl_edge.runtime.backends.int4 import Int4Kernel
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_nodes import give_products
+from internvl_edge.runtime.backends.products import AS_STORED, exact_form
+
+#: Inputs and outputs: the MLP of InternLM2-20B.
+SHAPE = (6144, 16384)
+BLOCK = 128
+ROWS = (1, 4, 8, 64, 256)
+#: Largest difference from MatMulNBits, which rounds alike, as a share of the largest result.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Int4Row:
+    """One number of rows; times are medians in milliseconds.
+
+    Attributes:
+        rows: of the inputs.
+        matmulnbits_ms, kernel_ms: of ONNX Runtime's product and of ours.
+        speedup: of ours over it.
+        gflops: operations a second of ours, in units of 1e9.
+        gigabytes_per_s: of weights read by ours.
+        percent_of_int8: of the rate of MatMulInteger, unsigned times signed bytes.
+        difference: from MatMulNBits, at most; see `TOLERANCE`.
+    """
+
+    rows: int
+    matmulnbits_ms: float
+    kernel_ms: float
+    speedup: float
+    gflops: float
+    gigabytes_per_s: float
+    percent_of_int8: float
+    difference: float
+
+
+def measure_int4(kernel: Int4Kernel, threads: int, runs: int) -> list[Int4Row]:
+    """Time the products for every number of rows.
+
+    Args:
+        kernel: with a library.
+        threads: of each session.
+        runs: of each product; the first, which warms up, is not counted.
+    """
+    model = _block_model()
+    changed = give_products(model)
+    assert changed is not None
+    sessions = {
+        "matmulnbits": _open(model, threads),
+        "kernel": _open(changed, threads, kernel),
+        "int8": _open(_integer_model(), threads),
+    }
+    return [_measure(sessions, rows, runs) for rows in ROWS]
+
+
+def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> Int4Row:
+    random = np.random.default_rng(rows)
+    inputs, outputs = SHAPE
+    x: NDArray[Any] = random.standard_normal((rows, inputs)).astype(np.float32)
+    feeds = dict.fromkeys(sessions, x)
+    feeds["int8"] = random.integers(0, 256, x.shape, np.uint8)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    results: dict[str, NDArray[np.float32]] = {}
+    for _ in range(runs + 1):
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            (results[name],) = session.run(None, {"x": feeds[name]})
+            times[name].append(time.perf_counter() - started)
+    median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    theirs, ours = results["matmulnbits"], results["kernel"]
+    return Int4Row(
+        rows=rows,
+        matmulnbits_ms=round(median["matmulnbits"] * 1e3, 3),
+        kernel_ms=round(median["kernel"] * 1e3, 3),
+        speedup=round(median["matmulnbits"] / median["kernel"], 2),
+        gflops=round(2 * rows * inputs * outputs / median["kernel"] / 1e9, 1),
+        gigabytes_per_s=round(_weight_bytes() / median["kernel"] / 1e9, 1),
+        percent_of_int8=round(100 * median["int8"] / median["kernel"], 1),
+        difference=float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
+    )
+
+
+def _weight_bytes() -> int:
+    inputs, outputs = SHAPE
+    return outputs * (inputs // 2 + inputs // BLOCK * 4)
+
+
+def _block_model() -> bytes:
+    inputs, outputs = SHAPE
+    random = np.random.default_rng(0)
+    blocks = inputs // BLOCK
+    weights = {
+        "w": random.integers(0, 256, (outputs, blocks, BLOCK // 2), np.uint8),
+        "s": random.random((outputs, blocks), np.float32),
+    }
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *weights],
+        ["y"],
+        domain="com.microsoft",
+        K=inputs,
+        N=outputs,
+        bits=4,
+        block_size=BLOCK,
+        accuracy_level=4,
+    )
+    return _model(node, weights, TensorProto.FLOAT, TensorProto.FLOAT)
+
+
+def _integer_model() -> bytes:
+    weights = {"w": np.random.default_rng(1).integers(-127, 128, SHAPE, np.int8)}
+    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    return _model(node, weights, TensorProto.UINT8, TensorProto.INT32)
+
+
+def _model(node: Any, weights: Mapping[str, NDArray[Any]], taken: int, given: int) -> bytes:
+    inputs, outputs = SHAPE
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", taken, ["rows", inputs])],
+        [helper.make_tensor_value_info("y", given, ["rows", outputs])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _open(model: bytes, threads: int, kernel: Int4Kernel | None = None) -> Any:
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # The other sessions' threads would spin into this one's first milliseconds.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    form = AS_STORED if kernel else exact_form(("int4",))
+    for key, value in form.entries.items():
+        options.add_session_config_entry(key, value)
+    if kernel is not None:
+        options.register_custom_ops_library(str(kernel.library))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def render_int4(kernel: Int4Kernel, rows: Sequence[Int4Row], threads: int) -> list[str]:
+    """Return the lines of a report."""
+    inputs, outputs = SHAPE
+    head = f"INT4 product {inputs} -> {outputs}, block {BLOCK}, {threads} threads: {kernel}"
+    return [
+        "",
+        head,
+        *(
+            f"  {row.rows:4} rows  MatMulNBits {row.matmulnbits_ms:9.2f} ms, ours"
+            f" {row.kernel_ms:9.2f} ms = {row.speedup:5.2f}x faster, {row.gflops:7.1f} GFLOP/s,"
+            f" {row.gigabytes_per_s:5.1f} GB/s, {row.percent_of_int8:5.1f} % of MatMulInteger"
+            for row in rows
+        ),
+    ]
