@@ -39,14 +39,13 @@ IVE_AVX2 IVE_INLINE void transpose8(__m256i (&v)[8]) {
   for (int i = 0; i < 8; ++i) v[i] = t[i];
 }
 
-IVE_AVX2 inline void transpose(const uint8_t* source, int64_t apart, int given, int64_t count,
-                               uint8_t* out) {
+IVE_AVX2 inline void transpose(const Source& source, uint8_t* out) {
   const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int half = 0; half < 2; ++half) {
     const uint8_t* columns[8];
-    for (int i = 0; i < 8; ++i) columns[i] = column(source, apart, given, 8 * half + i);
-    for (int64_t k = 0; k < count; k += 8) {
-      const int left = static_cast<int>(count - k < 8 ? count - k : 8);
+    for (int i = 0; i < 8; ++i) columns[i] = source.column(8 * half + i);
+    for (int64_t k = 0; k < source.count; k += 8) {
+      const int left = static_cast<int>(source.count - k < 8 ? source.count - k : 8);
       const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), places);
       __m256i v[8];
       for (int i = 0; i < 8; ++i) {
@@ -61,14 +60,15 @@ IVE_AVX2 inline void transpose(const uint8_t* source, int64_t apart, int given, 
   }
 }
 
-IVE_AVX2 IVE_INLINE __m256i load(const uint8_t* bytes) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+template <typename T>
+IVE_AVX2 IVE_INLINE __m256i load(const T* values) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
 }
 
 // Adds the products of one block, by pairs in int16, which no product of 4 bits saturates.
 template <int R>
 IVE_AVX2 IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
-                             int64_t block) {
+                             const uint8_t* ahead, int64_t block) {
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   for (int64_t run = 0; run < block; run += kRun) {
     __m256i pairs[R][2];
@@ -76,6 +76,7 @@ IVE_AVX2 IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8
     for (int r = 0; r < R; ++r) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
     for (int64_t k = 0; k < kRun; k += 8) {
+      fetch(ahead);
       const __m256i v0 = load(w), v1 = load(w + 32);
       const __m256i even0 = _mm256_and_si256(v0, low), even1 = _mm256_and_si256(v1, low);
 #pragma GCC unroll 6
@@ -95,6 +96,7 @@ IVE_AVX2 IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8
       }
       x += 4 * kRows;
       w += 64;
+      ahead += 64;
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
@@ -151,7 +153,8 @@ IVE_AVX2 void multiply(const Inputs& inputs, const Panel& panel, const Span& spa
     const int64_t before = b * span.block;
     __m256i sums[R][2];
     start(sums, inputs.starts + b * kRows);
-    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns, span.block);
+    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns,
+        panel.ahead + before / 2 * kColumns, span.block);
     finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
   }
   store(results, y, apart);
@@ -163,7 +166,5 @@ inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, co
       multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
-
-constexpr Path kPath = {"AVX2", kRows, kColumns, runs_here, round_inputs, transpose, multiply_rows};
 
 }  // namespace ive::int4::avx2

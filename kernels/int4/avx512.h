@@ -46,16 +46,17 @@ IVE_AVX512 IVE_INLINE void transpose16(__m512i (&v)[16]) {
   }
 }
 
-IVE_AVX512 inline void transpose(const uint8_t* source, int64_t apart, int given, int64_t count,
-                                 uint8_t* out) {
+IVE_AVX512 inline void transpose(const Source& source, uint8_t* out) {
   for (int half = 0; half < 2; ++half) {
     const uint8_t* columns[16];
-    for (int i = 0; i < 16; ++i) columns[i] = column(source, apart, given, 16 * half + i);
-    for (int64_t k = 0; k < count; k += 16) {
-      const int64_t left = count - k < 16 ? count - k : 16;
+    for (int i = 0; i < 16; ++i) columns[i] = source.column(16 * half + i);
+    for (int64_t k = 0; k < source.count; k += 16) {
+      const int64_t left = source.count - k < 16 ? source.count - k : 16;
       const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
       __m512i v[16];
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi32(mask, columns[i] + 4 * k);
+      for (int i = 0; i < 16; ++i) {
+        v[i] = _mm512_maskz_loadu_epi32(mask, columns[i] + 4 * k);
+      }
       transpose16(v);
       uint8_t* to = out + (2 * k + half) * 64;
       for (int i = 0; i < 16 && i < left; ++i) _mm512_storeu_si512(to + 128 * i, v[i]);
@@ -95,6 +96,9 @@ IVE_AVX512 void multiply(const Inputs& inputs, const Panel& panel, const Span& s
       }
     }
     for (int64_t k = 0; k < span.block; k += 8) {
+      const uint8_t* ahead = panel.ahead + (w - panel.values);
+      fetch(ahead);
+      fetch(ahead + 64);
       const __m512i v0 = _mm512_loadu_si512(w), v1 = _mm512_loadu_si512(w + 64);
       const __m512i even0 = _mm512_and_si512(v0, low), even1 = _mm512_and_si512(v1, low);
 #pragma GCC unroll 12
@@ -141,8 +145,5 @@ IVE_AVX512 inline void multiply_rows(int rows, const Inputs& inputs, const Panel
       multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
-
-constexpr Path kPath = {"AVX512-VNNI", kRows,     kColumns,     runs_here,
-                        round_inputs,  transpose, multiply_rows};
 
 }  // namespace ive::int4::avx512

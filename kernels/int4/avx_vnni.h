@@ -6,7 +6,7 @@
 
 #include <cpuid.h>
 
-#include "avx2.h"
+#include "avx2_few.h"
 
 namespace ive::int4::avx_vnni {
 
@@ -28,9 +28,10 @@ IVE_AVX_VNNI IVE_INLINE void dot(__m256i& sum, __m256i weights, __m256i inputs) 
 // Adds the products of one block.
 template <int R>
 IVE_AVX_VNNI IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
-                                 int64_t block) {
+                                 const uint8_t* ahead, int64_t block) {
   const __m256i low = _mm256_set1_epi8(15);
   for (int64_t k = 0; k < block; k += 8) {
+    fetch(ahead);
     const __m256i v0 = avx2::load(w), v1 = avx2::load(w + 32);
     const __m256i even0 = _mm256_and_si256(v0, low), even1 = _mm256_and_si256(v1, low);
 #pragma GCC unroll 6
@@ -50,6 +51,7 @@ IVE_AVX_VNNI IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const u
     }
     x += 4 * kRows;
     w += 64;
+    ahead += 64;
   }
 }
 
@@ -62,7 +64,8 @@ IVE_AVX_VNNI void multiply(const Inputs& inputs, const Panel& panel, const Span&
     const int64_t before = b * span.block;
     __m256i sums[R][2];
     avx2::start(sums, inputs.starts + b * kRows);
-    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns, span.block);
+    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns,
+        panel.ahead + before / 2 * kColumns, span.block);
     avx2::finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
   }
   avx2::store(results, y, apart);
@@ -75,8 +78,9 @@ inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, co
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 
-constexpr Path kPath = {"AVX-VNNI",         kRows,           kColumns,     runs_here,
-                        avx2::round_inputs, avx2::transpose, multiply_rows};
+constexpr Path kPath = {
+    "AVX-VNNI",      kRows,         kColumns,        runs_here,          avx2::round_inputs,
+    avx2::transpose, multiply_rows, avx2::round_few, avx2::multiply_few, 3};
 
 }  // namespace ive::int4::avx_vnni
 

@@ -9,11 +9,11 @@
 #include "plain.h"
 #include "tiles.h"
 #if defined(__x86_64__)
-#include "avx2.h"
-#include "avx512.h"
+#include "avx2_few.h"
+#include "avx512_few.h"
 #include "avx_vnni.h"
 #elif defined(__aarch64__)
-#include "neon.h"
+#include "neon_few.h"
 #endif
 
 namespace ive::int4 {
@@ -30,7 +30,7 @@ constexpr Path kPaths[] = {
     neon::kPath,
 #endif
     // As it is defined: it has no tiles.
-    {"plain", 0, 0, [] { return true; }, nullptr, nullptr, nullptr}};
+    {"plain", 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, 0}};
 
 inline const Path& best_path() {
   for (const Path& path : kPaths) {
@@ -39,27 +39,23 @@ inline const Path& best_path() {
   return kPaths[std::size(kPaths) - 1];
 }
 
-// Inputs of a span: 16 KB of weights a panel, 12 KB of rounded inputs a tile.
-constexpr int64_t kSpanInputs = 1024;
-// Columns of one task: their weights in a span stay in the second cache for all rows.
-constexpr int64_t kTaskColumns = 128;
-// Columns of a task where few rows are not worth it to keep them.
-constexpr int64_t kLeastTasks = 64;
+// Inputs of a span: what is transposed of a task's weights at a time stays near for all rows.
+constexpr int64_t kSpanInputs = 2048;
+constexpr int64_t kTaskColumns = 32;
 
 class Multiplication {
  public:
   Multiplication(const Product& product, const Path& path)
       : p_(product), path_(path), blocks_(product.blocks()) {
     if (path.rows == 0) return;
-    const int64_t panels = ceil_div(p_.columns, path.columns);
-    const int64_t widest = kTaskColumns / path.columns;
-    panels_ = std::clamp<int64_t>(panels / kLeastTasks, 1, widest);
+    few_ = product.rows <= path.few_rows;
     row_tiles_ = ceil_div(p_.rows, path.rows);
   }
 
   // False where there is no memory for the rounded inputs.
   bool allocate() {
     if (path_.rows == 0) return true;
+    if (few_) return few_rows_.allocate(p_);
     const int64_t rows = row_tiles_ * path_.rows;
     values_.reset(new (std::nothrow) int8_t[rows * blocks_ * p_.block]);
     scales_.reset(new (std::nothrow) float[rows * blocks_]);
@@ -70,10 +66,11 @@ class Multiplication {
   // Tasks of the two passes; the first must be done before the second begins.
   int64_t roundings() const { return path_.rows == 0 ? 0 : p_.rows; }
   int64_t products() const {
-    return path_.rows == 0 ? p_.rows : ceil_div(p_.columns, panels_ * path_.columns);
+    return path_.rows == 0 ? p_.rows : ceil_div(p_.columns, kTaskColumns);
   }
 
   void round(int64_t row) const {
+    if (few_) return path_.round_few(p_, few_rows_, row);
     const int64_t tile = row / path_.rows, place = row % path_.rows;
     const int64_t first = tile * path_.rows * blocks_ + place;
     path_.round_row(p_.x + row * p_.inputs, p_.inputs, p_.block,
@@ -83,10 +80,21 @@ class Multiplication {
 
   void multiply(int64_t task) const {
     if (path_.rows == 0) return plain_row(p_, task);
+    const int64_t from = task * kTaskColumns, to = std::min(from + kTaskColumns, p_.columns);
+    if (few_) {
+      path_.multiply_few(p_, few_rows_, from, to);
+    } else {
+      multiply_tiles(from, to);
+    }
+    for (int64_t row = 0; p_.bias != nullptr && row < p_.rows; ++row) {
+      for (int64_t n = from; n < to; ++n) p_.y[row * p_.columns + n] += p_.bias[n];
+    }
+  }
+
+ private:
+  void multiply_tiles(int64_t from, int64_t to) const {
     alignas(64) uint8_t values[kTaskColumns * kSpanInputs / 2];
     alignas(64) float scales[kTaskColumns * kSpanInputs / kLeastBlock];
-    const int64_t from = task * panels_ * path_.columns;
-    const int64_t to = std::min(from + panels_ * path_.columns, p_.columns);
     const int64_t step = std::max<int64_t>(1, kSpanInputs / p_.block);
     for (int64_t block = 0; block < blocks_; block += step) {
       const Span span{std::min(step, blocks_ - block), p_.block, block == 0};
@@ -101,12 +109,8 @@ class Multiplication {
         }
       }
     }
-    for (int64_t row = 0; p_.bias != nullptr && row < p_.rows; ++row) {
-      for (int64_t n = from; n < to; ++n) p_.y[row * p_.columns + n] += p_.bias[n];
-    }
   }
 
- private:
   static constexpr int64_t kLeastBlock = 32;
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -120,13 +124,25 @@ class Multiplication {
     float* scales;
   };
 
-  // Transposes the weights of a panel from column `n` on.
+  // Transposes the weights of a panel from column `n` on, and fetches the next panel's scales.
   void load(int64_t n, int64_t block, const Span& span, const Room& room) const {
-    const uint8_t* values = p_.values + n * p_.column_bytes() + block * p_.block / 2;
     const float* scales = p_.scales + n * blocks_ + block;
-    path_.transpose(values, p_.column_bytes(), given(n), span.blocks * p_.block / 8, room.values);
-    path_.transpose(reinterpret_cast<const uint8_t*>(scales), blocks_ * 4, given(n), span.blocks,
+    path_.transpose({p_.values + n * p_.column_bytes() + block * p_.block / 2, p_.column_bytes(),
+                     given(n), span.blocks * p_.block / 8},
+                    room.values);
+    path_.transpose({bytes(scales), 4 * blocks_, given(n), span.blocks},
                     reinterpret_cast<uint8_t*>(room.scales));
+    for (int i = 0; i < path_.columns; ++i) fetch(bytes(scales + (path_.columns + i) * blocks_));
+  }
+
+  static const uint8_t* bytes(const float* values) {
+    return reinterpret_cast<const uint8_t*>(values);
+  }
+
+  // The share of this span in the next panel, in the order in which that lies.
+  const uint8_t* ahead(int64_t n, int64_t block) const {
+    const int64_t next = (n + path_.columns) * blocks_ + block * path_.columns;
+    return p_.values + next * p_.block / 2;
   }
 
   void multiply_tile(int64_t tile, int64_t n, int64_t block, const Span& span,
@@ -134,7 +150,7 @@ class Multiplication {
     const int64_t row = tile * path_.rows, first = row * blocks_ + block * path_.rows;
     const Inputs inputs{values_.get() + first * p_.block, scales_.get() + first,
                         starts_.get() + first};
-    const Panel panel{room.values, room.scales};
+    const Panel panel{room.values, room.scales, tile == 0 ? ahead(n, block) : room.values};
     const int rows = static_cast<int>(std::min<int64_t>(path_.rows, p_.rows - row));
     float* y = p_.y + row * p_.columns + n;
     if (n + path_.columns <= p_.columns) {
@@ -157,7 +173,9 @@ class Multiplication {
 
   Product p_;
   const Path& path_;
-  int64_t blocks_, panels_ = 0, row_tiles_ = 0;
+  int64_t blocks_, row_tiles_ = 0;
+  bool few_ = false;
+  FewRows few_rows_;
   std::unique_ptr<int8_t[]> values_;
   std::unique_ptr<float[]> scales_;
   std::unique_ptr<int32_t[]> starts_;

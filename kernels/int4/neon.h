@@ -35,14 +35,13 @@ IVE_INLINE uint32x4_t load_four(const uint8_t* bytes, int64_t left) {
   return vld1q_u32(room);
 }
 
-inline void transpose(const uint8_t* source, int64_t apart, int given, int64_t count,
-                      uint8_t* out) {
+inline void transpose(const Source& source, uint8_t* out) {
   for (int c = 0; c < kColumns; c += 4) {
-    for (int64_t k = 0; k < count; k += 4) {
-      const int64_t left = count - k;
+    for (int64_t k = 0; k < source.count; k += 4) {
+      const int64_t left = source.count - k;
       uint32x4_t v[4];
       for (int i = 0; i < 4; ++i) {
-        v[i] = load_four(column(source, apart, given, c + i) + 4 * k, left);
+        v[i] = load_four(source.column(c + i) + 4 * k, left);
       }
       const uint32x4x2_t a = vtrnq_u32(v[0], v[1]), b = vtrnq_u32(v[2], v[3]);
       const uint32x4_t columns[4] = {
@@ -86,6 +85,7 @@ IVE_DOT void multiply(const Inputs& inputs, const Panel& panel, const Span& span
       for (int c = 0; c < kVectors; ++c) sums[r][c] = vdupq_n_s32(inputs.starts[b * kRows + r]);
     }
     for (int64_t k = 0; k < span.block; k += 8) {
+      fetch(panel.ahead + (w - panel.values));
       int8x16_t even[kVectors], odd[kVectors];
 #pragma GCC unroll 4
       for (int c = 0; c < kVectors; ++c) {
@@ -120,8 +120,5 @@ inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, co
       multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
-
-constexpr Path kPath = {"NEON dot products", kRows,     kColumns,     runs_here,
-                        round_inputs,        transpose, multiply_rows};
 
 }  // namespace ive::int4::neon

@@ -6,8 +6,8 @@
 //
 //   y[m, n] = sum over blocks of xscale * wscale * (sum(value * q) - 8 * sum(q))
 //
-// where the inner sums are exact integers. Blocks are added in their order by fused multiply-adds,
-// so that all paths give the same bits.
+// where the inner sums are exact integers. Tiles add blocks in their order by fused multiply-adds,
+// so that these are the same bits on all paths; few rows add them in another order on each.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,7 @@ IVE_INLINE Rounded round_block(const float* x, int64_t block, int8_t* even, int8
   }
   constexpr int32_t kInfinity = 0x7f800000, kLeast = 0x04800000;  // kLeast: 2^-118
   if (top >= kInfinity || top < kLeast) {
-    std::memset(even, 0, block / 2);
-    std::memset(odd, 0, block / 2);
+    for (int64_t i = 0; i < block / 2; ++i) even[i] = odd[i] = 0;
     return {top < kLeast ? 0.f : std::numeric_limits<float>::quiet_NaN(), 0};
   }
   float largest;

@@ -1,6 +1,7 @@
 // Tiles of the product: what a path for one kind of CPU provides, and what it is given.
 #pragma once
 
+#include "few.h"
 #include "product.h"
 
 namespace ive::int4 {
@@ -17,15 +18,28 @@ struct Inputs {
 // Some columns of the weight, transposed in units of four bytes:
 //   values: per run of 8 inputs four bytes of each column
 //   scales: per block one of each column
+// What lies `ahead` is as large as the values, and fetched meanwhile: it is needed next.
 struct Panel {
   const uint8_t* values;
   const float* scales;
+  const uint8_t* ahead;
 };
 
 // Part of the inputs of all rows of a tile: `blocks` whole ones.
 struct Span {
   int64_t blocks, block;
   bool first;  // the result is written, not added to
+};
+
+// What becomes a panel: (columns, count) of four bytes.
+struct Source {
+  const uint8_t* first;
+  int64_t apart;  // bytes between columns
+  int given;      // columns that are there; the last of them stands for the others
+  int64_t count;
+
+  // Where column `i` begins.
+  const uint8_t* column(int i) const { return first + apart * (i < given ? i : given - 1); }
 };
 
 struct Path {
@@ -35,12 +49,15 @@ struct Path {
   // Rounds one row: `values`, `scales` and `starts` are the first of that row in an `Inputs`.
   void (*round_row)(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
                     int32_t* starts);
-  // (columns, count) -> (count, columns) of four bytes; rows of `source` are `apart` bytes apart,
-  // and the last of `given` stands for those that are not there.
-  void (*transpose)(const uint8_t* source, int64_t apart, int given, int64_t count, uint8_t* out);
+  // Transposes a panel; see `Source`.
+  void (*transpose)(const Source& source, uint8_t* out);
   // Adds to `rows` rows of y, `apart` floats apart.
   void (*multiply)(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                    int64_t apart);
+  // A product of few rows: one of them rounded, and its columns `from` to `to`.
+  void (*round_few)(const Product& product, const FewRows& x, int64_t row);
+  void (*multiply_few)(const Product& product, const FewRows& x, int64_t from, int64_t to);
+  int few_rows;  // at most so many, and at most `kFewRows`
 };
 
 template <int kRows>
@@ -63,10 +80,8 @@ IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t*
   }
 }
 
-// Where four bytes of column `i` begin; the last that is there stands for the others.
-IVE_INLINE const uint8_t* column(const uint8_t* source, int64_t apart, int given, int i) {
-  return source + apart * (i < given ? i : given - 1);
-}
+// Fetches the line that holds a byte to be read later.
+IVE_INLINE void fetch(const uint8_t* byte) { __builtin_prefetch(byte, 0, 2); }
 
 IVE_INLINE int32_t four(const int8_t* bytes) {
   int32_t value;

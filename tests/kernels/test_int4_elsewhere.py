@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from int4_cases import KINDS, Case, case, error, integers
+from int4_cases import KINDS, Case, case, check, error, integers
 
 from internvl_edge.kernels import build
 from internvl_edge.kernels.int4.library import BLOCKS
@@ -20,8 +20,8 @@ ARM = "aarch64-linux-gnu-g++"
 
 #: Of awkward rows, inputs and columns, on both sides of tiles and spans.
 SHAPES = (
-    *((1, 1, 1), (2, 31, 7), (5, 33, 15), (6, 96, 16), (7, 500, 17), (12, 1024, 31)),
-    *((13, 1030, 33), (25, 640, 65), (50, 130, 129), (3, 2100, 40)),
+    *((1, 1, 1), (2, 31, 7), (2, 60, 70), (3, 2100, 40), (4, 330, 37), (5, 33, 15)),
+    *((6, 96, 16), (7, 500, 17), (12, 1024, 31), (13, 1030, 33), (25, 640, 65), (50, 130, 129)),
 )
 
 
@@ -77,11 +77,11 @@ def run(command: list[str], products: list[Case]) -> tuple[list[str], list[list[
     return paths, results
 
 
-def check(products: list[Case], results: list[list[np.ndarray]]) -> None:
-    for i, (given, (*fast, plain)) in enumerate(zip(products, results, strict=True)):
-        assert error(plain, given) < (1e-5 if i >= len(products) // 2 else 1e-12)
-        for y in fast:
-            np.testing.assert_array_equal(y, plain)
+def check_all(products: list[Case], results: list[list[np.ndarray]]) -> None:
+    for i, (given, each) in enumerate(zip(products, results, strict=True)):
+        check(each, given)
+        if i < len(products) // 2:  # integers
+            assert max(error(y, given) for y in each) < 1e-12
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     products = given_products()
     paths, results = run([emulator("qemu-x86_64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
-    check(products, results)
+    check_all(products, results)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
     products = given_products()
     paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
-    check(products, results)
+    check_all(products, results)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_nothing_outside_is_read_or_written(sanitized: Path) -> None:
     products = given_products()
     paths, results = run([str(sanitized)], products)
     assert paths[-1] == "plain"
-    check(products, results)
+    check_all(products, results)
 
 
 @pytest.mark.slow

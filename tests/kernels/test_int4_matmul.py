@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int4_cases import KINDS, Case, case, cases, error, integers
+from int4_cases import KINDS, Case, case, cases, check, integers
 
 from internvl_edge.export.formats.quantize import BlockFormat, dequantize_blocks, quantize_blocks
 from internvl_edge.kernels import build
@@ -37,13 +37,8 @@ def test_integers_are_numpys_on_every_path(library: Int4Library, drawn: Case) ->
 
 @settings(max_examples=150)
 @given(drawn=cases())
-def test_floats_are_the_sum_over_these_integers_and_the_same_bits(
-    library: Int4Library, drawn: Case
-) -> None:
-    *fast, plain = results(library, drawn)
-    assert error(plain, drawn) < 1e-5
-    for y in fast:
-        np.testing.assert_array_equal(y, plain)
+def test_floats_are_the_sum_over_these_integers(library: Int4Library, drawn: Case) -> None:
+    check(results(library, drawn), drawn)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -51,21 +46,16 @@ def test_floats_are_the_sum_over_these_integers_and_the_same_bits(
 def test_every_kind_with_every_number_of_rows(library: Int4Library, kind: str, block: int) -> None:
     for rows in (*range(1, 14), 24, 50):
         given = case(rows, 2 * block + 1, 33, block, kind, seed=rows)
-        *fast, plain = results(library, given)
-        assert error(plain, given) < 1e-5
-        for y in fast:
-            np.testing.assert_array_equal(y, plain)
+        check(results(library, given), given)
 
 
-@pytest.mark.parametrize(("inputs", "columns"), [(4096, 4200), (5120, 129), (1000, 2050)])
+@pytest.mark.parametrize("rows", [1, 3, 13])
+@pytest.mark.parametrize(("inputs", "columns"), [(5000, 300), (10240, 97), (1000, 1030)])
 def test_more_inputs_and_columns_than_one_task_takes(
-    library: Int4Library, inputs: int, columns: int
+    library: Int4Library, rows: int, inputs: int, columns: int
 ) -> None:
-    given = case(13, inputs, columns, 128, seed=1)
-    *fast, plain = results(library, given)
-    assert error(plain[:2], Case(given.x[:2], given.values, given.scales, given.bias)) < 1e-5
-    for y in fast:
-        np.testing.assert_array_equal(y, plain)
+    given = case(rows, inputs, columns, 128, seed=1)
+    check(results(library, given), given)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
