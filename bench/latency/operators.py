@@ -28,6 +28,7 @@ from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.quoting import named
 from internvl_edge.bundle.rope import rope_rows
 from internvl_edge.export.output.marker import scratch_folder
+from internvl_edge.runtime.backends.int4 import bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import use_exact_products
 from internvl_edge.runtime.options import add_threads, at_least
@@ -116,7 +117,7 @@ def profile_bundle(
 def _profile_vision(
     bundle: Bundle, tiles: int, runs: int, threads: int | None, folder: Path
 ) -> list[list[Mapping[str, Any]]]:
-    session = _session(bundle.file(contract.VISION_GRAPH), threads, folder)
+    session = _session(bundle, contract.VISION_GRAPH, threads, folder)
     side = bundle.spec.vision.tile_size
     random = np.random.default_rng(0)
     picture = random.integers(0, 255, (tiles, side, side, 3), np.uint8)
@@ -129,7 +130,7 @@ def _profile_language(
     bundle: Bundle, tokens: int, runs: int, threads: int | None, folder: Path
 ) -> tuple[list[list[Mapping[str, Any]]], list[list[Mapping[str, Any]]]]:
     """Passes of the prefill and of the decode step, warm-up left out."""
-    session = _session(bundle.file(contract.LANGUAGE_GRAPH), threads, folder)
+    session = _session(bundle, contract.LANGUAGE_GRAPH, threads, folder)
     binding, storage = _bind_cache(session, bundle, tokens + 1)
     for length, total in [(tokens, tokens)] * (runs + 1) + [(1, tokens + 1)] * (runs + 1):
         _bind_rows(binding, bundle, length, total, tokens + 1)
@@ -139,17 +140,19 @@ def _profile_language(
     return passes[1 : runs + 1], passes[runs + 2 :]
 
 
-def _session(graph: Path, threads: int | None, folder: Path) -> ort.InferenceSession:
+def _session(bundle: Bundle, graph: str, threads: int | None, folder: Path) -> ort.InferenceSession:
+    """A session that computes a graph as the runtime does, and profiles itself."""
     ort = load_onnxruntime()
 
     options = ort.SessionOptions()
     options.enable_profiling = True
-    options.profile_file_prefix = str(folder / graph.stem)
+    options.profile_file_prefix = str(folder / Path(graph).stem)
     options.log_severity_level = 3
     use_exact_products(options)
     if threads is not None:
         options.intra_op_num_threads = threads
-    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    model = bundle_kernel(bundle).give(bundle.file(graph), options)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _bind_cache(session: Any, bundle: Bundle, capacity: int) -> tuple[Any, list[Any]]:

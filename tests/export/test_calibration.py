@@ -182,11 +182,10 @@ def test_kept_layers_are_half_precision(tmp_path: Path, checkpoint: Path) -> Non
     [
         ("onnxruntime", "fp16", "fp32", "fp16 or int8"),
         ("tensorrt", "fp32", "fp16", "fp32"),
-        ("tensorrt", "fp16", "int8", "fp16 or --for tensorrt-portable"),
         ("tensorrt-portable", "int4", "fp32", "fp16 or int8"),
     ],
 )
-def test_a_cache_attention_does_not_take(
+def test_a_float_cache_attention_does_not_take(
     tmp_path: Path, checkpoint: Path, dialect: Any, language: Any, kv: Any, taken: str
 ) -> None:
     with pytest.raises(ExportError, match=f"kv {kv} does not go with .*; use {taken}$"):
