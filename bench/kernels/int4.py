@@ -9,16 +9,22 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.runtime.backends.int4 import Int4Kernel
+from internvl_edge.bundle.contract import Tensor
+from internvl_edge.export.checkpoint.weights import Weight
+from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
+from internvl_edge.export.formats.quantize import BlockFormat, Blocks, block_bytes
+from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graphs.graph import GraphBuilder
+from internvl_edge.export.output.marker import scratch_folder
+from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.own_nodes import give_products
-from internvl_edge.runtime.backends.products import AS_STORED, exact_form
+from internvl_edge.runtime.backends.products import AS_STORED, Form, exact_form
 
 #: Inputs and outputs: the MLP of InternLM2-20B.
 SHAPE = (6144, 16384)
@@ -60,15 +66,14 @@ def measure_int4(kernel: Int4Kernel, threads: int, runs: int) -> list[Int4Row]:
         threads: of each session.
         runs: of each product; the first, which warms up, is not counted.
     """
-    model = _block_model()
-    changed = give_products(model)
-    assert changed is not None
-    sessions = {
-        "matmulnbits": _open(model, threads),
-        "kernel": _open(changed, threads, kernel),
-        "int8": _open(_integer_model(), threads),
-    }
-    return [_measure(sessions, rows, runs) for rows in ROWS]
+    with scratch_folder() as folder:
+        blocks, integers = _write_blocks(folder), _write_integers(folder)
+        sessions = {
+            "matmulnbits": _open(blocks, threads, exact_form(("int4",))),
+            "kernel": _open(blocks, threads, AS_STORED, kernel),
+            "int8": _open(integers, threads, AS_STORED),
+        }
+        return [_measure(sessions, rows, runs) for rows in ROWS]
 
 
 def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> Int4Row:
@@ -100,62 +105,47 @@ def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> Int4Row:
 
 def _weight_bytes() -> int:
     inputs, outputs = SHAPE
-    return outputs * (inputs // 2 + inputs // BLOCK * 4)
+    return block_bytes(outputs, inputs, BlockFormat(4, BLOCK))
 
 
-def _block_model() -> bytes:
+def _write_blocks(folder: Path) -> Path:
+    """Write a graph of MatMulNBits, its weight beside it as in a bundle."""
     inputs, outputs = SHAPE
     random = np.random.default_rng(0)
-    blocks = inputs // BLOCK
-    weights = {
-        "w": random.integers(0, 256, (outputs, blocks, BLOCK // 2), np.uint8),
-        "s": random.random((outputs, blocks), np.float32),
-    }
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", *weights],
-        ["y"],
-        domain="com.microsoft",
-        K=inputs,
-        N=outputs,
-        bits=4,
-        block_size=BLOCK,
-        accuracy_level=4,
-    )
-    return _model(node, weights, TensorProto.FLOAT, TensorProto.FLOAT)
+    form = BlockFormat(4, BLOCK)
+    count = form.blocks(inputs)
+    packed = random.integers(0, 256, (outputs, count, BLOCK // 2), np.uint8)
+    blocks = Blocks(packed, random.random((outputs, count), np.float32), None)
+    plan = QuantPlan({"w": LinearPlan("blocks", form=form, packed=blocks)})
+    graph = GraphBuilder("int4")
+    x = graph.input(Tensor("x", "float32", ("rows", inputs)))
+    shape = Weight("w", "float32", (outputs, inputs), lambda: iter(()))  # of what is packed
+    y = OnnxRuntimeDialect(graph, plan).linear(x, shape, None, "product")
+    graph.output(y, Tensor("y", "float32", ("rows", outputs)))
+    graph.save(folder, lambda _: None)
+    return folder / "int4.onnx"
 
 
-def _integer_model() -> bytes:
-    weights = {"w": np.random.default_rng(1).integers(-127, 128, SHAPE, np.int8)}
-    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    return _model(node, weights, TensorProto.UINT8, TensorProto.INT32)
+def _write_integers(folder: Path) -> Path:
+    """Write a graph of MatMulInteger, unsigned times signed bytes."""
+    weight = np.random.default_rng(1).integers(-127, 128, SHAPE, np.int8)
+    graph = GraphBuilder("int8")
+    x = graph.input(Tensor("x", "uint8", ("rows", SHAPE[0])))
+    y = graph.node("MatMulInteger", [x, graph.weight(Weight.held("w", weight))], "product")
+    graph.output(y, Tensor("y", "int32", ("rows", SHAPE[1])))
+    graph.save(folder, lambda _: None)
+    return folder / "int8.onnx"
 
 
-def _model(node: Any, weights: Mapping[str, NDArray[Any]], taken: int, given: int) -> bytes:
-    inputs, outputs = SHAPE
-    graph = helper.make_graph(
-        [node],
-        "product",
-        [helper.make_tensor_value_info("x", taken, ["rows", inputs])],
-        [helper.make_tensor_value_info("y", given, ["rows", outputs])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return bytes(model.SerializeToString())
-
-
-def _open(model: bytes, threads: int, kernel: Int4Kernel | None = None) -> Any:
+def _open(graph: Path, threads: int, form: Form, kernel: Int4Kernel = NO_KERNEL) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # The other sessions' threads would spin into this one's first milliseconds.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    form = AS_STORED if kernel else exact_form(("int4",))
     for key, value in form.entries.items():
         options.add_session_config_entry(key, value)
-    if kernel is not None:
-        options.register_custom_ops_library(str(kernel.library))
+    model = kernel.give(graph, options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
