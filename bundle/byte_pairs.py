@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import quoted, reason
+from internvl_edge.bundle.segments import AddedTokens, Segment, joined
 from internvl_edge.bundle.text_form import TextForm, clean_up
 from internvl_edge.bundle.token_files import (
     FAST_FILE,
@@ -58,6 +60,7 @@ class BytePairTokenizer:
         ]
         self.added = {token.text: token for token in found}
         self.added_ids = {token.id: token for token in found}
+        self._finder = AddedTokens(self.added)
         self.cleans_up = cleans_up
 
     @classmethod
@@ -128,6 +131,29 @@ class BytePairTokenizer:
         """
         check_unicode(text)
         return list(self._model.encode(text, add_special_tokens=True).ids)
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of a prompt, as of `encode`; special tokens are live in control segments alone."""
+        if not self._finder.spelled(segments):
+            return self.encode(joined(segments))
+        library = load_tokenizers()
+        encoded = []
+        for position, part in enumerate(self._finder.parts(segments)):
+            check_unicode(part)
+            model = self._model if position % 2 else self._letters
+            encoded.append(model.encode(part, add_special_tokens=False))
+        whole = library.Encoding.merge(encoded, growing_offsets=False)
+        return list(self._model.post_process(whole, add_special_tokens=True).ids)
+
+    @cached_property
+    def _letters(self) -> tokenizers.Tokenizer:
+        """The model without added tokens."""
+        plain: tokenizers.Tokenizer = load_tokenizers().Tokenizer(self._model.model)
+        if self._model.normalizer is not None:
+            plain.normalizer = self._model.normalizer
+        if self._model.pre_tokenizer is not None:
+            plain.pre_tokenizer = self._model.pre_tokenizer
+        return plain
 
     def decode(self, ids: Iterable[int], form: TextForm | None = None) -> str:
         """Text of `ids`; broken UTF-8 becomes U+FFFD."""

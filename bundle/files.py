@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -71,6 +72,24 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     if len(content) > room:
         raise OSError(errno.EFBIG, f"it has more than the {size} bytes it tells")
     return content
+
+
+def write_bytes(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Write a whole file beside its place and rename it, so that nobody meets half of it.
+
+    Raises:
+        FileExistsError: something is there, and is not to be replaced, or is no regular file.
+        OSError: it cannot be written.
+    """
+    if os.path.lexists(path) and not (overwrite and path.is_file()):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ Strings are the reference's to the letter: no newline between turns before Inter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from internvl_edge.bundle.errors import PromptError
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.segments import Segment, joined
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START = "<img>"
@@ -24,6 +26,10 @@ _INTERNVL_2_5 = (
     "你是书生·万象，英文名是InternVL，"
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+
+
+#: A question: text, or segments where images stand in it.
+Question: TypeAlias = "str | Sequence[Segment]"
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,30 @@ class Template:
     answer_start: str = ""
     numbers_images: bool = True
 
-    def render(self, turns: Sequence[tuple[str, str | None]], system_message: str | None) -> str:
+    def segments(
+        self, turns: Sequence[tuple[Question, str | None]], system_message: str | None
+    ) -> list[Segment]:
         """Prompt of a conversation; an answer of None (or empty) is the one to be generated."""
         message = self.system_message if system_message is None else system_message
-        text = "" if message is None else f"{self.system}{message}{self.separator}"
+        found: list[Segment] = []
+        if message is not None:
+            found += self._turn(self.system, [Segment(message, False)])
         for question, answer in turns:
-            text += f"{self.user}{question}{self.separator}{self.assistant}"
+            asked = [Segment(question, False)] if isinstance(question, str) else question
+            found += [*self._turn(self.user, asked), Segment(self.assistant, True)]
             if answer:
-                text += f"{self.answer_start}{answer}{self.answer_end}"
-        return text
+                found.append(Segment(self.answer_start, True))
+                found += [Segment(answer, False), Segment(self.answer_end, True)]
+        return found
+
+    def _turn(self, start: str, content: Iterable[Segment]) -> list[Segment]:
+        return [Segment(start, True), *content, Segment(self.separator, True)]
+
+    def render(
+        self, turns: Sequence[tuple[Question, str | None]], system_message: str | None
+    ) -> str:
+        """Return the text of `segments`, which is the reference's."""
+        return joined(self.segments(turns, system_message))
 
 
 def _chatml(
@@ -152,12 +173,15 @@ def place_images(
     return "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in numbers) + question
 
 
-def expand_images(question: str, rows: Iterator[int]) -> str:
+def expand_images(question: str, rows: Iterator[int]) -> list[Segment]:
     """Replace each `<image>`, left to right, by its slots.
 
     Args:
         rows: image rows of the conversation's images; one number is taken per `<image>`.
     """
-    parts = question.split(IMAGE_PLACEHOLDER)
-    slots = (f"{IMAGE_START}{IMAGE_CONTEXT * next(rows)}{IMAGE_END}{part}" for part in parts[1:])
-    return parts[0] + "".join(slots)
+    first, *others = question.split(IMAGE_PLACEHOLDER)
+    found = [Segment(first, False)]
+    for part in others:
+        slots = f"{IMAGE_START}{IMAGE_CONTEXT * next(rows)}{IMAGE_END}"
+        found += [Segment(slots, True), Segment(part, False)]
+    return found

@@ -54,6 +54,8 @@ class Remedy(Enum):
         "prepare it on a larger machine with this CPU and onnxruntime, and copy 'prepared'",
         "prepare it on a larger machine with this CPU and onnxruntime, and copy 'prepared'",
     )
+    NEW_CHAT = Spelling("begin a new chat (/reset)", "begin a new chat")
+    DROP_OLDEST = Spelling("pass --drop-oldest", "pass drop_oldest=True")
     FEWER_IMAGES = Spelling("give fewer images", "give fewer images")
     LESS_TEXT = Spelling("give less text", "give less text")
     CLOSE_PROGRAMS = Spelling("close other programs", "close other programs")

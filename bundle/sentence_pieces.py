@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import reason
+from internvl_edge.bundle.segments import AddedTokens, Segment
 from internvl_edge.bundle.text_form import TextForm, clean_up
 from internvl_edge.bundle.token_files import (
     MODEL_FILE,
@@ -50,16 +51,16 @@ class SentencePieceTokenizer:
         legacy: bool = True,
         named: Collection[str] = (),
     ) -> None:
+        self._proto = model_proto
         self._pieces = _processor(model_proto)
-        self._plain = None if legacy else _processor(model_proto + _NO_PREFIX)
+        self._legacy = legacy
         self._named = named
         self._limit = int(self._pieces.GetPieceSize())
         self.added = {token.text: token for token in added}
         self.added_ids = {token.id: token for token in added}
         self.cleans_up = cleans_up
         self._bos = [self._pieces.bos_id()] if add_bos else []
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._finder = AddedTokens(self.added)
 
     @classmethod
     def read(cls, files: TokenFiles) -> SentencePieceTokenizer:
@@ -94,24 +95,51 @@ class SentencePieceTokenizer:
         Raises:
             PromptError: the text is not Unicode: bytes of another encoding were let through.
         """
-        check_unicode(text)
-        if self._plain is not None and text:
-            text = _SPACE + text.replace(_SPACE, " ")
+        return self._encode([Segment(text, True)], self._encode_text)
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of a prompt, as of `encode`; special tokens are live in control segments alone."""
+        for segment in segments:
+            check_unicode(segment.text)
+        return self._encode(segments, self._encode_guarded)
+
+    def _encode(
+        self, segments: Sequence[Segment], encode: Callable[[str], Sequence[int]]
+    ) -> list[int]:
+        """Ids of segments, with `encode` for the text between added tokens."""
+        if not self._legacy:
+            segments = _prefixed(segments)
         ids: list[int] = []
-        parts = self._parts(text)
+        parts = self._finder.parts(segments)
         for position, part in enumerate(parts):
             if position % 2 and part:
                 ids.append(self.added[part].id)
             elif part:
-                ids.extend(self._encode_text(part))
-        lone = self._plain is not None and parts[0] == _SPACE and len(parts) > 1
+                ids.extend(encode(part))
+        lone = not self._legacy and parts[0] == _SPACE and len(parts) > 1
         if lone and parts[1] in self._named:
             ids = ids[1:]
         return [*self._bos, *ids]
 
+    @cached_property
+    def _plain(self) -> SentencePieceProcessor:
+        """The model without its own prefix."""
+        return _processor(self._proto + _NO_PREFIX)
+
+    def _encode_guarded(self, text: str) -> list[int]:
+        """Ids of text, none of them a control token's."""
+        ids = self._encode_text(text)
+        if self._finder.guarded.isdisjoint(ids):
+            return ids
+        # A piece of the model's own that an added token has as well: letter by letter it is none.
+        letters = (token for letter in text[1:] for token in self._encode_inner(letter))
+        return [*self._encode_text(text[:1]), *letters]
+
     def _encode_text(self, text: str) -> list[int]:
-        if self._plain is None:
-            return list(self._pieces.EncodeAsIds(text))
+        return list(self._pieces.EncodeAsIds(text)) if self._legacy else self._encode_inner(text)
+
+    def _encode_inner(self, text: str) -> list[int]:
+        """Ids of text without a prefix."""
         if not text.startswith((_SPACE, " ")):
             return list(self._plain.EncodeAsIds(text))
         # SentencePiece would lose a leading space: it stands behind something that is cut off.
@@ -166,23 +194,6 @@ class SentencePieceTokenizer:
         text += self.text_of_pieces(run)
         return clean_up(text) if form.clean_up and self.cleans_up else text
 
-    def _parts(self, text: str) -> list[str]:
-        """Text and added tokens in turn; "" for what is not there."""
-        parts = self._split.split(text)
-        for place in range(1, len(parts), 2):
-            token = self.added[parts[place]]
-            before, after = parts[place - 1], parts[place + 1]
-            if token.rstrip:
-                after = after.lstrip()
-            if token.lstrip:
-                before = before.rstrip()
-            if token.single_word and before and not before.endswith(" "):
-                before, parts[place] = before + token.text, ""
-            elif token.single_word and after and not after.startswith(" "):
-                after, parts[place] = token.text + after, ""
-            parts[place - 1], parts[place + 1] = before, after
-        return parts
-
     def token_id(self, text: str) -> int:
         """Id of a special token, by its text.
 
@@ -194,6 +205,16 @@ class SentencePieceTokenizer:
     def is_text(self, added: AddedToken) -> bool:
         """Whether an added token is text like any other: none is."""
         return False
+
+
+def _prefixed(segments: Sequence[Segment]) -> list[Segment]:
+    """Put the prefix of the whole text before its first segment that has any."""
+    found = [Segment(part.text.replace(_SPACE, " "), part.control) for part in segments]
+    for place, part in enumerate(found):
+        if part.text:
+            found[place] = Segment(_SPACE + part.text, part.control)
+            break
+    return found
 
 
 def _processor(model_proto: bytes) -> SentencePieceProcessor:

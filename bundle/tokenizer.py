@@ -11,6 +11,7 @@ from typing import Protocol
 
 from internvl_edge.bundle.added_tokens import AddedToken
 from internvl_edge.bundle.byte_pairs import BytePairTokenizer
+from internvl_edge.bundle.segments import Segment
 from internvl_edge.bundle.sentence_pieces import SentencePieceTokenizer
 from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.bundle.token_files import FAST_FILE, MODEL_FILE, TokenFiles
@@ -38,6 +39,13 @@ class Tokenizer(Protocol):
 
         Raises:
             PromptError: the text is not Unicode: bytes of another encoding were let through.
+        """
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of a prompt, as of `encode`; special tokens are live in control segments alone.
+
+        Raises:
+            PromptError: see `encode`.
         """
 
     def decode(self, ids: Iterable[int], form: TextForm | None = None) -> str:

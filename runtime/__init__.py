@@ -43,6 +43,7 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.boxes import Box
 from internvl_edge.runtime.decoding.generation import TokenStream
+from internvl_edge.runtime.decoding.progress import Progress
 from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
@@ -79,6 +80,7 @@ __all__ = [
     "PrepareError",
     "PreparedWarning",
     "ProcessError",
+    "Progress",
     "PromptError",
     "RangeError",
     "RangeWarning",

@@ -87,6 +87,17 @@ def flag(name: str, value: Any, *, default: bool = False) -> bool:
     raise UsageError(f"is {quoted(value)}, it must be True or False", option=name)
 
 
+def function_or_none(name: str, value: T) -> T:
+    """Return a function, or None.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value is None or callable(value):
+        return value
+    raise UsageError(f"is {quoted(value)}, it must be a function", option=name)
+
+
 def text(name: str, value: Any) -> str:
     """Return a text.
 

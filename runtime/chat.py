@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl_edge.bundle.errors import PromptError
+from internvl_edge.bundle.errors import ContextError, PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
+from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import pictures, text
+from internvl_edge.runtime.arguments import file_path, flag, pictures, text, whole_or
 from internvl_edge.runtime.decoding.generation import TokenStream
+from internvl_edge.runtime.decoding.progress import ProgressCallback
 from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import Images
 from internvl_edge.runtime.messages import Messages, read_messages
 from internvl_edge.runtime.process import NotCopied
+from internvl_edge.runtime.stored import load, save, written
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class Chat(NotCopied):
         *,
         system_message: str | None = None,
         max_tiles: int | None = None,
-        messages: Messages | None = None,
+        messages: Messages | str | os.PathLike[str] | None = None,
+        control_tokens: bool = False,
+        drop_oldest: bool = False,
     ) -> None:
-        told = read_messages(() if messages is None else messages, answering.inputs, system_message)
+        said = load(messages) if isinstance(messages, str | os.PathLike) else messages
+        told = read_messages(() if said is None else said, answering.inputs, system_message)
         self._answering = answering
         self._system_message = told.system_message
         self._max_tiles = max_tiles
+        self._control_tokens = control_tokens
+        self._drop_oldest = drop_oldest
         self._history = told.answered()
         self._images = told.tile(answering.inputs, max_tiles)
         for image in self._images:
@@ -91,6 +100,7 @@ class Chat(NotCopied):
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
         clean_up: bool = True,
+        progress: ProgressCallback | None = None,
     ) -> Reply:
         """One turn, whole; see `InternVL.stream` for the arguments."""
         stream = self.stream(
@@ -102,6 +112,7 @@ class Chat(NotCopied):
             ignore_eos=ignore_eos,
             skip_special_tokens=skip_special_tokens,
             clean_up=clean_up,
+            progress=progress,
         )
         reply = stream.finish()
         self._settle()
@@ -118,6 +129,7 @@ class Chat(NotCopied):
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
         clean_up: bool = True,
+        progress: ProgressCallback | None = None,
     ) -> TokenStream:
         """One turn, piece by piece. An answer still running is ended first, as it stands.
 
@@ -135,11 +147,14 @@ class Chat(NotCopied):
         earlier = self._earlier()
         question = inputs.question(text("prompt", prompt), len(new), earlier_images=len(earlier))
         shown = [*earlier, *new]
-        ids = inputs.conversation([*self.history, (question, None)], shown, self._system_message)
+        limit = self._answering.max_context
+        if self._drop_oldest:  # keep room for an answer
+            limit -= min(whole_or("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS), limit // 4)
+        ids, needed = self._prompt([*self.history, (question, None)], shown, limit)
         request = Request.of(
             ids,
             inputs.stop_ids,
-            shown,
+            needed,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
@@ -147,12 +162,64 @@ class Chat(NotCopied):
             skip_special_tokens=skip_special_tokens,
             clean_up=clean_up,
             cache=self._cache,
+            progress=progress,
             timings=timings,
             started=started,
         )
-        stream = TokenStream(self._answering, request)
+        stream = self._begin(request)
         self._active = Turn(len(self.history), question, shown, stream)
         return stream
+
+    def messages(self, *, embed: bool = True) -> list[dict[str, Any]]:
+        """Return the conversation as messages of plain JSON: what `InternVL.chat` begins with.
+
+        Args:
+            embed: write every picture as a data URI, of what this chat holds of it; False: by its
+                path where it came from a file, which must then stay as it is.
+        """
+        turns = self.history
+        embed = flag("embed", embed, default=True)
+        return written(turns, self._earlier(), self._system_message, embed=embed)
+
+    def save(
+        self, path: str | os.PathLike[str], *, embed: bool = True, overwrite: bool = False
+    ) -> None:
+        """Write `messages` to a file of JSON, which `InternVL.chat(messages=path)` goes on with.
+
+        Raises:
+            OutputError: the file exists, unless told to `overwrite` it, or cannot be written.
+        """
+        replace = flag("overwrite", overwrite)
+        save(file_path("path", path), self.messages(embed=embed), overwrite=replace)
+
+    def _prompt(
+        self, turns: list[tuple[str, str | None]], images: list[TiledImage], limit: int
+    ) -> tuple[list[int], list[TiledImage]]:
+        """Token ids of the turns and their images; without the oldest ones where that is asked
+        for and there are more than `limit` tokens."""
+        ids: list[int] = []
+        for _ in range(len(turns)):
+            ids = self._answering.inputs.conversation(
+                turns, images, self._system_message, control_tokens=self._control_tokens
+            )
+            if len(ids) <= limit or not self._drop_oldest or len(turns) == 1:
+                break
+            (dropped, _), *turns = turns
+            images = images[dropped.count(IMAGE_PLACEHOLDER) :]
+        return ids, images
+
+    def _begin(self, request: Request) -> TokenStream:
+        try:
+            return TokenStream(self._answering, request)
+        except ContextError as error:
+            if not self._history:
+                raise
+            helps = (
+                [Remedy.NEW_CHAT] if self._drop_oldest else [Remedy.NEW_CHAT, Remedy.DROP_OLDEST]
+            )
+            raise ContextError(
+                error.message, without_gains(helps) | dict(error.remedies)
+            ) from error
 
     def _settle(self) -> None:
         """Put a turn that has ended into the history; where an interrupt came in between, again."""

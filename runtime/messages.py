@@ -13,6 +13,7 @@ from internvl_edge.runtime.arguments import pictures, text_or_none
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import ImageLike, Images
+from internvl_edge.runtime.stored import CutImage, read_image
 
 #: `[{"role": "user", "content": "Hello"}, ...]`; see `read_messages`.
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -23,7 +24,7 @@ class Shown:
     """An image, and where it stands: `messages[2].content[0]`; "" beside a prompt."""
 
     place: str
-    source: ImageLike
+    source: ImageLike | CutImage
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def read_messages(
     Each is `{"role": "system" | "user" | "assistant", "content": ...}`: a system message at most,
     first, then users' and assistants' in turn. Content is a string or a list of parts:
     `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and `{"type": "image_url",
-    "image_url": {"url": ...}}` with a path, `file://` or a data URI. Images that come before the
-    text are written as `Inputs.question` does, others where they stand.
+    "image_url": {"url": ...}}` with a path, `file://` or a data URI. A part of an image may say
+    `frame`, `upright` and `max_tiles` of a `Picture`, or `tiles`: it is that many tiles, one below
+    the other, of a picture of `size` (width, height). Images that come before the text are written
+    as `Inputs.question` does, others where they stand.
 
     Args:
         inputs: of the model that is asked, whose template places images.
@@ -211,7 +214,7 @@ def _part(part: object, place: str) -> str | Shown:
         value = value.get("url")
     if value is None or (kind != "image" and not isinstance(value, str)):
         raise PromptError(f"{place}.{kind} is {quoted(value)}; expected {_EXPECTED[kind]}")
-    return str(value) if kind == "text" else Shown(place, value)
+    return str(value) if kind == "text" else Shown(place, read_image(part, value, place))
 
 
 _EXPECTED = {
@@ -223,6 +226,8 @@ _EXPECTED = {
 
 def _tiled(picture: Shown, inputs: Inputs, max_tiles: int | None) -> TiledImage:
     try:
+        if isinstance(picture.source, CutImage):
+            return inputs.tiles(picture.source.pixels(), picture.source.size)
         return inputs.tile(picture.source, max_tiles)
     except ImageError as error:
         if not picture.place:

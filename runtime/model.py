@@ -17,14 +17,7 @@ from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import (
-    file_path,
-    flag,
-    number_or,
-    pictures,
-    token_ids,
-    whole_or,
-)
+from internvl_edge.runtime.arguments import file_path, flag, pictures, token_ids, whole_or
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
@@ -33,12 +26,18 @@ from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
+from internvl_edge.runtime.decoding.progress import ProgressCallback
 from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.shelf import Shelf
 from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
-from internvl_edge.runtime.images.folder import FOLDER_BYTES, FOLDER_DAYS, ImageFolder
+from internvl_edge.runtime.images.folder import (
+    FOLDER_BYTES,
+    FOLDER_DAYS,
+    ImageFolder,
+    folder_or_none,
+)
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
 from internvl_edge.runtime.images.sources import ImageLike, Images
@@ -75,8 +74,7 @@ class InternVL(NotCopied):
         self.max_context = max_context
         self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
         self.context_id = self.inputs.context_id
-        shelf = Shelf(reuse_bytes)
-        prefixes = PrefixStore(shelf)
+        prefixes = PrefixStore(shelf := Shelf(reuse_bytes))
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()
         finite = FiniteCheck(bundle.manifest)
@@ -145,13 +143,7 @@ class InternVL(NotCopied):
         kept = whole_or("reuse_bytes", reuse_bytes, REUSE_BYTES)
         if kept < 0:
             raise UsageError(f"is {quoted(kept)}, it must be at least 0", option="reuse_bytes")
-        folder = None
-        if image_folder is not None:
-            folder = ImageFolder(
-                file_path("image_folder", image_folder),
-                limit=whole_or("image_folder_bytes", image_folder_bytes, FOLDER_BYTES),
-                days=number_or("image_folder_days", image_folder_days, FOLDER_DAYS),
-            )
+        folder = folder_or_none(image_folder, image_folder_bytes, image_folder_days)
         bundle = open_bundle(file_path("path", path), verify=verify)
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
@@ -169,11 +161,10 @@ class InternVL(NotCopied):
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
-        tokenizer = load_tokenizer(bundle.path, bundle.manifest.files)
         model = cls(
             bundle,
             opened.backend,
-            tokenizer,
+            load_tokenizer(bundle.path, bundle.manifest.files),
             max_context,
             opened.tile,
             reuse_bytes=kept,
@@ -197,6 +188,8 @@ class InternVL(NotCopied):
         skip_special_tokens: bool = True,
         clean_up: bool = True,
         system_message: str | None = None,
+        control_tokens: bool = False,
+        progress: ProgressCallback | None = None,
     ) -> Reply:
         """Answer one prompt; see `stream` for the arguments."""
         return self.stream(
@@ -211,6 +204,8 @@ class InternVL(NotCopied):
             skip_special_tokens=skip_special_tokens,
             clean_up=clean_up,
             system_message=system_message,
+            control_tokens=control_tokens,
+            progress=progress,
         ).finish()
 
     def stream(
@@ -227,6 +222,8 @@ class InternVL(NotCopied):
         skip_special_tokens: bool = True,
         clean_up: bool = True,
         system_message: str | None = None,
+        control_tokens: bool = False,
+        progress: ProgressCallback | None = None,
     ) -> TokenStream:
         """Answer one prompt, piece by piece.
 
@@ -248,6 +245,9 @@ class InternVL(NotCopied):
             clean_up: drop blanks before punctuation (`5 .` becomes `5.`) where the reference's
                 tokenizer does; False gives the text as it was generated.
             system_message: instead of the checkpoint's.
+            control_tokens: whether a text that spells one (`<|im_end|>`, `<IMG_CONTEXT>`) has it,
+                as the reference does; else it is text, and nobody forges a turn by writing one.
+            progress: called as the prompt is worked through; see `Progress`.
 
         Raises:
             ImageError, PromptError, LimitError, ProcessError: at once, before anything is computed.
@@ -260,7 +260,12 @@ class InternVL(NotCopied):
         tiled = told.tile(self.inputs, max_tiles)
         timings.preprocess_s = time.perf_counter() - started
         if isinstance(prompt, str) or prompt is None:
-            ids = self.encode_conversation(told.turns, tiled, told.system_message)
+            ids = self.inputs.conversation(
+                told.turns,
+                tiled,
+                told.system_message,
+                control_tokens=flag("control_tokens", control_tokens),
+            )
         else:
             ids = token_ids("prompt", prompt)
         request = Request.of(
@@ -273,6 +278,7 @@ class InternVL(NotCopied):
             ignore_eos=ignore_eos,
             skip_special_tokens=skip_special_tokens,
             clean_up=clean_up,
+            progress=progress,
             timings=timings,
             started=started,
         )
@@ -283,14 +289,19 @@ class InternVL(NotCopied):
         *,
         system_message: str | None = None,
         max_tiles: int | None = None,
-        messages: Messages | None = None,
+        messages: Messages | str | os.PathLike[str] | None = None,
+        control_tokens: bool = False,
+        drop_oldest: bool = False,
     ) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again.
 
         Args:
             system_message: instead of the checkpoint's.
             max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
-            messages: what was said before, to be gone on with; see `read_messages`.
+            messages: what was said before, to be gone on with: a list, or the file that
+                `Chat.save` wrote; see `read_messages`.
+            control_tokens: see `stream`.
+            drop_oldest: leave the oldest turns out of a prompt that the context does not hold.
 
         Raises:
             PromptError, ImageError: the messages are not a conversation up to an answer.
@@ -298,9 +309,11 @@ class InternVL(NotCopied):
         self.home.check()
         return Chat(
             self.answering,
+            messages=messages,
             system_message=system_message,
             max_tiles=max_tiles,
-            messages=messages,
+            control_tokens=flag("control_tokens", control_tokens),
+            drop_oldest=flag("drop_oldest", drop_oldest),
         )
 
     def tile(self, image: ImageLike, max_tiles: int | None = None) -> NDArray[np.uint8]:
@@ -316,8 +329,8 @@ class InternVL(NotCopied):
         """Embeddings of images, float32 `(tiles * tokens_per_tile of all images, hidden)`."""
         tiled = [self.tile_with_identity(image, max_tiles) for image in pictures("images", images)]
         rows = [self.answering.encoder.rows(image) for image in tiled]
-        hidden = self.spec.language.hidden_size
-        return np.concatenate([np.empty((0, hidden)), *rows]).astype(np.float32)
+        none = np.empty((0, self.spec.language.hidden_size))
+        return np.concatenate([none, *rows]).astype(np.float32)
 
     def logits(
         self,
@@ -372,7 +385,7 @@ class InternVL(NotCopied):
         tiled: Sequence[TiledImage],
         system_message: str | None,
     ) -> list[int]:
-        """Token ids of a conversation whose `<image>` markers stand for `tiled`, in order."""
+        """See `Inputs.conversation`."""
         return self.inputs.conversation(turns, tiled, system_message)
 
     def tile_with_identity(self, image: ImageLike, max_tiles: int | None) -> TiledImage:

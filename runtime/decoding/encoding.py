@@ -64,6 +64,6 @@ class ImageEncoder:
                 rows = batch if whole else np.empty(shape, batch.dtype)
             rows[start * count : start * count + len(batch)] = batch
             timings.vision_s += time.perf_counter() - before
+            timings.tiles += len(tiles)
             yield None
-        timings.tiles += image.tiles
         yield self._store.put(image.identity, rows)

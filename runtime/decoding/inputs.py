@@ -12,13 +12,20 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.errors import ContextError, PromptError, UsageError
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template, place_images
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.segments import joined
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.arguments import token_ids, whole_or
 from internvl_edge.runtime.decoding.passes import check_slots, shortening
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Content, Tiler, Tiling, check_tiles
-from internvl_edge.runtime.images.sources import EncodedBytes, ImageLike, Picture, encoded_image
+from internvl_edge.runtime.images.sources import (
+    EncodedBytes,
+    EncodedPicture,
+    ImageLike,
+    Picture,
+    encoded_image,
+)
 
 
 class Inputs:
@@ -50,22 +57,27 @@ class Inputs:
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
-        told = image.max_tiles if isinstance(image, Picture) else None
-        tiling = self.tiling(max_tiles if told is None else told)
-        given = encoded_image(image)
+        how = image if isinstance(image, Picture) else Picture(image)
+        tiling = self.tiling(max_tiles if how.max_tiles is None else how.max_tiles)
+        given = encoded_image(how)
         source = given.source if isinstance(given, Picture) else given
-        encoded = len(source.data) if isinstance(source, EncodedBytes) else None
-        return TiledImage(partial(self._tiler, given, tiling), tiling, self._encoder, encoded)
+        kept = None
+        if isinstance(source, EncodedBytes):
+            kept = EncodedPicture(source, how.frame, how.upright, tiling.max_tiles)
+        return TiledImage(partial(self._tiler, given, tiling), tiling, self._encoder, kept)
 
-    def tiles(self, tiles: NDArray[np.uint8]) -> TiledImage:
+    def tiles(self, tiles: NDArray[np.uint8], size: tuple[int, int] | None = None) -> TiledImage:
         """Take pictures that are cut already, as if they were one; see `InternVL.tile`.
+
+        Args:
+            size: width and height in pixels of what they were cut from.
 
         Raises:
             ImageError: other than uint8 `(tiles, S, S, 3)`.
         """
         check_tiles(tiles, self._spec.vision.tile_size)
         held = np.ascontiguousarray(tiles)
-        content = Content(hashlib.sha256(held.data).digest(), None)
+        content = Content(hashlib.sha256(held.data).digest(), size)
         return TiledImage(lambda: (held, content), None, self._encoder)
 
     def tiling(self, max_tiles: int | None) -> Tiling:
@@ -101,14 +113,23 @@ class Inputs:
         turns: Sequence[tuple[str, str | None]],
         tiled: Sequence[TiledImage],
         system_message: str | None,
+        *,
+        control_tokens: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation whose `<image>` markers stand for `tiled`, in order."""
+        """Token ids of a conversation whose `<image>` markers stand for `tiled`, in order.
+
+        Args:
+            control_tokens: whether those that the texts spell are live; see `InternVL.stream`.
+        """
         if system_message is None:
             system_message = self._spec.prompt.system_message
         rows = iter([self.rows(image) for image in tiled])
         # Question by question, so that an answer which happens to contain "<image>" stays text.
         expanded = [(expand_images(question, rows), answer) for question, answer in turns]
-        return self._tokenizer.encode(self._template.render(expanded, system_message))
+        segments = self._template.segments(expanded, system_message)
+        if control_tokens:
+            return self._tokenizer.encode(joined(segments))
+        return self._tokenizer.encode_segments(segments)
 
     def rows(self, image: TiledImage) -> int:
         """Positions an image takes in a prompt."""

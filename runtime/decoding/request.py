@@ -9,9 +9,10 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from internvl_edge.bundle.text_form import TextForm
-from internvl_edge.runtime.arguments import flag, texts, whole_or
+from internvl_edge.runtime.arguments import flag, function_or_none, texts, whole_or
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.boxes import Box
+from internvl_edge.runtime.decoding.progress import Progress, ProgressCallback, Stage
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
 
@@ -73,6 +74,7 @@ class Request:
         logprobs: whether each event has the token's log-probability.
         cache: a conversation's, whose beginning is reused, for one request at a time; None
             allocates one.
+        progress: called between the passes of the prompt.
         timings: filled on the way.
         started: what times are counted from, on `time.perf_counter`.
     """
@@ -87,8 +89,14 @@ class Request:
     form: TextForm = field(default_factory=TextForm)
     logprobs: bool = False
     cache: Cache | None = None
+    progress: ProgressCallback | None = None
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
+
+    def tell(self, stage: Stage, done: int, total: int) -> None:
+        """Say how far the prompt is."""
+        if self.progress is not None:
+            self.progress(Progress(stage, done, total))
 
     @classmethod
     def of(
@@ -106,6 +114,7 @@ class Request:
         timings: Timings,
         started: float,
         cache: Cache | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Request:
         """Take arguments as people write them.
 
@@ -125,6 +134,7 @@ class Request:
                 flag("clean_up", clean_up, default=True),
             ),
             cache=cache,
+            progress=function_or_none("progress", progress),
             timings=timings,
             started=started,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,11 +162,29 @@ def _prompt(
     sequence = TokenSequence.build(ids, means.inputs.context_id, images)
     reused = means.engine.begin(cache, sequence)
     request.timings.cached_tokens = reused
-    for index, _ in sequence.needed(reused):
-        for rows in means.encoder.steps(request.images[index], request.timings):
+    yield from _encoded(means, request, images, [index for index, _ in sequence.needed(reused)])
+    request.tell("prompt", reused, len(sequence))
+    for logits in means.engine.prefill_chunks(cache, sequence, reused):
+        request.tell("prompt", cache.state.length, len(sequence))
+        yield logits if cache.state.length == len(sequence) else None
+
+
+def _encoded(
+    means: Answering, request: Request, images: Sequence[PendingImage], needed: Sequence[int]
+) -> Iterator[None]:
+    """Encode the images that are needed, a pass each time."""
+    total = sum(request.images[index].tiles for index in needed)
+    done = 0
+    if needed:
+        request.tell("tiles", done, total)
+    for index in needed:
+        image, before = request.images[index], request.timings.tiles
+        for rows in means.encoder.steps(image, request.timings):
             if rows is None:
+                request.tell("tiles", done + request.timings.tiles - before, total)
                 yield None
             else:
                 images[index].encoded(rows)
-    for logits in means.engine.prefill_chunks(cache, sequence, reused):
-        yield logits if cache.state.length == len(sequence) else None
+        done += image.tiles
+        if request.timings.tiles == before:  # its rows were known
+            request.tell("tiles", done, total)

@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted
+from internvl_edge.runtime.arguments import file_path, number_or, whole_or
 from internvl_edge.runtime.images.identity import ImageIdentity
 
 #: What a folder may hold, unless told otherwise: 50 images of 13 tiles of the 26B in float32.
@@ -184,3 +186,18 @@ def _sealed(image: ImageIdentity, body: bytes) -> bytes:
     digest = hashlib.sha256(image.digest)
     digest.update(body)
     return digest.digest()
+
+
+def folder_or_none(path: Any, limit: Any, days: Any) -> ImageFolder | None:
+    """Take the arguments of `InternVL.load`; None: no folder is asked for.
+
+    Raises:
+        UsageError: one is none; the message names it.
+    """
+    if path is None:
+        return None
+    return ImageFolder(
+        file_path("image_folder", path),
+        limit=whole_or("image_folder_bytes", limit, FOLDER_BYTES),
+        days=number_or("image_folder_days", days, FOLDER_DAYS),
+    )

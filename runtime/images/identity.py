@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.runtime.images.preprocess import Content, Tiling, tiles_on_host
+from internvl_edge.runtime.images.sources import EncodedPicture
 
 #: Makes the tiles of an image, and says what they were cut from.
 Cut = Callable[[], tuple[Any, Content]]
@@ -57,19 +58,21 @@ class TiledImage:
         cut: makes the tiles.
         tiling: how it cuts.
         model: names what will encode them.
-        encoded: bytes that `cut` holds and reads; None: it reads what is the caller's.
+        picture: what `cut` reads, where that is held encoded; None: it reads what is the caller's.
 
     Attributes:
         tiles: how many there are.
         identity: of the image, in every cache.
+        file: the picture by the file it came from; None: there was none.
         size: width and height of the whole image in pixels; None: it was given in tiles.
     """
 
     def __init__(
-        self, cut: Cut, tiling: Tiling | None, model: str, encoded: int | None = None
+        self, cut: Cut, tiling: Tiling | None, model: str, picture: EncodedPicture | None = None
     ) -> None:
         self._cut: Cut | None = cut
-        self._encoded = encoded
+        self._picture = picture
+        self.file = None if picture is None else picture.file()
         self._held, content = cut()
         self.tiles = len(self._held)
         self.size = content.size
@@ -92,11 +95,15 @@ class TiledImage:
         """Keep only the encoded picture or its tiles on the host, whichever is smaller."""
         if self._held is None:
             return
-        if self._cut and self._encoded is not None and self._encoded < self._held.nbytes:
+        if self._picture is not None and len(self._picture.source.data) < self._held.nbytes:
             self._held = None
         else:
             self._held = tiles_on_host(self._held)
-            self._cut = None
+            self._cut = self._picture = None
+
+    def kept(self) -> EncodedPicture | NDArray[np.uint8]:
+        """Return what is held of the image: it encoded, or else its tiles `(tiles, S, S, 3)`."""
+        return tiles_on_host(self.pixels()) if self._picture is None else self._picture
 
 
 class PendingImage:

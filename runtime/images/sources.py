@@ -37,8 +37,18 @@ MAX_BYTES = 8 * MAX_PIXELS
 #: Text below this length is a path that is not there rather than a picture in base64.
 _LEAST_BASE64 = 64
 
-#: First bytes of PNG, JPEG, GIF, BMP, TIFF, PDF, PPM and PGM.
-_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF", b"P6", b"P5")
+#: First bytes of encoded images, and their media types.
+_STARTS = {
+    b"\x89PNG": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"BM": "image/bmp",
+    b"II*\0": "image/tiff",
+    b"MM\0*": "image/tiff",
+    b"%PDF": "application/pdf",
+    b"P6": "image/x-portable-pixmap",
+    b"P5": "image/x-portable-graymap",
+}
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(?=//|[a-z]+/)|(data):")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
@@ -53,10 +63,17 @@ class DeviceImage(Protocol):
 
 @dataclass(frozen=True)
 class EncodedBytes:
-    """An encoded image in memory, and how messages call it."""
+    """An encoded image in memory.
+
+    Attributes:
+        data: the bytes.
+        label: how messages call it.
+        path: the file it was read from; None: there was none.
+    """
 
     data: bytes
     label: str
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,19 @@ class Picture:
             raise ImageError(f"frame is {quoted(self.frame)}, it must be a whole number from 0 on")
         if isinstance(self.source, Picture):
             raise ImageError("the source of a Picture is another Picture; give that one's source")
+
+
+@dataclass(frozen=True)
+class EncodedPicture(Picture):
+    """A picture that is held encoded."""
+
+    source: EncodedBytes
+
+    def file(self) -> Picture | None:
+        """Return the picture by the file it came from; None: there was none."""
+        if self.source.path is None:
+            return None
+        return Picture(self.source.path, self.frame, self.upright, self.max_tiles)
 
 
 def encoded_image(source: ImageLike) -> ImageLike:
@@ -161,6 +191,13 @@ def _base64(text: str) -> bytes | None:
     return data if looks_like_an_image(data) else None
 
 
+def data_uri(data: bytes) -> str:
+    """Return encoded bytes as a data URI, which `encoded_image` reads."""
+    found = [media for start, media in _STARTS.items() if data.startswith(start)]
+    media = found[0] if found else "application/octet-stream"
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+
+
 def _decoded(text: bytes) -> bytes:
     """Decode base64 of either alphabet, with line breaks or without, padded or not."""
     plain = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
@@ -169,12 +206,14 @@ def _decoded(text: bytes) -> bytes:
 
 def looks_like_an_image(data: bytes) -> bool:
     """Return whether bytes begin as a picture does, by what Pillow would open, or a PDF."""
-    return data.startswith(_STARTS) or data[8:12] == b"WEBP" or data[4:8] == b"ftyp"
+    return data.startswith(tuple(_STARTS)) or data[8:12] == b"WEBP" or data[4:8] == b"ftyp"
 
 
 def _home(text: str) -> str:
     """Replace a leading `~`, as a shell would have, unless a file has that very name."""
-    return os.path.expanduser(text) if text.startswith("~") and not _is_there(text) else text
+    if "\0" in text or not text.startswith("~") or _is_there(text):
+        return text
+    return os.path.expanduser(text)
 
 
 def _is_there(text: str) -> bool:
@@ -186,6 +225,7 @@ def _is_there(text: str) -> bool:
 
 def _file(path: str, label: str) -> EncodedBytes:
     try:
-        return EncodedBytes(read_bytes(path, MAX_BYTES), label)
+        data = read_bytes(path, MAX_BYTES)
+        return EncodedBytes(data, label, Path(os.path.abspath(path)))
     except OSError as error:
         raise ImageError(f"cannot read image {quoted(path)}: {reason(error)}") from error

@@ -74,7 +74,6 @@ def test_size_mode(
         (["-p", ""], "the prompt is empty"),
         (["-p", " \n"], "the prompt is empty"),
         (["-p", "<image>"], "1 <image> for 0 images"),
-        (["-p", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens for 0 image rows"),
         (["-p", "caf\udce9"], "not valid Unicode"),
         (["-p", "word " * 9999], "the context holds 1536"),
         (["-p", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
@@ -85,7 +84,6 @@ def test_size_mode(
         (["-p", "Hi", "--top-p", "0"], "--top-p is 0.0"),
         (["-p", "Hi", "--seed", "-1"], "--seed is -1"),
         (["-p", "Hi", "--threads", "0"], "--threads is 0"),
-        (["-p", "Hi", "--system", "<IMG_CONTEXT>"], "1 <IMG_CONTEXT> tokens"),
     ],
     ids=lambda item: ascii(item)[:40],
 )

@@ -70,19 +70,25 @@ def test_wrong_number_of_image_places(ask: Ask, prompt: str, images: int) -> Non
 
 @pytest.mark.parametrize("images", [[], [SQUARE]], ids=["text", "image"])
 @pytest.mark.parametrize("prompt", ["<IMG_CONTEXT>", "What does <IMG_CONTEXT> mean?"])
-def test_stray_context_token(ask: Ask, prompt: str, images: list[Image.Image]) -> None:
-    message = refusal(PromptError, ask, prompt, images)
+def test_stray_context_token(
+    golden_model: InternVL, prompt: str, images: list[Image.Image]
+) -> None:
+    """Refused where the caller asks for control tokens in texts; else it is text."""
+    message = refusal(
+        PromptError, lambda: golden_model.generate(prompt, images, control_tokens=True)
+    )
     rows = 4 * len(images)  # 4 x 4 patches of 14 pixels, shuffled by 2 x 2
     assert f"the prompt has {rows + 1} <IMG_CONTEXT> tokens for {rows} image rows" in message
     assert "remove <IMG_CONTEXT>" in message
+    golden_model.generate(prompt, images, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("way", ["generate", "chat"])
 def test_stray_context_token_in_the_system_message(golden_model: InternVL, way: str) -> None:
-    system = "You are <IMG_CONTEXT>."
+    told: dict[str, Any] = {"system_message": "You are <IMG_CONTEXT>.", "control_tokens": True}
     calls: dict[str, Callable[[], object]] = {
-        "generate": lambda: golden_model.generate("Hello!", system_message=system),
-        "chat": lambda: golden_model.chat(system_message=system).send("Hello!"),
+        "generate": lambda: golden_model.generate("Hello!", **told),
+        "chat": lambda: golden_model.chat(**told).send("Hello!"),
     }
     assert "1 <IMG_CONTEXT> tokens for 0 image rows" in refusal(PromptError, calls[way])
 
@@ -263,10 +269,6 @@ def too_long(chat: Chat) -> None:
     chat.send(SENTENCE * 100)
 
 
-def stray_token(chat: Chat) -> None:
-    chat.send("<IMG_CONTEXT>", [SQUARE])
-
-
 def missing_image(chat: Chat) -> None:
     chat.send("<image> or <image>?", [SQUARE])
 
@@ -275,9 +277,7 @@ def no_tokens(chat: Chat) -> None:
     chat.send("Hello!", [SQUARE], max_new_tokens=0)
 
 
-@pytest.mark.parametrize(
-    "fail", [bad_image, no_prompt, too_long, stray_token, missing_image, no_tokens]
-)
+@pytest.mark.parametrize("fail", [bad_image, no_prompt, too_long, missing_image, no_tokens])
 @pytest.mark.parametrize("turns", [0, 1])
 def test_failed_turn_leaves_the_chat_as_it_was(
     golden_model: InternVL, fail: Callable[[Chat], None], turns: int

@@ -96,6 +96,7 @@ def test_data_uri_with_percents() -> None:
         ("", "path is empty"),
         ("QUJD" * 60, "cannot read image"),
         ("~nobody-of-this-name/x.png", "cannot read image"),
+        ("~\0", "cannot read image"),
     ],
 )
 def test_what_names_none(source: str, said: str) -> None:
