@@ -23,6 +23,9 @@ DATA_BYTES = 1 << 30
 #: Read of a file that says it is empty, as those of /proc do.
 _UNTOLD = 1 << 16
 
+#: How a file begins that Git LFS keeps in the place of a large one.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -39,6 +42,12 @@ def check_regular(path: str | os.PathLike[str], limit: int | None = None) -> Non
         raise OSError(errno.EINVAL, f"it is no path: {error}") from error
     _check_mode(status.st_mode)
     _check_size(status.st_size, limit)
+
+
+def check_no_pointer(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where a file is what Git keeps in the place of a large one."""
+    with open_regular(path) as stream:
+        _check_content(stream.read(len(_POINTER)))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -71,6 +80,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
         content = stream.read(room + 1)
     if len(content) > room:
         raise OSError(errno.EFBIG, f"it has more than the {size} bytes it tells")
+    _check_content(content)
     return content
 
 
@@ -113,6 +123,15 @@ class FileIdentity:
             return cls.of(os.stat(path))
         except (OSError, ValueError):
             return None
+
+
+def _check_content(content: bytes) -> None:
+    if content.startswith(_POINTER):
+        raise OSError(
+            errno.EINVAL,
+            "it is a Git LFS pointer, not the file it stands for; run 'git lfs pull' in its folder,"
+            " or download the file itself",
+        )
 
 
 def _check_size(size: int, limit: int | None) -> None:

@@ -29,7 +29,7 @@ from internvl_edge.bundle.contract import (
     VisionPrecision,
 )
 from internvl_edge.bundle.errors import BundleError, PromptError
-from internvl_edge.bundle.files import FileIdentity, open_regular
+from internvl_edge.bundle.files import FileIdentity, check_no_pointer, open_regular
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.prompt import get_template
 from internvl_edge.bundle.quoting import named, quoted, reason
@@ -252,6 +252,8 @@ def check_file(
     try:
         with open_regular(path) as stream:
             identity = FileIdentity.of(os.fstat(stream.fileno()))
+            if identity.size != entry.bytes:
+                check_no_pointer(path)
             hashed = verify == "hash" and identity.size == entry.bytes
             digest = sha256_stream(stream) if hashed else entry.sha256
             changed = FileIdentity.of(os.fstat(stream.fileno())) != identity

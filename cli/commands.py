@@ -70,7 +70,7 @@ BENCH = {
     "scale": Command(
         "export a released model's true shapes with drawn weights, measured",
         "bench.scale.run",
-        "export",
+        "bench",
     ),
     "kernels": Command(
         "tiling, pixel shuffle, INT4 product: others' beside ours",
@@ -78,17 +78,17 @@ BENCH = {
         "export",
         {
             "precision": Command(
-                "integers against float, at true width", "bench.answers.precision", "export"
+                "integers against float, at true width", "bench.answers.precision", "bench"
             ),
             "engines": Command(
-                "what building TensorRT engines takes, no GPU", "bench.gpu.engines", "export"
+                "what building TensorRT engines takes, no GPU", "bench.gpu.engines", "bench"
             ),
         },
     ),
     "peers": Command(
         "llama.cpp, transformers and Optimum on the same weights, in turns",
         "bench.peers.run",
-        "export",
+        "peers",
     ),
 }
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from internvl_edge.bundle.errors import CheckpointError
-from internvl_edge.bundle.files import FileIdentity, check_regular
+from internvl_edge.bundle.files import FileIdentity, check_no_pointer
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.specs import ModelSpec
@@ -28,6 +28,7 @@ from internvl_edge.export.checkpoint.origin import (
     read_as_stored,
     read_in_order,
     stored_shapes,
+    without_buffers,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -93,7 +94,7 @@ class Checkpoint:
         config = _read_json(self.directory / "config.json")
         beside = read_beside(self.directory) if is_native(config) else NOTHING_BESIDE
         described = describe_config(config, beside)
-        self._files = _tensor_files(self.directory)
+        self._files = without_buffers(_tensor_files(self.directory))
         described = described.holding(self._files)
         self.spec = described.spec
         self._table = described.tensors()
@@ -211,7 +212,10 @@ def _indexed_files(directory: Path) -> dict[str, Path]:
 
 def _open(path: Path) -> Any:
     try:
-        check_regular(path)
+        check_no_pointer(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {named(path)}: {reason(error)}") from error
+    try:
         return safe_open(path, "numpy")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -228,8 +232,8 @@ def _no_weights(directory: Path) -> str:
             f"{named(directory)} holds only pickled weights ({pickles[0]}); loading a pickle can"
             " run any code, so it is refused: convert to safetensors first"
         )
-    if (directory / "adapter_config.json").exists():
-        return f"{named(directory)} is a LoRA adapter; merge it into its base model and export that"
+    if _is_adapter(directory):
+        return _adapter(directory)
     return f"{named(directory)} has neither {SINGLE} nor {INDEX}"
 
 
@@ -237,9 +241,19 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError:
+        if _is_adapter(path.parent):
+            raise CheckpointError(_adapter(path.parent)) from None
         raise CheckpointError(
             f"{named(path.parent)} is not a checkpoint directory: it has no {path.name}; give the"
             " folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
         ) from None
     except (OSError, JsonError) as error:
         raise CheckpointError(f"cannot read {named(path)}: {reason(error)}") from error
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").exists()
+
+
+def _adapter(directory: Path) -> str:
+    return f"{named(directory)} is a LoRA adapter; merge it into its base model and export that"

@@ -41,8 +41,8 @@ def read_native(top: Section, beside: Beside) -> tuple[ModelSpec, Family]:
     Raises:
         CheckpointError: see `describe_config`.
     """
-    architectures = top.raw("architectures", _ARCHITECTURES)
-    if architectures != _ARCHITECTURES:
+    architectures = top.raw("architectures", None)  # some tools write null
+    if architectures not in (None, _ARCHITECTURES):
         raise top.bad("architectures", architectures, str(_ARCHITECTURES))
     text = top.section("text_config")
     text.refuse_quantised()

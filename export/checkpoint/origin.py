@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from internvl_edge.bundle.errors import CheckpointError
 from internvl_edge.bundle.quoting import named, quoted
 
 Shape = tuple[int, ...]
+
+#: Ends the names of rotary frequencies, which old versions of transformers stored.
+_BUFFER = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,11 @@ def read_as_stored(origin: Origin, read: ReadRows) -> Iterator[NDArray[np.generi
     """Yield the same rows in the order they are stored in: nothing is held."""
     for part in origin.parts:
         yield from read(part)
+
+
+def without_buffers(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Leave out what old transformers stored though it follows from config.json."""
+    return {name: path for name, path in files.items() if not name.endswith(_BUFFER)}
 
 
 def check_names(names: Iterable[str], expected: Mapping[str, Shape]) -> None:

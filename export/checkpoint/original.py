@@ -36,8 +36,8 @@ def read_original(top: Section) -> tuple[ModelSpec, Family]:
 
 
 def _refuse_unknown_kind(top: Section) -> None:
-    architectures = top.raw("architectures", ["InternVLChatModel"])
-    if architectures != ["InternVLChatModel"]:
+    architectures = top.raw("architectures", None)  # some tools write null
+    if architectures not in (None, ["InternVLChatModel"]):
         raise top.bad("architectures", architectures, "['InternVLChatModel']")
     for key in ("use_backbone_lora", "use_llm_lora"):
         if top.integer(key, 0) != 0:

@@ -114,7 +114,8 @@ class Section:
             method = found.get("quant_method") if isinstance(found, Mapping) else None
             raise CheckpointError(
                 f"{self._file}: the weights are already quantised with {quoted(method or found)}"
-                f" ('{self.name(key)}'); export the original checkpoint"
+                f" ('{self.name(key)}'); export the original checkpoint,"
+                " the 16-bit one"
             )
 
     def refuse_other_wiring(self) -> None:

@@ -122,7 +122,8 @@ def test_without_its_extra_a_command_names_it(words: str) -> None:
     ended = run(*words.split(), hook=BLOCK.format(names=names))
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
-    extra = {"estimate": "bench", "layerwise": "train"}
+    subjects = ("estimate", "scale", "kernels")
+    extra = dict.fromkeys(subjects, "bench") | {"layerwise": "train", "peers": "peers"}
     (named,) = {value for key, value in extra.items() if key in words} or {"export"}
     assert line.startswith("error: this command needs the package ")
     assert line.endswith(f": pip install 'internvl-edge[{named}]'")
