@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from internvl_edge.bundle.errors import InternVLEdgeError, PromptError
+from internvl_edge.bundle.errors import PromptError
 from internvl_edge.bundle.extras import extra_installed
-from internvl_edge.cli.streams import print_json
+from internvl_edge.cli.conversation import Asking, Conversation
 from internvl_edge.runtime.chat import Chat
-from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
-from internvl_edge.runtime.images.sources import Picture
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import add_device
 
@@ -36,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", choices=("hash", "size"), default="hash")
     parser.add_argument(
         "--auto-build", action="store_true", help="build TensorRT engines where none fit this GPU"
+    )
+    parser.add_argument("--messages", metavar="FILE", help="go on with what /save wrote")
+    parser.add_argument(
+        "--drop-oldest", action="store_true", help="leave the oldest turns out of a full prompt"
     )
     parser.add_argument("--json", action="store_true", help="print replies as JSON lines")
     parser.add_argument(
@@ -65,93 +66,37 @@ def run(arguments: argparse.Namespace) -> int:
         build_engines=_builder() if arguments.auto_build else None,
         image_folder=arguments.image_folder,
     )
-    chat = model.chat(system_message=arguments.system, max_tiles=arguments.max_tiles)
-    images = [Picture(path, upright=arguments.upright) for path in arguments.images]
-    if arguments.prompt is not None:
-        _turn(chat, arguments.prompt, images, arguments, sampling)
-        return 0
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print("Ask about the images; Ctrl-C ends an answer, Ctrl-D the conversation.")
-    while (prompt := _read_prompt(interactive)) is not None:
-        if not prompt.strip():
-            continue
-        try:
-            _turn(chat, prompt, images, arguments, sampling)
-            images = []
-        except InternVLEdgeError as error:
-            if not interactive:
-                raise
-            # The conversation goes on as it was.
-            print(f"error: {error.told(flags=True)}", file=sys.stderr)
-    return 0
 
+    def begin(messages: str | None = None) -> Chat:
+        return model.chat(
+            system_message=arguments.system,
+            max_tiles=arguments.max_tiles,
+            messages=messages,
+            drop_oldest=arguments.drop_oldest,
+        )
 
-def summary(timings: Timings, tokens: int) -> str:
-    """One line about a reply: what was computed, how fast."""
-    reused = f", {timings.cached_tokens} from the cache" if timings.cached_tokens else ""
-    return (
-        f"{timings.prompt_tokens} prompt tokens{reused}, {timings.tiles} tiles encoded;"
-        f" TTFT {timings.ttft_s * 1e3:.1f} ms (vision {timings.vision_s * 1e3:.1f},"
-        f" prefill {timings.prefill_s * 1e3:.1f}); {tokens} tokens,"
-        f" decode {timings.decode_tokens_per_s:.0f} tok/s"
+    asking = Asking(
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        stop=arguments.stop,
+        upright=arguments.upright,
+        json=arguments.json,
     )
+    conversation = Conversation(
+        begin,
+        begin(arguments.messages),
+        asking,
+        lambda picture: len(model.tile(picture, arguments.max_tiles)),
+    )
+    conversation.show(arguments.images)
+    if arguments.prompt is not None:
+        conversation.ask(arguments.prompt)
+    else:
+        conversation.hold()
+    return 0
 
 
 def _builder() -> EngineBuilder:
     with extra_installed("export"):
         from internvl_edge.export.tensorrt.engines import build_for_machine
     return build_for_machine
-
-
-def _turn(
-    chat: Chat,
-    prompt: str,
-    images: list[Picture],
-    arguments: argparse.Namespace,
-    sampling: Sampling,
-) -> None:
-    stream = chat.stream(
-        prompt,
-        images,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        stop=arguments.stop,
-    )
-    if arguments.json:
-        print_json(_as_dict(stream.finish()))
-        return
-    try:
-        for piece in stream:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-    reply = stream.close()
-    print()
-    print(
-        f"[{reply.finish_reason}] {summary(reply.timings, len(reply.token_ids))}", file=sys.stderr
-    )
-
-
-def _as_dict(reply: Reply) -> dict[str, object]:
-    timings = reply.timings
-    return {
-        "text": reply.text,
-        "token_ids": reply.token_ids,
-        "finish_reason": reply.finish_reason,
-        "timings": {
-            **vars(timings),
-            "ttft_s": timings.ttft_s,
-            "decode_tokens_per_s": timings.decode_tokens_per_s,
-        },
-    }
-
-
-def _read_prompt(interactive: bool) -> str | None:
-    try:
-        return input("> " if interactive else "")
-    except EOFError:
-        return None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the prompt is not text in {error.encoding}: {error.reason}") from error

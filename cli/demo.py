@@ -15,7 +15,7 @@ from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.bundle.errors import CheckpointError, OutputError
 from internvl_edge.bundle.extras import example_room, room
 from internvl_edge.bundle.quoting import named, reason
-from internvl_edge.cli.chat import summary
+from internvl_edge.cli.conversation import summary
 from internvl_edge.kernels.build import locked, user_cache
 from internvl_edge.runtime.decoding.request import Reply
 from internvl_edge.runtime.images.decode import load_image

@@ -66,7 +66,14 @@ def converse(folder: Path) -> list[str]:
     (folder / RECEIPT.name).write_bytes(RECEIPT.read_bytes())
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", PROGRAM, *WORDS]
-    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "dumb"},  # line editing then sends no escape sequences
+    )
     os.close(theirs)
     try:
         said = "".join(_talk(ours))
@@ -78,8 +85,10 @@ def converse(folder: Path) -> list[str]:
     if status:
         raise subprocess.CalledProcessError(status, command, said)
     # The last prompt is the one that was answered with the end of the input.
-    lines = said.replace("\r\n", "\n").removesuffix(PROMPT).splitlines()
-    return [f"$ internvl-edge {' '.join(WORDS)}", *lines]
+    lines = said.replace("\r\n", "\n").removesuffix(f"{PROMPT}\n").split("\n")
+    # What stands before a carriage return was written over: progress.
+    shown = [line.rpartition("\r")[2] for line in lines[:-1]]
+    return [f"$ internvl-edge {' '.join(WORDS)}", *shown]
 
 
 def _talk(terminal: int) -> Iterator[str]:
