@@ -23,6 +23,7 @@ from internvl_edge.bundle.errors import InternVLEdgeError, InternVLEdgeWarning, 
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.bundle.quoting import LONGEST, named, reason
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
+from internvl_edge.cli.completion import complete_if_asked
 from internvl_edge.cli.streams import write_anything
 
 USAGE_ERROR = 2
@@ -32,6 +33,7 @@ TERMINATED = 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    complete_if_asked()
     words = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
     write_anything()
