@@ -17,7 +17,7 @@ from internvl_edge.runtime.options import add_device
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("images", nargs="*", metavar="IMAGE")
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE")
     parser.add_argument("-p", "--prompt", help="ask this once; without it, a conversation")
     parser.add_argument(
         "--upright", action="store_true", help="turn images as their EXIF orientation says"

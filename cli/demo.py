@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     # Nothing is kept between conversations: every repetition does the whole work.
     model = InternVL.load(bundle, device=arguments.device, threads=arguments.threads, reuse_bytes=0)
-    _say("load", f"{time.perf_counter() - started:.2f} s; {model.engine.backend.description}")
+    seconds = time.perf_counter() - started
+    runs_on = model.engine.backend.description.partition(" (auto")[0]  # why was said already
+    _say("load", f"{seconds:.2f} s; {runs_on}")
     image = load_image(picture)
     tiles = model.tile(picture)
     rows = len(tiles) * model.spec.vision.tokens_per_tile
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeat > 1:
         _print_medians(replies)
     print("\nall answers are right" if right else "\nNOT all answers are right")
+    print(f"ask more:\n  internvl-edge chat {shlex.quote(str(bundle))} {shlex.quote(str(picture))}")
     return 0 if right else 1
 
 

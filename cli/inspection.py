@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from internvl_edge.bundle.contract import MANIFEST
-from internvl_edge.bundle.errors import UsageError
+from internvl_edge.bundle.errors import CheckpointError, UsageError
 from internvl_edge.bundle.extras import extra_installed
+from internvl_edge.bundle.quoting import named
 from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.inspection import inspect_bundle, render
 
@@ -33,12 +34,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: an option of `--check` without it.
+        CheckpointError: there is no such folder.
         MissingExtraError: what reads a checkpoint is not installed.
     """
     if arguments.check:
         return _check(arguments)
     if arguments.reference is not None or arguments.all_gpus:
         raise UsageError("--reference and --all-gpus go with inspect --check; add --check")
+    if not arguments.path.is_dir():
+        raise CheckpointError(
+            f"{named(arguments.path)} is not a checkpoint directory and no bundle: there is no such"
+            " folder"
+        )
     if (arguments.path / MANIFEST).exists():
         report = inspect_bundle(arguments.path)
     else:

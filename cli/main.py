@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, TextIO
@@ -131,11 +131,23 @@ def _run(typed: Typed) -> int:
 def _refuse(typed: Typed) -> NoReturn:
     """Print the help that is asked for, or that no command is named: only names come here."""
     parser = _Parser(prog=" ".join(typed.path), description=typed.command.help)
+    if typed.path == (PROGRAM,):
+        parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     parts = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, part in typed.command.parts.items():
         parts.add_parser(name, help=part.help, add_help=False)
+    if not typed.rest:
+        parser.print_help(sys.stderr)
+        raise SystemExit(USAGE_ERROR)
     parser.parse_args(typed.rest)
     parser.error("the command stands first")
+
+
+def _version() -> str:
+    try:
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:  # run from a folder, never installed
+        return "of no installed package"
 
 
 def _parse(typed: Typed, module: ModuleType) -> argparse.Namespace:
@@ -155,7 +167,7 @@ def _parse(typed: Typed, module: ModuleType) -> argparse.Namespace:
     if rest and (trailing is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if trailing is not None:
-        getattr(arguments, trailing).extend(rest)
+        setattr(arguments, trailing, [*getattr(arguments, trailing), *rest])
     return arguments
 
 

@@ -104,7 +104,7 @@ def open_device(
     except DeviceError as error:
         if device != "auto":
             raise
-        reason = f"auto: {error}"
+        reason = f"auto: {error.message}"
     _say_once(f"running on the CPU ({reason})")
     return _open_cpu(bundle, threads, low_memory, reason)
 

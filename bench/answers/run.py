@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With BUNDLE and --data: score one bundle, or two beside each other. Without: exact match"
         "\nof the tiny_ocr example at every precision."
     )
-    parser.add_argument("bundles", nargs="*", metavar="BUNDLE")
+    parser.add_argument("bundles", nargs="*", default=[], metavar="BUNDLE")
     data = parser.add_argument_group("with your data")
     data.add_argument("--data", type=Path, metavar="FILE.jsonl", help="questions, one a line")
     data.add_argument("--metric", choices=tuple(metrics()), help="of the lines that name none")

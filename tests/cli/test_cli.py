@@ -263,6 +263,15 @@ def test_inspect_of_a_checkpoint_without_the_extra() -> None:
     assert "pip install 'internvl-edge[export]'" in line
 
 
+def test_inspect_of_nothing_asks_for_no_extra(tmp_path: Path) -> None:
+    hook = BLOCK.format(names=["onnx", "safetensors"])
+    for name in ("none", "file"):
+        (tmp_path / "file").touch()
+        ended = run("inspect", tmp_path / name, hook=hook)
+        assert ended.returncode == 2
+        assert f"{name} is not a checkpoint directory and no bundle" in ended.stderr
+
+
 def test_bundles_need_no_extra(golden_bundle: Path) -> None:
     names = ["onnx", "safetensors", "ml_dtypes", "tqdm", "torch", "transformers"]
     hook = BLOCK.format(names=names)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,29 @@ def test_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert "usage: internvl-edge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("bench",)], ids=len)
+def test_without_a_word_everything_is_listed(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert all(name in errors for name in found(words).parts)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"internvl-edge {metadata.version('internvl-edge')}\n"
+
+
+def test_pictures_are_not_called_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat"])
+    assert capsys.readouterr().err.endswith("arguments are required: BUNDLE\n")
 
 
 def test_a_file_may_be_called_like_a_command(
