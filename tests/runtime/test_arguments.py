@@ -148,11 +148,7 @@ REFUSED: list[tuple[dict[str, Any], type[InternVLEdgeError], str]] = [
     ({"sampling": 0.5}, LimitError, "sampling is 0.5, it must be a Sampling or its fields"),
     ({"sampling": {"heat": 1}}, LimitError, "sampling has no field 'heat'; known: min_p, "),
     ({"sampling": {"top_k": 1.5}}, LimitError, "top_k is 1.5, it must be a whole number"),
-    (
-        {"images": 7},
-        ImageError,
-        "an image is a path, a URI, bytes, base64",
-    ),
+    ({"images": 7}, ImageError, "PIL.Image or uint8 array, not int"),
     ({"images": {"a": 1}}, ImageError, "images is {'a': 1}, it must be one of the pictures"),
     ({"system_message": 7}, PromptError, "system_message is 7, it must be text"),
     ({"ignore_eos": "no"}, LimitError, "ignore_eos is 'no', it must be True or False"),
