@@ -78,6 +78,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
       const __m256 row_scales = part_scales<kWide>(x.scales.get() + r * x.blocks + b, left);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
+        if (C > 1 && r == 0) fetch(scales + (C + c) * x.blocks + b);
         const __m256 column_scales = part_scales<kWide>(scales + c * x.blocks + b, left);
         const __m256 both = _mm256_mul_ps(column_scales, row_scales);
         results[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][c]), both, results[r][c]);

@@ -10,21 +10,20 @@ IVE_AVX512 inline void round_few(const Product& p, const FewRows& x, int64_t row
   x.round(p, row);
 }
 
-// The scales of the blocks in a chunk, each for the columns of sums it belongs to; `kWide` blocks
-// have whole chunks.
-template <bool kWide>
-IVE_AVX512 IVE_INLINE __m512 chunk_scales(const float* scales, int64_t block, int64_t left) {
-  if (kWide) return _mm512_set1_ps(*scales);
-  const int64_t count = 2 * kChunk / block < left ? 2 * kChunk / block : left;
+// The scales of the blocks in a chunk, each for the sums it belongs to; `kBlocks` of them, or one
+// that may have more chunks.
+template <int kBlocks>
+IVE_AVX512 IVE_INLINE __m512 chunk_scales(const float* scales, int64_t left) {
+  if (kBlocks == 1) return _mm512_set1_ps(*scales);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i places = _mm512_srli_epi32(lanes, block == 32 ? 2 : 3);
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  const __m512i places = _mm512_srli_epi32(lanes, kBlocks == 4 ? 2 : 3);
+  const auto mask = static_cast<__mmask16>((1u << (left < kBlocks ? left : kBlocks)) - 1);
   return _mm512_permutexvar_ps(places, _mm512_maskz_loadu_ps(mask, scales));
 }
 
 // C columns from `n` on. More than one share what is loaded of the rows; one alone is read in the
 // order in which it lies.
-template <int R, int C, bool kWide>
+template <int R, int C, int kBlocks>
 IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n) {
   const int64_t bytes = p.column_bytes();
   const int shift = __builtin_ctzll(p.block / 2);
@@ -37,22 +36,26 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
   }
   for (int64_t at = 0; at < bytes; at += kChunk) {
     const int64_t left = (bytes - at) / 4, b = at >> shift;
-    const auto mask = static_cast<__mmask16>(kWide || left >= 16 ? 0xffff : (1u << left) - 1);
+    const auto mask =
+        static_cast<__mmask16>(kBlocks == 1 || left >= 16 ? 0xffff : (1u << left) - 1);
     __m512i even[C], odd[C];
     __m512 w_scales[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       const __m512i v = _mm512_maskz_loadu_epi32(mask, w + c * bytes + at);
-      if (C > 1) fetch(w + (C + c) * bytes + at);
+      if (C > 1) {
+        fetch(w + (C + c) * bytes + at);
+        fetch(scales + (C + c) * x.blocks + b);
+      }
       even[c] = _mm512_and_si512(v, low);
       odd[c] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-      w_scales[c] = chunk_scales<kWide>(scales + c * x.blocks + b, p.block, x.blocks - b);
+      w_scales[c] = chunk_scales<kBlocks>(scales + c * x.blocks + b, x.blocks - b);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t place = r * x.bytes + at;
       const __m512 x_scales =
-          chunk_scales<kWide>(x.scales.get() + r * x.blocks + b, p.block, x.blocks - b);
+          chunk_scales<kBlocks>(x.scales.get() + r * x.blocks + b, x.blocks - b);
       const __m512i start = _mm512_loadu_si512(x.starts.get() + place / 4);
       const __m512i evens = _mm512_loadu_si512(x.even.get() + place);
       const __m512i odds = _mm512_loadu_si512(x.odd.get() + place);
@@ -71,21 +74,21 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
   }
 }
 
-template <int R, bool kWide>
+template <int R, int kBlocks>
 IVE_AVX512 void multiply_range(const Product& p, const FewRows& x, int64_t from, int64_t to) {
   constexpr int kTogether = 4;
   int64_t n = from;
-  for (; n + kTogether <= to; n += kTogether) multiply_columns<R, kTogether, kWide>(p, x, n);
-  for (; n < to; ++n) multiply_columns<R, 1, kWide>(p, x, n);
+  for (; n + kTogether <= to; n += kTogether) multiply_columns<R, kTogether, kBlocks>(p, x, n);
+  for (; n < to; ++n) multiply_columns<R, 1, kBlocks>(p, x, n);
 }
 
 inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[2][kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      {multiply_range<1, false>, multiply_range<2, false>, multiply_range<3, false>,
-       multiply_range<4, false>},
-      {multiply_range<1, true>, multiply_range<2, true>, multiply_range<3, true>,
-       multiply_range<4, true>}};
-  kMultiply[p.block >= 2 * kChunk][p.rows - 1](p, x, from, to);
+  constexpr void (*kMultiply[3][kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
+      {multiply_range<1, 1>, multiply_range<2, 1>, multiply_range<3, 1>, multiply_range<4, 1>},
+      {multiply_range<1, 2>, multiply_range<2, 2>, multiply_range<3, 2>, multiply_range<4, 2>},
+      {multiply_range<1, 4>, multiply_range<2, 4>, multiply_range<3, 4>, multiply_range<4, 4>}};
+  const int kind = p.block >= 2 * kChunk ? 0 : p.block == kChunk ? 1 : 2;
+  kMultiply[kind][p.rows - 1](p, x, from, to);
 }
 
 constexpr Path kPath = {"AVX512-VNNI", kRows,         kColumns,  runs_here,    round_inputs,

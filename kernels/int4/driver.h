@@ -132,7 +132,7 @@ class Multiplication {
                     room.values);
     path_.transpose({bytes(scales), 4 * blocks_, given(n), span.blocks},
                     reinterpret_cast<uint8_t*>(room.scales));
-    for (int i = 0; i < path_.columns; ++i) fetch(bytes(scales + (path_.columns + i) * blocks_));
+    for (int i = 0; i < path_.columns; ++i) fetch(scales + (path_.columns + i) * blocks_);
   }
 
   static const uint8_t* bytes(const float* values) {

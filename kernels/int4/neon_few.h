@@ -49,7 +49,9 @@ IVE_DOT IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int
     }
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
-        const float both = p.scales[(n + c) * x.blocks + b] * x.scales[r * x.blocks + b];
+        const float* scale = p.scales + (n + c) * x.blocks + b;
+        if (C > 1 && r == 0) fetch(scale + C * x.blocks);
+        const float both = *scale * x.scales[r * x.blocks + b];
         results[r][c] = vfmaq_n_f32(results[r][c], vcvtq_f32_s32(sums[r][c]), both);
       }
     }

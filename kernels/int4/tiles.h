@@ -81,7 +81,7 @@ IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t*
 }
 
 // Fetches the line that holds a byte to be read later.
-IVE_INLINE void fetch(const uint8_t* byte) { __builtin_prefetch(byte, 0, 2); }
+IVE_INLINE void fetch(const void* byte) { __builtin_prefetch(byte, 0, 2); }
 
 IVE_INLINE int32_t four(const int8_t* bytes) {
   int32_t value;
