@@ -205,4 +205,5 @@ def test_a_token_behind_the_table_is_refused_in_a_prompt(tmp_path: Path) -> None
     model = FAMILIES / "hf_qwen2" / "model"
     runtime = InternVL.load(export_bundle(model, tmp_path / "bundle"), device="cpu", threads=1)
     with pytest.raises(PromptError, match=r"token ids must be in 0..396"):
-        runtime.generate("<video> What happens?", max_new_tokens=1)
+        runtime.generate("<video> What happens?", max_new_tokens=1, control_tokens=True)
+    runtime.generate("<video> What happens?", max_new_tokens=1)  # text, as any other
