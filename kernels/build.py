@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m internvl_edge.kernels.build", description="build the kernels"
     )
     parser.add_argument("--cuda", action="store_true", help="the CUDA fat binaries")
+    parser.add_argument("--ship", action="store_true", help="the INT4 library, into the package")
     arguments = parser.parse_args(argv)
     try:
         if arguments.cuda:

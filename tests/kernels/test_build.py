@@ -280,6 +280,16 @@ def test_what_is_shipped_needs_no_compiler(
     assert build.ship() == shipped
 
 
+def test_the_command_builds_both_libraries_and_ships_one(
+    stub: Path, package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build.main([]) == 0
+    assert capsys.readouterr().out.split() == [str(build.cpu_library()), str(build.int4_library())]
+    assert build.main(["--ship"]) == 0
+    assert capsys.readouterr().out.split() == [str(build.shipped_library())]
+    assert build.shipped_library().exists()
+
+
 def test_what_was_shipped_with_other_sources_is_not_used(stub: Path, package: Path) -> None:
     older = build.ship()
     (package / "plain.h").write_text("another source")
