@@ -180,9 +180,10 @@ def _make(path: Path, mode: int) -> Claim | None:
 
 def _take(path: Path) -> Claim | None:
     """Lock the marker of a folder that is there; None where the folder has gone meanwhile."""
+    folder = _folder_id(path)
     if not is_marked(path):
-        if not os.path.lexists(path):
-            return None
+        if folder is None or _folder_id(path) != folder or is_marked(path):
+            return None  # another was looked at, or its marker while it was written
         raise OutputError(
             f"{named(path)} is in the way: it was not made by this program, which needs that name"
             " to work in; rename it or choose another output"
@@ -202,6 +203,15 @@ def _take(path: Path) -> Claim | None:
         marker.close()
         raise
     return Claim(path, marker, previous)
+
+
+def _folder_id(path: Path) -> tuple[int, int] | None:
+    """Return what tells one folder of this name from the next; None where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _lock(marker: FileIO, path: Path) -> None:

@@ -21,6 +21,7 @@ from checkpoints import small_config, write_checkpoint
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration import run as calibration_run
+from internvl_edge.export.output import marker
 from internvl_edge.export.output.marker import MARKER, claim, is_marked, scratch_folder
 from internvl_edge.export.output.work import NEW, SCRATCH, work_folder
 from internvl_edge.export.prepare.prepare import prepare_bundle
@@ -138,6 +139,26 @@ def test_a_link_to_a_destination_is_that_destination(room: Path) -> None:
     (room / "link").symlink_to(room / "m")
     with work_folder(room / "m"), pytest.raises(BusyError):
         export_bundle(room / "checkpoint", room / "link", overwrite=True)
+
+
+def test_a_folder_that_goes_and_comes_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marker was not there, and then a folder of that name was: nobody else's."""
+    path, looked, held = tmp_path / "m.work", marker.is_marked, [marker.claim(tmp_path / "m.work")]
+
+    def late(folder: Path) -> bool:
+        if len(held) > 1:
+            return looked(folder)
+        held[0].remove()
+        found = looked(folder)
+        held.append(marker.claim(path))
+        return found
+
+    monkeypatch.setattr(marker, "is_marked", late)
+    with pytest.raises(BusyError):
+        marker.claim(path)
+    held[1].remove()
 
 
 def test_many_at_once_take_turns(tmp_path: Path) -> None:
