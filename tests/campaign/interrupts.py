@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -67,16 +67,28 @@ class Totals:
 
 @cache
 def moments(code: CodeType) -> frozenset[int]:
-    """Offsets of the instructions before which the interpreter looks for signals."""
-    found, after_call = set(), False
+    """Offsets of the instructions before which the interpreter looks for signals.
+
+    What it raises after a call belongs to the call. Raised before the next instruction, as here, it
+    would pass by a `with` or `try` that ends between the two: those moments are left out.
+    """
+    # Python 3.10 has blocks instead of a table, which end by an instruction of their own.
+    entries = getattr(dis.Bytecode(code), "exception_entries", ())
+    found, call = set(), None
     for instruction in dis.get_instructions(code):
-        if after_call:
+        if call is not None and _handler(entries, call) == _handler(entries, instruction.offset):
             found.add(instruction.offset)
         name = instruction.opname
-        after_call = name.startswith("CALL") or name == "RESUME"
+        called = name.startswith("CALL") or name == "RESUME"
+        call = instruction.offset if called else None
         if name.startswith("JUMP_BACKWARD") or name == "JUMP_ABSOLUTE":
             found.add(instruction.argval)
     return frozenset(found)
+
+
+def _handler(entries: Sequence[Any], offset: int) -> int | None:
+    """Return where an instruction's exceptions are handled; None: not in this function."""
+    return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
 
 
 class Moments:
