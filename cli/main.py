@@ -83,6 +83,20 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold Ctrl-C and the request to end back while libraries are imported: some abort or crash
+    where they are interrupted in their own beginning."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _drop_output() -> None:
     """Send what is left in the buffer nowhere: flushing it at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -123,7 +137,8 @@ def _run(typed: Typed) -> int:
         _refuse(typed)
     extra = typed.command.extra
     with contextlib.nullcontext() if extra is None else extra_installed(extra):
-        module = import_module(f"internvl_edge.{typed.command.module}")
+        with _signals_held():
+            module = import_module(f"internvl_edge.{typed.command.module}")
         arguments = _parse(typed, module)
         return int(module.run(arguments))
 

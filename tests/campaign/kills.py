@@ -33,6 +33,7 @@ from internvl_edge.runtime import BundleError
 #: The command line, calibrating on two pictures; `build` with the tests' stand-in for a builder.
 COMMAND = """
 import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as the command line does
 from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,11 +42,13 @@ if sys.argv[1] == "build":
     import test_build_engines
     from internvl_edge.bundle.manifest import open_bundle
     from internvl_edge.bundle.errors import InternVLEdgeError
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         test_build_engines.build(open_bundle(sys.argv[2]), overwrite=True)
     except InternVLEdgeError as error:
         sys.exit(f"error: {error}")
     sys.exit(0)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 sys.exit(main(sys.argv[1:]))
 """
 INT = ("--vision", "int8", "--language", "int4", "--block", "32", "--no-sensitivity")

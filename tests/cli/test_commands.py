@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from command_line import BLOCK, error_line, run
 
+from internvl_edge.cli import main as command_line
 from internvl_edge.cli.commands import BENCH, COMMANDS, RENAMED, Command
 from internvl_edge.cli.main import main
 
@@ -157,3 +160,17 @@ def test_without_its_extra_a_command_names_it(words: str) -> None:
 def test_help_of_the_main_commands_needs_no_extra(name: str) -> None:
     ended = run(name, "--help", hook=BLOCK.format(names=["onnx", "safetensors", "tqdm"]))
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_signals_wait_for_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that were interrupted while they began ended in an abort or a crash."""
+    masks, imported = [], command_line.import_module
+
+    def watched(name: str) -> ModuleType:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return imported(name)
+
+    monkeypatch.setattr(command_line, "import_module", watched)
+    assert command_line.main(["doctor"]) == 0
+    assert {signal.SIGINT, signal.SIGTERM} <= masks[0]
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
