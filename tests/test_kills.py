@@ -1,10 +1,11 @@
-"""A short slice of the campaign of commands ended at random moments; see `campaign.kills`."""
+"""Short slices of the campaigns of commands ended at random moments: `campaign.kills`, `.chats`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from campaign import chats
 from campaign.kills import Campaign, Totals, opened
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
@@ -30,3 +31,14 @@ def test_what_is_there_is_whole_or_nothing_of_its_kind(campaign: Campaign, comma
         campaign.try_once(command, number, totals)
     assert totals.faults == []
     assert totals.tried == totals.right + totals.refused == len(TRIES[command])
+
+
+def test_what_a_folder_of_rows_meets_costs_no_answer() -> None:
+    """Once each: killed, interrupted, a file that may not grow, two at once, a full disk."""
+    totals = Totals()
+    with chats.opened(seed=1) as campaign:
+        for number in range(5):
+            campaign.try_once(number, totals)
+    assert totals.faults == []
+    assert totals.tried == totals.right + totals.refused == 5
+    assert totals.right >= 2  # those whose folder alone was in trouble
