@@ -3,12 +3,12 @@
 Products go to `$XDG_CACHE_HOME/internvl-edge/kernels/<hash>/` (default `~/.cache`). The hash covers
 sources, compiler version, flags, the variables that compilers read, the C library and the CPU's
 features, so a product is never stale; a file lock lets one process build while others wait, and a
-rename publishes it whole. Only the INT4 library may be put into the package, to be distributed: it
-chooses among the CPU's instructions when it runs.
+rename publishes it whole. Only the library of operators may be put into the package, to be
+distributed: it chooses among the CPU's instructions when it runs.
 
     python -m internvl_edge.kernels.build               # the CPU libraries; prints their paths
     python -m internvl_edge.kernels.build --cuda        # the fat binaries
-    python -m internvl_edge.kernels.build --ship        # the INT4 library, into the package
+    python -m internvl_edge.kernels.build --ship        # the operators, into the package
     python -m internvl_edge.kernels.resources   # registers and spills -> RESOURCES.md
 """
 
@@ -33,9 +33,8 @@ from internvl_edge.kernels.cpu import is_emulated
 SOURCES = Path(__file__).parent
 CPU_SOURCE = "host.cpp"
 CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu", "select.cu")
-#: Sources of the INT4 product, in a folder of their own.
-INT4_SOURCES = SOURCES / "int4"
-INT4_SOURCE = "int4_matmul.cpp"
+#: Folders with the sources of the operators: what they share, and each kernel.
+OPERATOR_FOLDERS = ("operators", "int4")
 
 #: Jetson Orin is 87, Thor 110; a PTX of the newest lets later devices compile their own.
 CUDA_ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
@@ -88,8 +87,8 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Path:
         return _cpu_library(compiler, tuple(extra_flags))  # a compiler that does not know this CPU
 
 
-def int4_library(extra_flags: Sequence[str] = ()) -> Path:
-    """Return the INT4 library: that of the distribution, or one built now if the cache has none.
+def operator_library(extra_flags: Sequence[str] = ()) -> Path:
+    """Return the library of operators: the distribution's, or one built now if the cache has none.
 
     Args:
         extra_flags: added at the end of the command line; what is shipped is not taken then.
@@ -101,32 +100,37 @@ def int4_library(extra_flags: Sequence[str] = ()) -> Path:
     if shipped.exists() and not extra_flags:
         return shipped
     compiler = _cpu_compiler()
-    source = str(INT4_SOURCES / INT4_SOURCE)
-    command = [*compiler, *CPU_FLAGS, "-fvisibility=hidden", *extra_flags, source]
-    name, version = "libinternvl_edge_int4.so", _version(compiler)
-    return _cached(command, version, name, cpu=platform.machine(), sources=INT4_SOURCES)
+    units = [path for folder in operator_folders() for path in sorted(folder.glob("*.cpp"))]
+    command = [*compiler, *CPU_FLAGS, "-fvisibility=hidden", *extra_flags, *map(str, units)]
+    name, version = "libinternvl_edge_operators.so", _version(compiler)
+    return _cached(command, version, name, cpu=platform.machine(), sources=operator_hash())
+
+
+def operator_folders() -> list[Path]:
+    """Return the folders whose sources make the library of operators."""
+    return [SOURCES / name for name in OPERATOR_FOLDERS]
 
 
 def shipped_library() -> Path:
-    """Return where a distribution has the INT4 library of these sources, be it there or not."""
-    kind = f"{platform.system()}-{platform.machine()}-{source_hash(INT4_SOURCES)[:16]}".lower()
-    return INT4_SOURCES / f"libinternvl_edge_int4-{kind}.so"
+    """Return where a distribution has the operators of these sources, be they there or not."""
+    kind = f"{platform.system()}-{platform.machine()}-{operator_hash()[:16]}".lower()
+    return operator_folders()[0] / f"libinternvl_edge_operators-{kind}.so"
 
 
 def ship() -> Path:
-    """Put the INT4 library into the package, for machines of this kind without a compiler.
+    """Put the library of operators into the package, for machines of this kind without a compiler.
 
     Raises:
         BuildError: see `cpu_library`; or the package cannot be written to.
     """
-    built, shipped = int4_library(), shipped_library()
+    built, shipped = operator_library(), shipped_library()
     if built == shipped:
         return shipped
     partial = shipped.with_suffix(".partial")
     try:
         shutil.copyfile(built, partial)
         partial.replace(shipped)
-        for other in INT4_SOURCES.glob("*.so"):
+        for other in shipped.parent.glob("*.so"):
             if other != shipped:
                 other.unlink()
     except OSError as error:
@@ -207,6 +211,12 @@ def source_hash(folder: Path = SOURCES) -> str:
     return digest.hexdigest()
 
 
+def operator_hash() -> str:
+    """sha256 over the sources of the operators, and in which folder each is."""
+    parts = [f"{folder.name} {source_hash(folder)}" for folder in operator_folders()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def cpu_identity() -> str:
     """Return what -march=native depends on: the model and features that /proc/cpuinfo names."""
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "CPU variant")
@@ -233,11 +243,12 @@ def cache_directory() -> Path:
 
 
 def _cached(
-    command: list[str], version: str, name: str, *, cpu: str, sources: Path = SOURCES
+    command: list[str], version: str, name: str, *, cpu: str, sources: str | None = None
 ) -> Path:
     """The product of `command -o <name>`, from the cache or made now."""
     flags = [part for part in command if not part.startswith(str(SOURCES))]
-    key = "\0".join([source_hash(sources), *flags, version, cpu, name, *_surroundings()])
+    sources = sources or source_hash(SOURCES)
+    key = "\0".join([sources, *flags, version, cpu, name, *_surroundings()])
     folder = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:24]
     product = folder / name
     if product.exists():
@@ -306,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m internvl_edge.kernels.build", description="build the kernels"
     )
     parser.add_argument("--cuda", action="store_true", help="the CUDA fat binaries")
-    parser.add_argument("--ship", action="store_true", help="the INT4 library, into the package")
+    parser.add_argument("--ship", action="store_true", help="the operators, into the package")
     arguments = parser.parse_args(argv)
     try:
         if arguments.cuda:
@@ -315,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.ship:
             print(ship())
         else:
-            print(cpu_library(), int4_library(), sep="\n")
+            print(cpu_library(), operator_library(), sep="\n")
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

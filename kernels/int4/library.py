@@ -26,7 +26,7 @@ class Int4Library:
     """A build of the library.
 
     Args:
-        path: of it; see `build.int4_library`.
+        path: of it; see `build.operator_library`.
 
     Raises:
         OSError: it cannot be loaded.

@@ -15,7 +15,7 @@ from typing import Any
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.kernels.build import BuildError, int4_library
+from internvl_edge.kernels.build import BuildError, operator_library
 from internvl_edge.kernels.int4.library import Int4Library
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_nodes import give_products
@@ -84,7 +84,7 @@ def bundle_kernel(bundle: Bundle) -> Int4Kernel:
 def int4_kernel() -> Int4Kernel:
     """Return the kernel of this machine: built on first use, and tried before it is trusted."""
     try:
-        library = int4_library()
+        library = operator_library()
         fastest = Int4Library(library).paths[0]
     except (BuildError, OSError) as error:
         return Int4Kernel(None, f"no library ({str(error).splitlines()[0]})")

@@ -246,28 +246,28 @@ def test_other_instruction_sets_give_the_same_bits(flags: tuple[str, ...]) -> No
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of its own that holds the INT4 sources."""
-    folder = Path(shutil.copytree(build.INT4_SOURCES, tmp_path / "int4"))
-    monkeypatch.setattr(build, "INT4_SOURCES", folder)
-    return folder
+    """A package of its own that holds the operators' sources."""
+    folders = [Path(shutil.copytree(one, tmp_path / one.name)) for one in build.operator_folders()]
+    monkeypatch.setattr(build, "operator_folders", lambda: folders)
+    return folders[0]
 
 
-def test_the_int4_library_is_for_every_cpu_of_a_kind(
+def test_the_operators_are_for_every_cpu_of_a_kind(
     stub: Path, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product = build.int4_library()
+    product = build.operator_library()
     assert "native" not in product.read_text()
     monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
-    assert build.int4_library() == product
+    assert build.operator_library() == product
     assert runs(stub) == 1
-    assert build.int4_library(("-g",)) != product
+    assert build.operator_library(("-g",)) != product
 
 
 def test_a_change_of_either_library_leaves_the_other(stub: Path, package: Path) -> None:
-    tiling, int4 = build.cpu_library(), build.int4_library()
-    (package / "plain.h").write_text("another source")
+    tiling, operators = build.cpu_library(), build.operator_library()
+    (package / "operator.h").write_text("another source")
     assert build.cpu_library() == tiling
-    assert build.int4_library() != int4
+    assert build.operator_library() != operators
 
 
 def test_what_is_shipped_needs_no_compiler(
@@ -276,7 +276,7 @@ def test_what_is_shipped_needs_no_compiler(
     shipped = build.ship()
     assert shipped.parent == package
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert build.int4_library() == shipped
+    assert build.operator_library() == shipped
     assert build.ship() == shipped
 
 
@@ -284,7 +284,10 @@ def test_the_command_builds_both_libraries_and_ships_one(
     stub: Path, package: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build.main([]) == 0
-    assert capsys.readouterr().out.split() == [str(build.cpu_library()), str(build.int4_library())]
+    assert capsys.readouterr().out.split() == [
+        str(build.cpu_library()),
+        str(build.operator_library()),
+    ]
     assert build.main(["--ship"]) == 0
     assert capsys.readouterr().out.split() == [str(build.shipped_library())]
     assert build.shipped_library().exists()
@@ -292,10 +295,10 @@ def test_the_command_builds_both_libraries_and_ships_one(
 
 def test_what_was_shipped_with_other_sources_is_not_used(stub: Path, package: Path) -> None:
     older = build.ship()
-    (package / "plain.h").write_text("another source")
-    assert build.int4_library() != older
+    (package / "operator.h").write_text("another source")
+    assert build.operator_library() != older
     newer = build.ship()
-    assert build.int4_library() == newer
+    assert build.operator_library() == newer
     assert list(package.glob("*.so")) == [newer]
 
 

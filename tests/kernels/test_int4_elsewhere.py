@@ -39,7 +39,13 @@ def compiled(compiler: str, folder: Path, *flags: str) -> Path:
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     program = folder / "runner"
-    command = [compiler, *FLAGS, f"-I{build.INT4_SOURCES}", *(flags or ("-static",)), str(RUNNER)]
+    command = [
+        compiler,
+        *FLAGS,
+        f"-I{build.SOURCES / 'int4'}",
+        *(flags or ("-static",)),
+        str(RUNNER),
+    ]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"{compiler} cannot build it here: {done.stderr.strip()[-300:]}")

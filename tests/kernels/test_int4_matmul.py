@@ -17,7 +17,7 @@ from internvl_edge.kernels.int4.library import BLOCKS, Int4Library
 @pytest.fixture(scope="module")
 def library() -> Int4Library:
     try:
-        return Int4Library(build.int4_library())
+        return Int4Library(build.operator_library())
     except build.BuildError as reason:
         pytest.skip(f"no C++ compiler here: {reason}")
 

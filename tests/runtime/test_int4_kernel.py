@@ -120,7 +120,7 @@ def test_the_same_file_runs_without_a_library(
         raise BuildError("no C++ compiler found\nand more")
 
     wanted = logits(int4_bundle)
-    monkeypatch.setattr(int4, "int4_library", no_compiler)
+    monkeypatch.setattr(int4, "operator_library", no_compiler)
     monkeypatch.setattr(int4, "int4_kernel", int4_kernel.__wrapped__)
     found = bundle_kernel(open_bundle(int4_bundle))
     assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
@@ -151,13 +151,13 @@ def test_a_cpu_without_instructions_for_it_leaves_it(monkeypatch: pytest.MonkeyP
         def __init__(self, path: Path) -> None: ...
 
     monkeypatch.setattr(int4, "Int4Library", Plain)
-    monkeypatch.setattr(int4, "int4_library", lambda: Path("any"))
+    monkeypatch.setattr(int4, "operator_library", lambda: Path("any"))
     assert int4_kernel.__wrapped__().library is None
 
 
 def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(int4, "int4_library", lambda: tmp_path / "damaged.so")
+    monkeypatch.setattr(int4, "operator_library", lambda: tmp_path / "damaged.so")
     assert int4_kernel.__wrapped__().name.startswith("no library (")
 
 

@@ -27,7 +27,7 @@ enum Place {
   kKernelContextParallelFor = 274,
 };
 
-enum ElementType { kFloat = 1, kUint8 = 2, kInt32 = 6 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 

@@ -1,0 +1,28 @@
+// Entry points of the product by itself, for the tests and to know its paths.
+#include "../operators/exported.h"
+#include "driver.h"
+
+using ive::int4::Multiplication;
+using ive::int4::Path;
+using ive::int4::Product;
+
+// Names of the paths that run on this CPU, the fastest first; null past the last.
+IVE_EXPORT const char* ive_int4_path(int32_t index) {
+  for (const Path& path : ive::int4::kPaths) {
+    if (path.runs_here() && index-- == 0) return path.name;
+  }
+  return nullptr;
+}
+
+// One product on this thread by the path of that index; 0, or 1 where there is no memory.
+IVE_EXPORT int32_t ive_int4_multiply(const Product* product, int32_t index) {
+  for (const Path& path : ive::int4::kPaths) {
+    if (!path.runs_here() || index-- != 0) continue;
+    Multiplication work(*product, path);
+    if (!work.allocate()) return 1;
+    for (int64_t i = 0; i < work.roundings(); ++i) work.round(i);
+    for (int64_t i = 0; i < work.products(); ++i) work.multiply(i);
+    return 0;
+  }
+  return 2;
+}

@@ -1,0 +1,1 @@
+"""Operators of ours for ONNX Runtime, in one library for every CPU of a kind."""
