@@ -9,8 +9,9 @@ from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.inputs import Inputs
-from internvl_edge.runtime.decoding.passes import EncodedImage, Engine, TokenSequence
+from internvl_edge.runtime.decoding.passes import Engine
 from internvl_edge.runtime.decoding.reuse import PrefixStore
+from internvl_edge.runtime.decoding.sequence import EncodedImage, TokenSequence
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.process import HomeProcess

@@ -18,7 +18,7 @@ from PIL import Image
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.decoding.passes import TokenSequence
+from internvl_edge.runtime.decoding.sequence import TokenSequence
 from internvl_edge.runtime.images.preprocess import select_grid
 
 EMBEDDING_TOLERANCE = 1e-4

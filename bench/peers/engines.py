@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.peers.llamacpp import LlamaCpp
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.decoding.passes import TokenSequence
+from internvl_edge.runtime.decoding.sequence import TokenSequence
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]

@@ -68,6 +68,10 @@ class Backend(Protocol):
     def numerics(self) -> str:
         """Name of what rows depend on beside the bundle: library, version, device, its plans."""
 
+    @property
+    def most_slices(self) -> int:
+        """Sequences one pass takes; 1 where they are run one by one."""
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.
 

@@ -137,6 +137,10 @@ class OnnxRuntimeBackend:
         return f"{PROVIDERS['cpu']} {machine_key()}"
 
     @property
+    def most_slices(self) -> int:
+        return 1
+
+    @property
     def prepared(self) -> bool:
         """Whether weights are mapped from prepared files."""
         return self._graphs.prepared

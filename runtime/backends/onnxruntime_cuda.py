@@ -258,6 +258,10 @@ class OnnxRuntimeCudaBackend:
     def numerics(self) -> str:
         return self.description
 
+    @property
+    def most_slices(self) -> int:
+        return 1
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
         vision, language = self._bundle.spec.vision, self._bundle.spec.language

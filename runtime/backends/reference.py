@@ -120,6 +120,10 @@ class ReferenceBackend:
     def numerics(self) -> str:
         return f"reference {machine_key()}"
 
+    @property
+    def most_slices(self) -> int:
+        return 1
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})

@@ -155,6 +155,7 @@ class TensorRtBackend:
         plans = engines.manifest.files
         # A plan built again may compute with other tactics, and round differently.
         self.numerics = f"{self.description} {plans[PLANS[contract.VISION_GRAPH]].sha256}"
+        self.most_slices = 1
         self._free: list[Storage] = []
 
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:

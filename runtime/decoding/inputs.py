@@ -16,7 +16,8 @@ from internvl_edge.bundle.segments import joined
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.arguments import token_ids, whole_or
-from internvl_edge.runtime.decoding.passes import check_slots, shortening
+from internvl_edge.runtime.decoding.passes import shortening
+from internvl_edge.runtime.decoding.sequence import check_slots
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Content, Tiler, Tiling, check_tiles
 from internvl_edge.runtime.images.sources import (

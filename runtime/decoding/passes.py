@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import ContextError, PromptError
+from internvl_edge.bundle.errors import ContextError
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
@@ -18,6 +18,9 @@ from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Sli
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.reuse import PrefixStore
 from internvl_edge.runtime.decoding.sampling import Candidates
+from internvl_edge.runtime.decoding.sequence import ImageRows, TokenSequence
+
+T = TypeVar("T")
 
 #: Most tokens of one prefill pass: bounds the activations of the MLP (512 x 16,384 x 4 = 34 MB).
 MAX_CHUNK = 512
@@ -28,106 +31,6 @@ SCORE_BYTES = 256 << 20
 VISION_BYTES = 64 << 20
 
 
-class PromptImage(Protocol):
-    """An image of a prompt: how many rows it takes, and the rows once it is encoded."""
-
-    @property
-    def signatures(self) -> NDArray[np.int64]:
-        """Negative numbers `(rows,)` that name the image and the row; see `CacheState`."""
-
-    @property
-    def rows(self) -> NDArray[np.floating]:
-        """Float `(tiles * tokens_per_tile, hidden)`."""
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image in the language model's width; see `PromptImage`."""
-
-    rows: NDArray[np.floating]
-    signatures: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """A prompt as the decoder sees it.
-
-    Attributes:
-        ids: int64 `(tokens,)`, image slots holding the context token's id.
-        signatures: int64 `(tokens,)`: the ids, with image slots replaced by their rows'.
-        slots: int64 `(image rows,)`, positions of the image slots in order.
-        images: whose rows belong into the slots, in order.
-    """
-
-    ids: NDArray[np.int64]
-    signatures: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    images: Sequence[PromptImage]
-
-    @classmethod
-    def build(
-        cls, ids: Sequence[int], context_id: int, images: Sequence[PromptImage]
-    ) -> TokenSequence:
-        """Join token ids and images.
-
-        Raises:
-            PromptError: the number of context tokens is not the number of image rows.
-        """
-        array = np.asarray(ids, np.int64)
-        slots = np.flatnonzero(array == context_id)
-        check_slots(len(slots), sum(map(len, images)))
-        signatures = array.copy()
-        named = [np.empty(0, np.int64), *(image.signatures for image in images)]
-        signatures[slots] = np.concatenate(named)
-        return cls(array, signatures, slots, images)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def needed(self, start: int) -> list[tuple[int, int]]:
-        """Return which images have rows from position `start` on, and the first such row of each:
-        indices of `images` and of rows."""
-        first = int(np.searchsorted(self.slots, start))
-        found, offset = [], 0
-        for index, image in enumerate(self.images):
-            end = offset + len(image)
-            if end > first:
-                found.append((index, max(0, first - offset)))
-            offset = end
-        return found
-
-    def image_rows(self, start: int) -> ImageRows:
-        """Rows of the slots from position `start` on. Images that lie before are not asked."""
-        first = int(np.searchsorted(self.slots, start))
-        parts = [self.images[index].rows[row:] for index, row in self.needed(start)]
-        return ImageRows(self.slots[first:], parts)
-
-
-class ImageRows:
-    """The rows that go into some slots `(image rows,)`, in order, from one or many arrays."""
-
-    def __init__(self, slots: NDArray[np.int64], parts: Sequence[NDArray[np.floating]]) -> None:
-        self._slots, self._parts = slots, parts
-        #: Rows before each part, and in all.
-        self._offsets = np.cumsum([0, *map(len, parts)])
-
-    def put(self, target: NDArray[np.floating], start: int) -> None:
-        """Write the rows whose slots lie in `target`, the positions from `start` on.
-
-        Read where they are: 41 tiles of a 2B model are 86 MB.
-        """
-        first, last = np.searchsorted(self._slots, [start, start + len(target)])
-        for part, offset in zip(self._parts, self._offsets, strict=False):
-            begin, end = max(first, offset), min(last, offset + len(part))
-            if begin < end:
-                target[self._slots[begin:end] - start] = part[begin - offset : end - offset]
-
-
 def shortening(language: LanguageSpec, context: int) -> dict[Remedy, str]:
     """Return what helps where a prompt does not fit a context of so many tokens."""
     most = language.max_context
@@ -135,15 +38,6 @@ def shortening(language: LanguageSpec, context: int) -> dict[Remedy, str]:
     if context < most:
         return remedies | {Remedy.RAISE_CONTEXT: ""}
     return remedies | {Remedy.LESS_TEXT: f"the model takes no more than {most}"}
-
-
-def check_slots(slots: int, rows: int) -> None:
-    """Raise PromptError unless the prompt has one context token per image row."""
-    if slots != rows:
-        raise PromptError(
-            f"the prompt has {slots} <IMG_CONTEXT> tokens for {rows} image rows; remove"
-            " <IMG_CONTEXT> from the text (images bring their own) or pass the missing image"
-        )
 
 
 def vision_batch(spec: ModelSpec) -> int:
@@ -157,6 +51,32 @@ def prefill_chunk(spec: ModelSpec, total: int) -> int:
     """Tokens of one prefill pass over a prompt of `total` tokens."""
     per_token = spec.language.num_attention_heads * max(total, 1) * 4
     return max(16, min(MAX_CHUNK, SCORE_BYTES // per_token))
+
+
+@dataclass(frozen=True)
+class Run:
+    """New positions of one sequence: what it brings to a pass.
+
+    Attributes:
+        cache: they are appended to what it holds.
+        ids: int64 `(tokens,)`, image slots holding the context token's id.
+        signatures: int64 `(tokens,)`; see `TokenSequence`.
+        base: rotary base of the new positions.
+        logit_rows: int64 `(n,)`, which of the new positions want logits.
+        count: how many of the largest logits each of these wants at least; 0: all.
+        images: rows of the image slots among them; None: there are none.
+    """
+
+    cache: Cache
+    ids: NDArray[np.int64]
+    signatures: NDArray[np.int64]
+    base: float
+    logit_rows: NDArray[np.int64]
+    count: int = 0
+    images: ImageRows | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Engine:
@@ -190,6 +110,30 @@ class Engine:
         """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)` in one pass."""
         rows = self.backend.encode_tiles(tiles)
         return rows.reshape(-1, self._spec.language.hidden_size)
+
+    @property
+    def most_runs(self) -> int:
+        """Sequences that one pass takes."""
+        return self.backend.most_slices
+
+    def groups(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+        """Split runs into passes, in order."""
+        for start in range(0, len(runs), self.most_runs):
+            yield runs[start : start + self.most_runs]
+
+    def run(self, runs: Sequence[Run]) -> list[list[Candidates]]:
+        """Append the positions of every run to its cache, in one pass.
+
+        Args:
+            runs: at most `most_runs`, each of another cache.
+
+        Returns:
+            for each run, and in it for each row of `logit_rows`, the tokens to choose from.
+
+        Raises:
+            LimitError: a cache is full. No cache has changed.
+        """
+        return self._append(runs, lambda slices: self._candidates(slices, runs))
 
     def prefill(self, cache: Cache, sequence: TokenSequence) -> tuple[NDArray[np.float32], int]:
         """Bring `cache` to exactly `sequence`, all at once; see `begin` and `prefill_chunks`.
@@ -235,7 +179,9 @@ class Engine:
         images = sequence.image_rows(start)
         for begin, stop in self._chunks(start, len(sequence)):
             last = np.array([stop - begin - 1])
-            yield self._forward(cache, sequence, images, begin, stop, base, last)[0]
+            ids, signatures = sequence.ids[begin:stop], sequence.signatures[begin:stop]
+            ((found,),) = self.run([Run(cache, ids, signatures, base, last, images=images)])
+            yield found.logits
 
     def forget(self, cache: Cache) -> None:
         """Empty a cache that holds values which are no numbers."""
@@ -245,26 +191,21 @@ class Engine:
 
     def decode(self, cache: Cache, token: int) -> NDArray[np.float32]:
         """Append one token; return the logits `(vocab,)` that choose the next."""
-        return np.asarray(self._append(self._next(cache, token), np.array([token]))[0])
+        return self.decode_candidates(cache, token, 0).logits
 
     def decode_candidates(self, cache: Cache, token: int, count: int) -> Candidates:
         """Append one token; return at least the `count` largest logits; `count` 0: all of them."""
-        # Not isinstance, which looks for a protocol's attributes one by one, for each token.
-        if count == 0 or not hasattr(self.backend, "forward_candidates"):
-            return Candidates(self.decode(cache, token))
-        new = self._next(cache, token)
-        with cache.state.lock:
-            cache.state.reserve(1)
-            found = cast(SelectingBackend, self.backend).forward_candidates([new], count)
-            cache.state.extend(np.array([token]), new.rope_theta)
-        return found[0]
+        ((found,),) = self.run([self.following(cache, [token], count)])
+        return found
 
-    def _next(self, cache: Cache, token: int) -> Slice:
-        """A token behind the cached ones."""
-        total = cache.state.length + 1
-        self._check_length(cache, total)
-        rows = self._embedding.rows(np.array([token]))
-        return Slice(cache, rows, rope_base(self._spec.language, total), np.zeros(1, np.int64))
+    def following(self, cache: Cache, tokens: Sequence[int], count: int) -> Run:
+        """Tokens behind the cached ones, each of which wants at least the `count` largest logits.
+
+        Beyond the trained context every position has a rotary base of its own: there, one token.
+        """
+        ids = np.array(tokens, np.int64)
+        base = rope_base(self._spec.language, cache.state.length + len(ids))
+        return Run(cache, ids, ids, base, np.arange(len(ids)), count)
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits of every position, `(tokens, vocab)`."""
@@ -283,7 +224,9 @@ class Engine:
         for begin, stop in self._chunks(0, len(sequence)):
             first = min(max(start - begin, 0), stop - begin - 1)
             rows = np.arange(first, stop - begin)
-            logits = self._forward(cache, sequence, images, begin, stop, base, rows)
+            ids, signatures = sequence.ids[begin:stop], sequence.signatures[begin:stop]
+            run = Run(cache, ids, signatures, base, rows, images=images)
+            logits = self._append([run], self.backend.forward)
             if stop > start:
                 yield logits
 
@@ -293,28 +236,40 @@ class Engine:
             yield start, min(start + size, stop)
             start += size
 
-    def _forward(
-        self,
-        cache: Cache,
-        sequence: TokenSequence,
-        images: ImageRows,
-        start: int,
-        stop: int,
-        base: float,
-        logit_rows: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        rows = self._embedding.rows(sequence.ids[start:stop])
-        images.put(rows, start)
-        return self._append(Slice(cache, rows, base, logit_rows), sequence.signatures[start:stop])
+    def _append(self, runs: Sequence[Run], forward: Callable[[Sequence[Slice]], T]) -> T:
+        """Run rows behind the cached ones and record them."""
+        slices = [self._slice(run) for run in runs]
 
-    def _append(self, new: Slice, signatures: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run rows behind the cached ones and record them. Others may copy in between, not now."""
-        state = new.cache.state
-        with state.lock:
-            state.reserve(len(new.rows))
-            logits = self.backend.forward([new])
-            state.extend(signatures, new.rope_theta)
-        return logits
+        def append() -> T:
+            for run in runs:
+                run.cache.state.reserve(len(run))
+            found = forward(slices)
+            for run in runs:
+                run.cache.state.extend(run.signatures, run.base)
+            return found
+
+        # Others may copy from a cache between passes, not now.
+        return _holding([run.cache for run in runs], append)
+
+    def _slice(self, run: Run) -> Slice:
+        start = run.cache.state.length
+        self._check_length(run.cache, start + len(run))
+        rows = self._embedding.rows(run.ids)
+        if run.images is not None:
+            run.images.put(rows, start)
+        return Slice(run.cache, rows, run.base, run.logit_rows)
+
+    def _candidates(self, slices: Sequence[Slice], runs: Sequence[Run]) -> list[list[Candidates]]:
+        most = max(run.count for run in runs)
+        if all(run.count and len(run) == 1 for run in runs) and hasattr(
+            # Not isinstance, which looks for a protocol's attributes one by one, for each token.
+            self.backend,
+            "forward_candidates",
+        ):
+            selecting = cast(SelectingBackend, self.backend)
+            return [[found] for found in selecting.forward_candidates(slices, most)]
+        rows = iter(self.backend.forward(slices))
+        return [[Candidates(next(rows)) for _ in run.logit_rows] for run in runs]
 
     def _check_length(self, cache: Cache, length: int) -> None:
         if length > cache.state.capacity:
@@ -322,3 +277,13 @@ class Engine:
                 f"{length} tokens > {cache.state.capacity} the KV cache holds",
                 shortening(self._spec.language, cache.state.capacity),
             )
+
+
+def _holding(caches: Sequence[Cache], act: Callable[[], T]) -> T:
+    """Act while all these caches are locked. They are taken in one order everywhere, so that
+    nobody waits for ever; by `with` alone, so that an interrupt leaves none of them locked."""
+    if not caches:
+        return act()
+    first, *others = sorted(caches, key=id) if len(caches) > 1 else caches
+    with first.state.lock:
+        return _holding(others, act)

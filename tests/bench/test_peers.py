@@ -30,7 +30,7 @@ from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.decoding.passes import TokenSequence
+from internvl_edge.runtime.decoding.sequence import TokenSequence
 
 needs_llama = pytest.mark.skipif(
     find_spec("llama_cpp") is None or find_spec("gguf") is None,

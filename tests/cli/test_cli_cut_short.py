@@ -27,7 +27,7 @@ def _slow_commands(golden: Path, room: Path) -> dict[str, tuple[Sequence[object]
         function="_read_shapes",
     )
     decode = SLOW.format(
-        module="internvl_edge.runtime.decoding.passes", owner="Engine", function="decode"
+        module="internvl_edge.runtime.decoding.passes", owner="Engine", function="following"
     )
     prefill = SLOW.format(
         module="internvl_edge.runtime.decoding.passes", owner="Engine", function="begin"

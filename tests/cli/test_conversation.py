@@ -24,10 +24,10 @@ from internvl_edge.runtime.decoding.request import Timings
 
 SLOWLY = """
 from internvl_edge.runtime.decoding.passes import Engine
-def slowly(*arguments, decode=Engine.decode):
+def slowly(*arguments, following=Engine.following):
     time.sleep(0.05)
-    return decode(*arguments)
-Engine.decode = slowly
+    return following(*arguments)
+Engine.following = slowly
 """
 COMMANDS = ("/image", "/save", "/reset", "/help")
 

@@ -17,7 +17,7 @@ from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.examples.tiny_ocr.data import HELD_OUT, sample
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.decoding.passes import EncodedImage, TokenSequence
+from internvl_edge.runtime.decoding.sequence import EncodedImage, TokenSequence
 
 Keys = NDArray[np.float64]  # (kv_heads, tokens, head_dim)
 PICTURES = 24

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.runtime.decoding.passes import EncodedImage, ImageRows, TokenSequence
+from internvl_edge.runtime.decoding.sequence import EncodedImage, ImageRows, TokenSequence
 
 SLOT = 7
 
