@@ -10,10 +10,11 @@ from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
+from internvl_edge.runtime.decoding.policy import Policy
+from internvl_edge.runtime.decoding.reservations import Reservations
 from internvl_edge.runtime.decoding.reuse import PrefixStore
 from internvl_edge.runtime.decoding.sequence import EncodedImage, TokenSequence
 from internvl_edge.runtime.images.identity import TiledImage
-from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.process import HomeProcess
 
 
@@ -27,7 +28,8 @@ class Answering:
         tokenizer: makes text of tokens.
         encoder: makes rows of images.
         prefixes: KV caches that are kept.
-        memory: refuses what would not fit; None: the device does.
+        reservations: promise memory, and refuse what would not fit.
+        policy: how requests share all this.
         finite: refuses what is no number.
         max_context: most tokens of a prompt and its answer.
         home: the process all this is in.
@@ -38,7 +40,8 @@ class Answering:
     tokenizer: Tokenizer
     encoder: ImageEncoder
     prefixes: PrefixStore
-    memory: MemoryGuard | None
+    reservations: Reservations
+    policy: Policy
     finite: FiniteCheck
     max_context: int
     home: HomeProcess

@@ -201,9 +201,24 @@ class MemoryGuard:
         remedies = without_gains([Remedy.CLOSE_PROGRAMS, Remedy.PREPARE_ELSEWHERE])
         _check(self._plan(tokens, 1), tokens, "preparing this bundle", remedies)
 
-    def check_prompt(self, tokens: int, tiles: int) -> None:
-        """Raise CapacityError unless so many new positions and tiles fit beside what is loaded."""
-        plan = replace(
+    def check_prompt(self, tokens: int, tiles: int, promised: int = 0) -> None:
+        """Raise CapacityError unless so many new positions and tiles fit beside what is loaded.
+
+        Args:
+            promised: bytes that others will take; below 0: that they will give back.
+        """
+        plan = self._answer(tokens, tiles)
+        self._check(plan, tokens, "this prompt", promised)
+
+    def claim_bytes(self, tokens: int, tiles: int) -> int:
+        """Bytes that a request takes for itself: its positions in the KV cache and its images. What
+        passes take, requests take in turns."""
+        plan = self._answer(tokens, tiles)
+        return plan.kv_cache + plan.images
+
+    def _answer(self, tokens: int, tiles: int) -> MemoryPlan:
+        """Plan an answer beside what is loaded."""
+        return replace(
             self._plan(tokens, tiles),
             process=0,
             sessions=0,
@@ -211,7 +226,6 @@ class MemoryGuard:
             vision_weights=0,
             language_weights=0,
         )
-        self._check(plan, tokens, "this prompt")
 
     def _plan(self, tokens: int, tiles: int) -> MemoryPlan:
         return plan_memory(
@@ -223,18 +237,18 @@ class MemoryGuard:
             int4=self.int4,
         )
 
-    def _check(self, plan: MemoryPlan, tokens: int, what: str) -> None:
-        _check(plan, tokens, what, _remedies(self.manifest, plan))
+    def _check(self, plan: MemoryPlan, tokens: int, what: str, promised: int = 0) -> None:
+        _check(plan, tokens, what, _remedies(self.manifest, plan), promised)
 
 
-def _check(plan: MemoryPlan, tokens: int, what: str, remedies: Remedies) -> None:
-    """Raise CapacityError unless a plan fits into the memory that is free."""
-    available = available_memory()
+def _check(plan: MemoryPlan, tokens: int, what: str, remedies: Remedies, promised: int = 0) -> None:
+    """Raise CapacityError unless a plan fits into the memory that is free and not promised."""
+    available = max(available_memory() - promised, 0)
     if plan.total + RESERVE_BYTES > available:
         raise CapacityError(
-            f"{what} takes {_gib(plan.total)} of memory (weights"
-            f" {_gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
-            f" {_gib(plan.kv_cache)}), {_gib(available)} are free",
+            f"{what} takes {gib(plan.total)} of memory (weights"
+            f" {gib(plan.vision_weights + plan.language_weights)}, KV cache of {tokens} tokens"
+            f" {gib(plan.kv_cache)}), {gib(available)} are free",
             plan.total + RESERVE_BYTES,
             available,
             remedies,
@@ -250,10 +264,10 @@ def _remedies(manifest: Manifest, plan: MemoryPlan) -> dict[Remedy, str]:
     weights = plan.vision_weights, plan.language_weights
     found: dict[Remedy, str] = {}
     if all(weights) and "fp16" not in (manifest.vision, manifest.language):
-        found[Remedy.PREPARE] = f"maps {_gib(sum(weights))} of weights"
+        found[Remedy.PREPARE] = f"maps {gib(sum(weights))} of weights"
     if not plan.low_memory:
         saved = plan.total - replace(plan, low_memory=True).total
-        found[Remedy.LOW_MEMORY] = f"saves {_gib(saved)}"
+        found[Remedy.LOW_MEMORY] = f"saves {gib(saved)}"
     if plan.kv_cache:
         smaller = [Remedy.LOWER_CONTEXT, Remedy.FEWER_IMAGES, Remedy.LOWER_TILES]
         if manifest.kv != "int8":
@@ -262,5 +276,6 @@ def _remedies(manifest: Manifest, plan: MemoryPlan) -> dict[Remedy, str]:
     return found | without_gains([Remedy.CLOSE_PROGRAMS])
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return a size as people read it."""
     return f"{size / 2**30:.2f} GiB"

@@ -26,8 +26,10 @@ from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
+from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.progress import ProgressCallback
 from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
+from internvl_edge.runtime.decoding.reservations import Reservations
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.shelf import Shelf
@@ -68,6 +70,7 @@ class InternVL(NotCopied):
         reuse_bytes: int = REUSE_BYTES,
         image_folder: ImageFolder | None = None,
         memory: MemoryGuard | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
@@ -77,14 +80,15 @@ class InternVL(NotCopied):
         prefixes = PrefixStore(shelf := Shelf(reuse_bytes))
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()
-        finite = FiniteCheck(bundle.manifest)
+        finite, shared = FiniteCheck(bundle.manifest), policy or Policy()
         self.answering = Answering(
             self.inputs,
             self.engine,
             tokenizer,
             ImageEncoder(self.engine, ImageStore(shelf, image_folder), finite),
             prefixes,
-            memory,
+            Reservations(memory, shared.memory_bytes),
+            shared,
             finite,
             max_context,
             self.home,

@@ -56,6 +56,10 @@ class LlamaCppBackend:
         return f"llama.cpp behind {self._vision.description}"
 
     @property
+    def most_slices(self) -> int:
+        return 1
+
+    @property
     def numerics(self) -> str:
         return self._vision.numerics
 

@@ -27,9 +27,8 @@ class TokenStream(NotCopied, Iterator[str]):
     def __next__(self) -> str:
         try:
             while self._handle.alive:
-                for event in self._scheduler.step():
-                    if event.piece:
-                        return event.piece
+                if piece := "".join(event.piece for event in self._scheduler.step()):
+                    return piece
         except KeyboardInterrupt:
             self._scheduler.end(self._handle)
             raise

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.bundle.text_stream import TextStream
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.boxes import Box, read_boxes
+from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request
+from internvl_edge.runtime.decoding.reservations import Claimant
 from internvl_edge.runtime.decoding.sampling import Sampler
 
 
@@ -43,39 +42,43 @@ class StopStrings:
         return held
 
 
-class Handle:
+class Handle(Claimant):
     """A request that a scheduler has taken.
 
     Args:
         request: what is asked.
-        cache: where its positions are.
-        prompt: runs the prompt, a pass each time; yields None, and at last its logits `(vocab,)`.
-        sampler: chooses its tokens.
+        prompt_ids: its tokens, as they were checked.
+        sampler: chooses the answer's tokens.
         tokenizer: makes text of them.
         limit: most tokens of the answer.
 
     Attributes:
         ids: tokens generated so far.
-        prompt: None once it was run.
+        cache: where its positions are; None while it waits.
+        had: positions that a conversation's cache held before.
+        prefill: its prompt, while it is under way and not read yet.
+        reserved: positions of the cache that it may fill.
         reply: the answer once it has ended, else None.
-        failed: whether an error ended it.
+        error: what ended it instead.
     """
 
     def __init__(
         self,
         request: Request,
-        cache: Cache,
-        prompt: Iterator[NDArray[np.float32] | None],
+        prompt_ids: list[int],
         sampler: Sampler,
         tokenizer: Tokenizer,
         limit: int,
     ) -> None:
-        self.request, self.cache = request, cache
-        self.prompt: Iterator[NDArray[np.float32] | None] | None = prompt
+        self.request, self.prompt_ids = request, prompt_ids
+        self.cache: Cache | None = None
+        self.had = 0 if request.cache is None else request.cache.state.length
+        self.prefill: Prefill | None = None
+        self.reserved = 0
         self.sampler = sampler
         self.ids: list[int] = []
         self.reply: Reply | None = None
-        self.failed = False
+        self.error: Exception | None = None
         self._limit = limit
         self._stop_ids = frozenset(() if request.ignore_eos else request.stop_ids)
         self._tokenizer = tokenizer
@@ -83,6 +86,11 @@ class Handle:
         self._stops = StopStrings(request.stop)
         self._shown: list[str] = []
         self._cancelled = threading.Event()
+
+    @property
+    def positions(self) -> int:
+        """Most positions that the prompt and its answer take."""
+        return len(self.prompt_ids) + self._limit - 1
 
     def cancel(self) -> None:
         """Ask for the end of the answer; safe from any thread."""
@@ -98,10 +106,15 @@ class Handle:
         """Whether there is something left to do."""
         return self.reply is None and not self.failed
 
-    def fail(self) -> None:
-        """Note that an error ended it, and let go of what its prompt needed."""
-        self.failed = True
-        self.prompt = None
+    @property
+    def failed(self) -> bool:
+        """Whether an error ended it."""
+        return self.error is not None
+
+    def fail(self, error: Exception) -> None:
+        """Note what ended it, and let go of what its prompt needed."""
+        self.error = error
+        self.prefill = None
 
     def take(self, token: int, logprob: float | None) -> Event:
         """Add a token; say what it made of the text, and whether it is the last."""

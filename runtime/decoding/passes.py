@@ -116,10 +116,10 @@ class Engine:
         """Sequences that one pass takes."""
         return self.backend.most_slices
 
-    def groups(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-        """Split runs into passes, in order."""
-        for start in range(0, len(runs), self.most_runs):
-            yield runs[start : start + self.most_runs]
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of one prefill pass, where the prompt is short."""
+        return MAX_CHUNK
 
     def run(self, runs: Sequence[Run]) -> list[list[Candidates]]:
         """Append the positions of every run to its cache, in one pass.
@@ -148,8 +148,11 @@ class Engine:
         (logits,) = deque(self.prefill_chunks(cache, sequence, reused), maxlen=1)
         return logits, reused
 
-    def begin(self, cache: Cache, sequence: TokenSequence) -> int:
+    def begin(self, cache: Cache, sequence: TokenSequence, beside: Sequence[Cache] = ()) -> int:
         """Leave in `cache` what it, or another one, holds of the beginning of `sequence`.
+
+        Args:
+            beside: caches of answers under way, which may begin alike.
 
         Returns:
             how many positions that are; at least the last one is missing.
@@ -158,13 +161,30 @@ class Engine:
             LimitError: the sequence does not fit the cache.
         """
         self._check_length(cache, len(sequence))
-        base = rope_base(self._spec.language, len(sequence))
+        prompt = len(sequence) - sequence.answered
+        base = self._base(0, prompt)
+        alike = len(sequence) if self._base(len(sequence) - 1, prompt) == base else prompt
         # The last token is always run: its logits are not in the cache.
-        shared = self._prefixes.fill(cache, sequence.signatures, base)
+        shared = self._prefixes.fill(cache, sequence.signatures[:alike], base, beside)
         reused = min(shared, len(sequence) - 1)
         with cache.state.lock:
             cache.state.truncate(reused)
         return reused
+
+    def chunk(self, cache: Cache, sequence: TokenSequence, images: ImageRows, most: int) -> Run:
+        """Return the positions of `sequence` behind those that `cache` has of it: at most `most`,
+        all under one rotary base, of which the last one wants its logits."""
+        start, prompt = cache.state.length, len(sequence) - sequence.answered
+        stop = min(start + most, start + self.chunk_tokens(sequence), len(sequence))
+        base = self._base(start, prompt)
+        if self._base(stop - 1, prompt) != base:
+            stop = max(prompt, start + 1)
+        ids, signatures = sequence.ids[start:stop], sequence.signatures[start:stop]
+        return Run(cache, ids, signatures, base, np.array([stop - start - 1]), images=images)
+
+    def chunk_tokens(self, sequence: TokenSequence) -> int:
+        """Tokens of one prefill pass over `sequence`."""
+        return prefill_chunk(self._spec, len(sequence))
 
     def prefill_chunks(
         self, cache: Cache, sequence: TokenSequence, start: int
@@ -175,12 +195,9 @@ class Engine:
         Yields:
             logits of the last position of the pass `(vocab,)`.
         """
-        base = rope_base(self._spec.language, len(sequence))
         images = sequence.image_rows(start)
-        for begin, stop in self._chunks(start, len(sequence)):
-            last = np.array([stop - begin - 1])
-            ids, signatures = sequence.ids[begin:stop], sequence.signatures[begin:stop]
-            ((found,),) = self.run([Run(cache, ids, signatures, base, last, images=images)])
+        while cache.state.length < len(sequence):
+            ((found,),) = self.run([self.chunk(cache, sequence, images, len(sequence))])
             yield found.logits
 
     def forget(self, cache: Cache) -> None:
@@ -250,6 +267,10 @@ class Engine:
 
         # Others may copy from a cache between passes, not now.
         return _holding([run.cache for run in runs], append)
+
+    def _base(self, position: int, prompt: int) -> float:
+        """Rotary base of a position behind, or in, a prompt of so many tokens."""
+        return rope_base(self._spec.language, max(position + 1, prompt))
 
     def _slice(self, run: Run) -> Slice:
         start = run.cache.state.length

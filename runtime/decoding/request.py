@@ -77,6 +77,7 @@ class Request:
         progress: called between the passes of the prompt.
         timings: filled on the way.
         started: what times are counted from, on `time.perf_counter`.
+        priority: requests of a larger one begin earlier; see `Policy.aging_s`.
     """
 
     ids: Sequence[int]
@@ -92,6 +93,7 @@ class Request:
     progress: ProgressCallback | None = None
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
+    priority: int = 0
 
     def tell(self, stage: Stage, done: int, total: int) -> None:
         """Say how far the prompt is."""

@@ -6,6 +6,7 @@ Both lie on one shelf that is bounded in bytes; what was used longest ago goes f
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +76,18 @@ class PrefixStore:
             self._shelf.drop(key)
         self._shelf.put(_key(cache), cache, nbytes, prompt)
 
-    def fill(self, cache: Cache, signatures: NDArray[np.int64], base: float) -> int:
+    def fill(
+        self,
+        cache: Cache,
+        signatures: NDArray[np.int64],
+        base: float,
+        beside: Sequence[Cache] = (),
+    ) -> int:
         """Copy into `cache` the longest prefix any kept cache has, if it beats its own.
 
         Args:
             cache: to be brought to `signatures (tokens,)` under rotary `base`.
+            beside: caches that are not kept, and may be copied from, too.
 
         Returns:
             How many leading positions it now shares.
@@ -87,7 +95,8 @@ class PrefixStore:
         own = cache.state.common_prefix(signatures, base)
         shared = own + LEAST_SHARED
         donor: Cache | None = None
-        for _, value in self._shelf.nearest(_prompt(signatures, base)):
+        kept = [value for _, value in self._shelf.nearest(_prompt(signatures, base))]
+        for value in [*kept, *beside]:
             if value is not cache:
                 length = value.state.common_prefix(signatures, base)
                 if length > shared:

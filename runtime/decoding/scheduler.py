@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
 
 from internvl_edge.bundle.errors import PrecisionError, UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.admission import Admission
 from internvl_edge.runtime.decoding.handle import Handle
-from internvl_edge.runtime.decoding.passes import TokenSequence
+from internvl_edge.runtime.decoding.passes import Run
+from internvl_edge.runtime.decoding.policy import Pace
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Request
 from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, log_probability
-from internvl_edge.runtime.images.identity import PendingImage
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a handle brings to a step: positions to run, of its prompt or behind its last token."""
+
+    handle: Handle
+    run: Run
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is run in a step.
+
+    Attributes:
+        prompts, answers: pieces of prompts; tokens behind running answers.
+        encoded: whether a pass over tiles came instead of prompts.
+    """
+
+    prompts: list[Part]
+    answers: list[Part]
+    encoded: bool
+
+    def tell(self, pace: Pace, seconds: float) -> None:
+        """Say how long it took."""
+        if not self.answers or self.encoded:
+            return
+        if self.prompts:
+            tokens = sum(len(part.run) for part in self.prompts)
+            pace.prefilled(len(self.answers), tokens, seconds)
+        else:
+            pace.decoded(len(self.answers), seconds)
 
 
 class Scheduler:
     """Runs the requests it is given, in bounded steps.
 
-    A scheduler belongs to one thread; several may share one model. A step does one pass of the
-    oldest prompt that is not done (over tiles, or over a chunk of tokens), then decodes a token of
-    each running request: one after the other, because backends take batches of one so far.
+    A scheduler belongs to one thread; several may share one model. A step is one pass, or as many
+    as the backend needs, over a chunk of the oldest prompt that is not done and a token of each
+    running request. Where images are to be encoded, a pass over tiles comes instead of the chunk.
 
     Args:
         answering: what answers are made with.
@@ -32,8 +62,10 @@ class Scheduler:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
-        self._handles: list[Handle] = []
+        self._admission = Admission(answering)
+        self._pace = Pace(answering.policy.growth)
         self._events: list[Event] = []
+        self._errors: list[Exception] = []
         self._within = False  # a step, or one that an interrupt left
 
     def add(self, request: Request) -> Handle:
@@ -48,21 +80,15 @@ class Scheduler:
             raise UsageError(f"is {quoted(asked)}, it must be at least 1", option="max_new_tokens")
         ids = means.inputs.checked(request.ids, request.images)
         request.timings.prompt_tokens = len(ids)
-        self._check_memory(request, len(ids))
-        cache = request.cache
-        if cache is None:
-            needed = min(means.max_context, len(ids) + asked - 1)
-            cache = means.engine.backend.new_cache(needed)
         handle = Handle(
             request,
-            cache,
-            _prompt(means, request, cache, ids),
+            ids,
             Sampler(request.sampling, means.finite.logit),
             means.tokenizer,
             # The last token generated is never run, so it needs no place in the cache.
             limit=min(asked, means.max_context - len(ids) + 1),
         )
-        self._handles.append(handle)
+        self._admission.add(handle)
         return handle
 
     def step(self) -> list[Event]:
@@ -73,18 +99,18 @@ class Scheduler:
                 others' events come with the next step.
         """
         self._answering.home.check()
-        self._handles = [handle for handle in self._handles if self._goes_on(handle)]
+        for handle in self._admission.handles():
+            self._go_on(handle)
         self._within = True
-        running = [handle for handle in self._handles if handle.ids]
-        prompts = [handle for handle in self._handles if not handle.ids]
-        for handle in [*prompts[:1], *running]:
-            try:
-                self._work(handle)
-            except Exception:
-                handle.fail()
-                self._within = False
-                raise
+        self._errors += self._admission.admit()
+        work = self._work()
+        before = self._pace.clock()
+        for group in self._groups(work):
+            self._pass(group)
+        work.tell(self._pace, self._pace.clock() - before)
         self._within = False
+        if self._errors:
+            raise self._errors.pop(0)
         events, self._events = self._events, []
         return events
 
@@ -92,99 +118,121 @@ class Scheduler:
         """End an answer as it stands; where an interrupt came in between, again."""
         if handle.reply is None:
             if not handle.failed:
-                self._answering.prefixes.keep(handle.cache)
+                if handle.cache is not None:
+                    self._answering.prefixes.keep(handle.cache)
                 for image in handle.request.images:
                     image.release()
-            handle.prompt = None
+            handle.prefill = None
+            self._admission.remove(handle)
             handle.reply = handle.replied(finish)  # last: then all of it is done
 
-    def _goes_on(self, handle: Handle) -> bool:
-        """Whether there is something left to do, after ending what was cancelled."""
+    def _go_on(self, handle: Handle) -> None:
+        """End what was cancelled."""
         if self._within:  # a step that an interrupt left: what it did is not known
             self.end(handle)
         elif handle.cancelled and handle.alive:
             self._record(handle, handle.last("cancelled"))
-        return handle.alive
 
-    def _work(self, handle: Handle) -> None:
-        """Do a piece of the prompt, or decode a token."""
-        engine, request = self._answering.engine, handle.request
-        if handle.ids:
-            wanted = 0 if request.logprobs else request.sampling.candidates
-            candidates = engine.decode_candidates(handle.cache, handle.ids[-1], wanted)
-        elif (logits := _advance(handle)) is not None:
-            candidates = Candidates(logits)
-        else:
-            return
+    def _work(self) -> Work:
+        """Return what is run in this step."""
+        self._admission.grow()
+        running = [handle for handle in self._admission.admitted if handle.prefill is None]
+        prompts, encoded = self._of_prompts(self._pace.chunk if running else None)
+        return Work(prompts, [self._of_answer(handle) for handle in running], encoded)
+
+    def _of_prompts(self, chunk: int | None) -> tuple[list[Part], bool]:
+        """Return the next pieces of prompts, at most so many tokens; or whether tiles were encoded
+        instead."""
+        engine = self._answering.engine
+        left = engine.most_tokens if chunk is None else chunk
+        parts: list[Part] = []
+        for handle in self._admission.prompts():
+            try:
+                assert handle.prefill is not None
+                if (encoded := handle.prefill.encode()) is None:
+                    run = handle.prefill.run(left, self._admission.caches(handle))
+                    parts.append(Part(handle, run))
+                    left -= len(run)
+            except Exception as error:  # noqa: BLE001 - raised once the others had their turn
+                self._fail(handle, error)
+                continue
+            if encoded:
+                return parts, True
+            if parts and (engine.most_runs == 1 or left < 1):
+                break
+        return parts, False
+
+    def _of_answer(self, handle: Handle) -> Part:
+        request = handle.request
+        wanted = 0 if request.logprobs else request.sampling.candidates
+        assert handle.cache is not None
+        return Part(handle, self._answering.engine.following(handle.cache, handle.ids[-1:], wanted))
+
+    def _groups(self, work: Work) -> Iterator[Sequence[Part]]:
+        """Split what is run into passes."""
+        parts, most = [*work.prompts, *work.answers], self._answering.engine.most_runs
+        for start in range(0, len(parts), most):
+            yield parts[start : start + most]
+
+    def _pass(self, group: Sequence[Part]) -> None:
+        """Run some parts together; where that fails, each alone, so that only one of them does."""
+        before = time.perf_counter()
         try:
+            found = self._answering.engine.run([part.run for part in group])
+        except Exception as error:  # noqa: BLE001 - raised once the others had their turn
+            if len(group) == 1:
+                return self._fail(group[0].handle, error)
+            for part in group:
+                self._pass([part])
+            return None
+        seconds = time.perf_counter() - before
+        for part, candidates in zip(group, found, strict=True):
+            try:
+                self._ran(part, candidates, seconds)
+            except PrecisionError as error:
+                self._answering.engine.forget(part.run.cache)
+                self._fail(part.handle, error)
+            except Exception as error:  # noqa: BLE001 - raised once the others had their turn
+                self._fail(part.handle, error)
+        return None
+
+    def _ran(self, part: Part, found: Sequence[Candidates], seconds: float) -> None:
+        """Note what was run; choose tokens where that was the end of a prompt, or an answer's."""
+        handle = part.handle
+        if handle.prefill is not None:
+            handle.request.timings.prefill_s += seconds
+            handle.prefill.ran()
+            if not handle.prefill.done:
+                return
+            handle.prefill = None
+            self._admission.read(handle)
+            if handle.ids:  # it was dropped, and is where it was
+                return
+        self._choose(part, found)
+
+    def _choose(self, part: Part, found: Sequence[Candidates]) -> None:
+        """Choose tokens for as long as they are those that were run already; forget the others."""
+        handle, run = part.handle, part.run
+        events: list[Event] = []
+        for row, candidates in zip(run.logit_rows.tolist(), found, strict=True):
             token = handle.sampler(candidates)
-        except PrecisionError:
-            engine.forget(handle.cache)
-            raise
-        logprob = log_probability(candidates.logits, token) if request.logprobs else None
-        self._record(handle, handle.take(token, logprob))
+            asked = handle.request.logprobs
+            logprob = log_probability(candidates.logits, token) if asked else None
+            events.append(handle.take(token, logprob))
+            if events[-1].finish is not None or row + 1 == len(run) or run.ids[row + 1] != token:
+                wrong = len(run) - row - 1
+                with run.cache.state.lock:
+                    run.cache.state.truncate(run.cache.state.length - wrong)
+                break
+        for event in events:
+            self._record(handle, event)
 
     def _record(self, handle: Handle, event: Event) -> None:
         self._events.append(event)
         if event.finish is not None:
             self.end(handle, event.finish)
 
-    def _check_memory(self, request: Request, prompt_tokens: int) -> None:
-        means = self._answering
-        if means.memory is not None:
-            longest = min(prompt_tokens + request.max_new_tokens, means.max_context)
-            held = 0 if request.cache is None else request.cache.state.length
-            tiles = sum(image.tiles for image in request.images)
-            means.memory.check_prompt(max(longest - held, 0), tiles)
-
-
-def _advance(handle: Handle) -> NDArray[np.float32] | None:
-    """Do a piece of a prompt, within its timings; the logits `(vocab,)` once it is done."""
-    assert handle.prompt is not None
-    timings = handle.request.timings
-    before, vision = time.perf_counter(), timings.vision_s
-    logits = next(handle.prompt)
-    timings.prefill_s += time.perf_counter() - before - (timings.vision_s - vision)
-    if logits is not None:
-        handle.prompt = None
-    return logits
-
-
-def _prompt(
-    means: Answering, request: Request, cache: Cache, ids: list[int]
-) -> Iterator[NDArray[np.float32] | None]:
-    """Encode the images that are not in the cache, then run the tokens, a pass each time.
-
-    Yields:
-        None, and after the last pass the logits `(vocab,)` of the last position.
-    """
-    images = [PendingImage(image.identity, means.inputs.rows(image)) for image in request.images]
-    sequence = TokenSequence.build(ids, means.inputs.context_id, images)
-    reused = means.engine.begin(cache, sequence)
-    request.timings.cached_tokens = reused
-    yield from _encoded(means, request, images, [index for index, _ in sequence.needed(reused)])
-    request.tell("prompt", reused, len(sequence))
-    for logits in means.engine.prefill_chunks(cache, sequence, reused):
-        request.tell("prompt", cache.state.length, len(sequence))
-        yield logits if cache.state.length == len(sequence) else None
-
-
-def _encoded(
-    means: Answering, request: Request, images: Sequence[PendingImage], needed: Sequence[int]
-) -> Iterator[None]:
-    """Encode the images that are needed, a pass each time."""
-    total = sum(request.images[index].tiles for index in needed)
-    done = 0
-    if needed:
-        request.tell("tiles", done, total)
-    for index in needed:
-        image, before = request.images[index], request.timings.tiles
-        for rows in means.encoder.steps(image, request.timings):
-            if rows is None:
-                request.tell("tiles", done + request.timings.tiles - before, total)
-                yield None
-            else:
-                images[index].encoded(rows)
-        done += image.tiles
-        if request.timings.tiles == before:  # its rows were known
-            request.tell("tiles", done, total)
+    def _fail(self, handle: Handle, error: Exception) -> None:
+        handle.fail(error)
+        self._admission.remove(handle)
+        self._errors.append(error)

@@ -46,12 +46,15 @@ class TokenSequence:
         signatures: int64 `(tokens,)`: the ids, with image slots replaced by their rows'.
         slots: int64 `(image rows,)`, positions of the image slots in order.
         images: whose rows belong into the slots, in order.
+        answered: of the tokens, how many at the end were generated: each of them has the rotary
+            base of a sequence that ends with it.
     """
 
     ids: NDArray[np.int64]
     signatures: NDArray[np.int64]
     slots: NDArray[np.int64]
     images: Sequence[PromptImage]
+    answered: int = 0
 
     @classmethod
     def build(
@@ -72,6 +75,12 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def then(self, answer: Sequence[int]) -> TokenSequence:
+        """Return this prompt and what was answered, in which a context token is no image's slot."""
+        tail = np.asarray(answer, np.int64)
+        ids, signatures = np.append(self.ids, tail), np.append(self.signatures, tail)
+        return TokenSequence(ids, signatures, self.slots, self.images, len(tail))
 
     def needed(self, start: int) -> list[tuple[int, int]]:
         """Return which images have rows from position `start` on, and the first such row of each:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 from campaign.interrupts import Moments
 from numpy.typing import NDArray
+from together import Together
 
 from internvl_edge.runtime import InternVL, LimitError, PrecisionError, PromptError, Sampling
 from internvl_edge.runtime.backends import SelectingBackend, Slice
 from internvl_edge.runtime.decoding import passes
 from internvl_edge.runtime.decoding.handle import Handle
+from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.request import Event, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 
@@ -49,8 +53,12 @@ def mixed(model: InternVL) -> list[Request]:
 
 
 @pytest.mark.parametrize("reuse", [0, 1 << 30])
-def test_each_is_answered_as_alone(golden_bundle: Path, golden_model: InternVL, reuse: int) -> None:
+@pytest.mark.parametrize("slices", [1, 3, 8])
+def test_each_is_answered_as_alone(
+    golden_bundle: Path, golden_model: InternVL, reuse: int, slices: int
+) -> None:
     model = InternVL.load(golden_bundle, device="cpu", threads=1, reuse_bytes=reuse)
+    model.engine.backend = backend = Together(model.engine.backend, slices)
     scheduler = Scheduler(model.answering)
     handles = [scheduler.add(one) for one in mixed(model)]
     events = run(scheduler, handles)
@@ -66,6 +74,7 @@ def test_each_is_answered_as_alone(golden_bundle: Path, golden_model: InternVL, 
         assert own[-1].finish == handle.reply.finish_reason
         assert len(handle.request.timings.token_s) == len(own)
     assert scheduler.step() == []
+    assert max(backend.passes) == min(slices, 4)
 
 
 def test_prompts_come_one_by_one_while_others_decode(
@@ -73,7 +82,8 @@ def test_prompts_come_one_by_one_while_others_decode(
 ) -> None:
     """A long prompt holds nobody up for longer than one of its passes."""
     monkeypatch.setattr(passes, "MAX_CHUNK", 16)
-    scheduler = Scheduler(golden_model.answering)
+    patient = replace(golden_model.answering, policy=Policy(growth=math.inf))
+    scheduler = Scheduler(patient)
     first = scheduler.add(request(golden_model, "Hello", max_new_tokens=60, ignore_eos=True))
     while not first.ids:
         scheduler.step()
@@ -87,7 +97,8 @@ def test_prompts_come_one_by_one_while_others_decode(
         assert len(first.ids) == tokens + 1
         assert events[-1].request is first.request
         steps += 1
-    assert steps == -(-second.request.timings.prompt_tokens // 16)
+    timings = second.request.timings
+    assert steps == -(-(timings.prompt_tokens - timings.cached_tokens) // 16)
 
 
 def test_a_cancelled_one_ends_before_its_next_pass(golden_model: InternVL) -> None:

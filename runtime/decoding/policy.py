@@ -1,0 +1,76 @@
+"""What is run when several requests are under way: who begins, and how much of a prompt at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: Tokens of a prompt that are run beside decoding before anything was measured.
+FIRST_CHUNK = 16
+#: By how much a chunk, as measured, may change at once.
+LARGEST_CHANGE = 2.0
+#: Weight of the newest measurement of a pass.
+NEWEST = 0.25
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How requests share a model.
+
+    Attributes:
+        most_running: requests that are under way at once; others wait.
+        growth: by how much the time between two tokens of running answers may grow while a prompt
+            is read, as a part of it: 1.0 doubles it at most.
+        aging_s: waiting so many seconds counts as much as a priority that is larger by one, so that
+            nobody waits for ever.
+        memory_bytes: most memory that KV caches and images of all requests under way take, as
+            planned; None: what is free.
+        ahead: positions of an answer that are reserved at once. A longer one reserves more on the
+            way; where there is no more, the newest request is dropped and begun again later.
+    """
+
+    most_running: int = 32
+    growth: float = 1.0
+    aging_s: float = 10.0
+    memory_bytes: int | None = None
+    ahead: int = 256
+
+    def rank(self, priority: int, waited_s: float) -> float:
+        """Return what a request is preferred by: the larger comes first."""
+        return priority + waited_s / self.aging_s
+
+
+class Pace:
+    """Finds how many tokens of a prompt fit beside decoding, from how long passes took.
+
+    Args:
+        growth: see `Policy`.
+        clock: seconds.
+    """
+
+    def __init__(self, growth: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._growth = growth
+        self.clock = clock
+        self._decoding: dict[int, float] = {}  # seconds by the number of sequences
+        self._chunk = float(FIRST_CHUNK)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt, at least one, that a pass may take beside others' tokens."""
+        return max(1, int(self._chunk))
+
+    def decoded(self, sequences: int, seconds: float) -> None:
+        """Note how long a step took that did nothing but decode."""
+        before = self._decoding.get(sequences, seconds)
+        self._decoding[sequences] = before + NEWEST * (seconds - before)
+
+    def prefilled(self, sequences: int, tokens: int, seconds: float) -> None:
+        """Note how long a step took that ran `tokens` of a prompt beside decoding."""
+        if not self._decoding or tokens < self.chunk:  # the end of a prompt says less
+            return
+        nearest = min(self._decoding, key=lambda known: abs(known - sequences))
+        alone = self._decoding[nearest]
+        change = self._growth * alone / max(seconds - alone, 1e-9)
+        self._chunk *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        self._chunk = max(self._chunk, 1.0)
