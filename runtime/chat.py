@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_edge.bundle.errors import ContextError, PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import file_path, flag, pictures, text, whole_or
+from internvl_edge.runtime.arguments import file_path, flag, pictures, text
+from internvl_edge.runtime.asking import AnswerOptions, Started, check_names, new_tokens, request
 from internvl_edge.runtime.decoding.generation import TokenStream
-from internvl_edge.runtime.decoding.progress import ProgressCallback
-from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
-from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.decoding.request import Reply, Request
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import Images
 from internvl_edge.runtime.messages import Messages, read_messages
 from internvl_edge.runtime.process import NotCopied
 from internvl_edge.runtime.stored import load, save, written
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -89,84 +89,39 @@ class Chat(NotCopied):
         """Positions of the KV cache in use."""
         return self._cache.state.length
 
-    def send(
-        self,
-        prompt: str,
-        images: Images = (),
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling | Mapping[str, Any] | None = None,
-        stop: str | Sequence[str] | None = (),
-        ignore_eos: bool = False,
-        skip_special_tokens: bool = True,
-        clean_up: bool = True,
-        progress: ProgressCallback | None = None,
-    ) -> Reply:
-        """One turn, whole; see `InternVL.stream` for the arguments."""
-        stream = self.stream(
-            prompt,
-            images,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            clean_up=clean_up,
-            progress=progress,
-        )
+    def send(self, prompt: str, images: Images = (), **options: Unpack[AnswerOptions]) -> Reply:
+        """One turn, whole; see `AnswerOptions`."""
+        stream = self.stream(prompt, images, **options)
         reply = stream.finish()
         self._settle()
         return reply
 
     def stream(
-        self,
-        prompt: str,
-        images: Images = (),
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling | Mapping[str, Any] | None = None,
-        stop: str | Sequence[str] | None = (),
-        ignore_eos: bool = False,
-        skip_special_tokens: bool = True,
-        clean_up: bool = True,
-        progress: ProgressCallback | None = None,
+        self, prompt: str, images: Images = (), **options: Unpack[AnswerOptions]
     ) -> TokenStream:
         """One turn, piece by piece. An answer still running is ended first, as it stands.
 
         The turn enters the history when its answer ends, cancelled ones included; a turn that
-        raises an error leaves the conversation as it was.
+        raises an error leaves the conversation as it was. See `AnswerOptions`.
         """
+        check_names(options, AnswerOptions)
         self._answering.home.check()
         if self._active is not None:
             self._active.stream.close()
-        started = time.perf_counter()
-        timings = Timings()
+        started = Started()
         inputs = self._answering.inputs
         new = [inputs.tile(image, self._max_tiles) for image in pictures("images", images)]
-        timings.preprocess_s = time.perf_counter() - started
+        started.tiled()
         earlier = self._earlier()
         question = inputs.question(text("prompt", prompt), len(new), earlier_images=len(earlier))
         shown = [*earlier, *new]
         limit = self._answering.max_context
         if self._drop_oldest:  # keep room for an answer
-            limit -= min(whole_or("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS), limit // 4)
+            limit -= min(new_tokens(options), limit // 4)
         ids, needed = self._prompt([*self.history, (question, None)], shown, limit)
-        request = Request.of(
-            ids,
-            inputs.stop_ids,
-            needed,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            clean_up=clean_up,
-            cache=self._cache,
-            progress=progress,
-            timings=timings,
-            started=started,
+        stream = self._begin(
+            request(ids, inputs.stop_ids, needed, options, started, cache=self._cache)
         )
-        stream = self._begin(request)
         self._active = Turn(len(self.history), question, shown, stream)
         return stream
 
@@ -208,9 +163,9 @@ class Chat(NotCopied):
             images = images[dropped.count(IMAGE_PLACEHOLDER) :]
         return ids, images
 
-    def _begin(self, request: Request) -> TokenStream:
+    def _begin(self, asked: Request) -> TokenStream:
         try:
-            return TokenStream(self._answering, request)
+            return TokenStream(self._answering, asked)
         except ContextError as error:
             if not self._history:
                 raise

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,8 @@ from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import file_path, flag, pictures, token_ids, whole_or
+from internvl_edge.runtime.arguments import file_path, flag, pictures, whole_or
+from internvl_edge.runtime.asking import PromptOptions, prompt_request
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
@@ -27,11 +27,9 @@ from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.passes import Engine
 from internvl_edge.runtime.decoding.policy import Policy
-from internvl_edge.runtime.decoding.progress import ProgressCallback
-from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Reply, Request, Timings
+from internvl_edge.runtime.decoding.request import Reply
 from internvl_edge.runtime.decoding.reservations import Reservations
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
-from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.shelf import Shelf
 from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
 from internvl_edge.runtime.images.folder import (
@@ -44,8 +42,11 @@ from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
 from internvl_edge.runtime.images.sources import ImageLike, Images
 from internvl_edge.runtime.memory import MemoryGuard
-from internvl_edge.runtime.messages import Messages, asked
+from internvl_edge.runtime.messages import Messages
 from internvl_edge.runtime.process import HomeProcess, NotCopied
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: Memory for what later prompts may share with earlier ones, unless told otherwise.
 REUSE_BYTES = 1 << 30
@@ -182,111 +183,31 @@ class InternVL(NotCopied):
         self,
         prompt: str | Sequence[int] | None = None,
         images: Images = (),
-        *,
-        messages: Messages | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        max_tiles: int | None = None,
-        sampling: Sampling | Mapping[str, Any] | None = None,
-        stop: str | Sequence[str] | None = (),
-        ignore_eos: bool = False,
-        skip_special_tokens: bool = True,
-        clean_up: bool = True,
-        system_message: str | None = None,
-        control_tokens: bool = False,
-        progress: ProgressCallback | None = None,
+        **options: Unpack[PromptOptions],
     ) -> Reply:
-        """Answer one prompt; see `stream` for the arguments."""
-        return self.stream(
-            prompt,
-            images,
-            messages=messages,
-            max_new_tokens=max_new_tokens,
-            max_tiles=max_tiles,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            clean_up=clean_up,
-            system_message=system_message,
-            control_tokens=control_tokens,
-            progress=progress,
-        ).finish()
+        """Answer one prompt; see `stream`."""
+        return self.stream(prompt, images, **options).finish()
 
     def stream(
         self,
         prompt: str | Sequence[int] | None = None,
         images: Images = (),
-        *,
-        messages: Messages | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        max_tiles: int | None = None,
-        sampling: Sampling | Mapping[str, Any] | None = None,
-        stop: str | Sequence[str] | None = (),
-        ignore_eos: bool = False,
-        skip_special_tokens: bool = True,
-        clean_up: bool = True,
-        system_message: str | None = None,
-        control_tokens: bool = False,
-        progress: ProgressCallback | None = None,
+        **options: Unpack[PromptOptions],
     ) -> TokenStream:
-        """Answer one prompt, piece by piece.
+        """Answer one prompt, piece by piece; see `PromptOptions` and `AnswerOptions`.
 
         Args:
             prompt: the user's text, with one `<image>` per image or none (they then come first);
                 or token ids taken as they are: templated and with image slots expanded.
             images: path, encoded bytes, `PIL.Image` or uint8 `(H, W, 3)` each; on CUDA also arrays
                 in device memory (`__cuda_array_interface__`).
-            messages: a whole conversation instead of a prompt and its images; see `read_messages`.
-            max_new_tokens: the answer ends there with finish_reason "length".
-            max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
-            sampling: greedy unless told otherwise.
-            stop: texts that end the answer; they are not part of it.
-            ignore_eos: go on after the model's own end of the answer, to `max_new_tokens` or a stop
-                text: for measurements.
-            skip_special_tokens: leave control tokens out of the text, as the reference does; False
-                shows `<ref>`, `<box>` and their like. Tokens that are added but not special are
-                always there.
-            clean_up: drop blanks before punctuation (`5 .` becomes `5.`) where the reference's
-                tokenizer does; False gives the text as it was generated.
-            system_message: instead of the checkpoint's.
-            control_tokens: whether a text that spells one (`<|im_end|>`, `<IMG_CONTEXT>`) has it,
-                as the reference does; else it is text, and nobody forges a turn by writing one.
-            progress: called as the prompt is worked through; see `Progress`.
 
         Raises:
             ImageError, PromptError, LimitError, ProcessError: at once, before anything is computed.
             PrecisionError: while it is iterated, where a part computes values that are not finite.
         """
         self.home.check()
-        started = time.perf_counter()
-        timings = Timings()
-        told = asked(prompt, images, messages, system_message, self.inputs)
-        tiled = told.tile(self.inputs, max_tiles)
-        timings.preprocess_s = time.perf_counter() - started
-        if isinstance(prompt, str) or prompt is None:
-            ids = self.inputs.conversation(
-                told.turns,
-                tiled,
-                told.system_message,
-                control_tokens=flag("control_tokens", control_tokens),
-            )
-        else:
-            ids = token_ids("prompt", prompt)
-        request = Request.of(
-            ids,
-            self.inputs.stop_ids,
-            tiled,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            clean_up=clean_up,
-            progress=progress,
-            timings=timings,
-            started=started,
-        )
-        return TokenStream(self.answering, request)
+        return TokenStream(self.answering, prompt_request(self.inputs, prompt, images, **options))
 
     def chat(
         self,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from internvl_edge.bundle.text_form import TextForm
-from internvl_edge.runtime.arguments import flag, function_or_none, texts, whole_or
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.boxes import Box
 from internvl_edge.runtime.decoding.progress import Progress, ProgressCallback, Stage
@@ -69,7 +68,7 @@ class Request:
         ids: token ids of the whole prompt, image slots expanded.
         stop_ids: tokens that end the answer.
         images: of the prompt, in the order of their slots.
-        max_new_tokens, sampling, stop, ignore_eos: see `InternVL.stream`.
+        max_new_tokens, sampling, stop, ignore_eos: see `AnswerOptions`.
         form: how its tokens become text.
         logprobs: whether each event has the token's log-probability.
         cache: a conversation's, whose beginning is reused, for one request at a time; None
@@ -99,47 +98,6 @@ class Request:
         """Say how far the prompt is."""
         if self.progress is not None:
             self.progress(Progress(stage, done, total))
-
-    @classmethod
-    def of(
-        cls,
-        ids: Sequence[int],
-        stop_ids: Collection[int],
-        images: Sequence[TiledImage],
-        *,
-        max_new_tokens: int | None,
-        sampling: Sampling | Mapping[str, Any] | None,
-        stop: str | Sequence[str] | None,
-        ignore_eos: bool,
-        skip_special_tokens: bool,
-        clean_up: bool,
-        timings: Timings,
-        started: float,
-        cache: Cache | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> Request:
-        """Take arguments as people write them.
-
-        Raises:
-            PromptError, LimitError: one is none; the message names it.
-        """
-        return cls(
-            ids,
-            stop_ids,
-            images,
-            max_new_tokens=whole_or("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS),
-            sampling=Sampling.of(sampling),
-            stop=texts("stop", stop),
-            ignore_eos=flag("ignore_eos", ignore_eos),
-            form=TextForm(
-                flag("skip_special_tokens", skip_special_tokens, default=True),
-                flag("clean_up", clean_up, default=True),
-            ),
-            cache=cache,
-            progress=function_or_none("progress", progress),
-            timings=timings,
-            started=started,
-        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from internvl_edge.runtime import (
     LimitError,
     PromptError,
     Sampling,
+    UsageError,
 )
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (60, 80, 3), np.uint8)
@@ -283,3 +284,23 @@ def test_odd_values_are_taken_or_refused(
             assert len(said) < 700, (argument, value)
             tried += 1
     assert tried == len(arguments) * len(ODD)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: model.generate("Hello", max_token=5),
+        lambda model: model.stream("Hello", max_token=5),
+        lambda model: model.chat().send("Hello", max_token=5),
+        lambda model: model.chat().stream("Hello", max_token=5),
+    ],
+    ids=["generate", "stream", "send", "chat.stream"],
+)
+def test_an_unknown_option_is_named(
+    golden_model: InternVL, ask: Callable[[InternVL], object]
+) -> None:
+    known = r"there is no option 'max_token'; known: clean_up, .*max_new_tokens, "
+    with pytest.raises(UsageError, match=known):
+        ask(golden_model)
+    with pytest.raises(UsageError, match="there is no option 'messages'"):
+        golden_model.chat().send("Hello", messages=[])  # type: ignore[call-arg]

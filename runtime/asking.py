@@ -1,0 +1,166 @@
+"""Arguments of everything that answers, told once; and what is asked with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from internvl_edge.bundle.errors import UsageError
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.text_form import TextForm
+from internvl_edge.runtime.arguments import (
+    flag,
+    function_or_none,
+    texts,
+    token_ids,
+    whole_or,
+)
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.decoding.progress import ProgressCallback
+from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Request, Timings
+from internvl_edge.runtime.decoding.sampling import Sampling
+from internvl_edge.runtime.images.identity import TiledImage
+from internvl_edge.runtime.images.sources import Images
+from internvl_edge.runtime.messages import Messages, asked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AnswerOptions(TypedDict, total=False):
+    """How an answer is made.
+
+    Attributes:
+        max_new_tokens: the answer ends there with finish_reason "length"; 1,024 unless told
+            otherwise.
+        sampling: greedy unless told otherwise.
+        stop: texts that end the answer; they are not part of it.
+        ignore_eos: go on after the model's own end of the answer, to `max_new_tokens` or a stop
+            text: for measurements.
+        skip_special_tokens: leave control tokens out of the text, as the reference does, which is
+            the default; False shows `<ref>`, `<box>` and their like. Tokens that are added but not
+            special are always there.
+        clean_up: drop blanks before punctuation (`5 .` becomes `5.`) where the reference's
+            tokenizer does, which is the default; False gives the text as it was generated.
+        progress: called as the prompt is worked through; see `Progress`.
+        priority: where requests wait for each other, those of a larger one begin earlier; 0 unless
+            told otherwise.
+    """
+
+    max_new_tokens: int | None
+    sampling: Sampling | Mapping[str, Any] | None
+    stop: str | Sequence[str] | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    clean_up: bool | None
+    progress: ProgressCallback | None
+    priority: int | None
+
+
+class PromptOptions(AnswerOptions, total=False):
+    """How an answer is made, and its prompt.
+
+    Attributes:
+        messages: a whole conversation instead of a prompt and its images; see `read_messages`.
+        max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
+        system_message: instead of the checkpoint's.
+        control_tokens: whether a text that spells one (`<|im_end|>`, `<IMG_CONTEXT>`) has it, as
+            the reference does; else it is text, and nobody forges a turn by writing one.
+    """
+
+    messages: Messages | None
+    max_tiles: int | None
+    system_message: str | None
+    control_tokens: bool | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """An answer that was just asked for: when, and where its time goes."""
+
+    timings: Timings = field(default_factory=Timings)
+    at: float = field(default_factory=time.perf_counter)
+
+    def tiled(self) -> None:
+        """Note that the images are cut."""
+        self.timings.preprocess_s = time.perf_counter() - self.at
+
+
+def check_names(options: Mapping[str, Any], kind: type) -> None:
+    """Raise UsageError where an option is none of a TypedDict's."""
+    known = sorted(kind.__annotations__)
+    for name in options:
+        if name not in known:
+            raise UsageError(f"there is no option {quoted(name)}; known: {', '.join(known)}")
+
+
+def new_tokens(options: AnswerOptions) -> int:
+    """Return the most tokens of an answer.
+
+    Raises:
+        UsageError: it is no whole number.
+    """
+    return whole_or("max_new_tokens", options.get("max_new_tokens"), MAX_NEW_TOKENS)
+
+
+def request(
+    ids: Sequence[int],
+    stop_ids: Collection[int],
+    images: Sequence[TiledImage],
+    options: AnswerOptions,
+    started: Started,
+    cache: Cache | None = None,
+) -> Request:
+    """Return the request for an answer to token ids.
+
+    Args:
+        cache: see `Request`.
+
+    Raises:
+        PromptError, LimitError: an option is not what it must be; the message names it.
+    """
+    return Request(
+        ids,
+        stop_ids,
+        images,
+        max_new_tokens=new_tokens(options),
+        sampling=Sampling.of(options.get("sampling")),
+        stop=texts("stop", options.get("stop")),
+        ignore_eos=flag("ignore_eos", options.get("ignore_eos")),
+        form=TextForm(
+            flag("skip_special_tokens", options.get("skip_special_tokens"), default=True),
+            flag("clean_up", options.get("clean_up"), default=True),
+        ),
+        cache=cache,
+        progress=function_or_none("progress", options.get("progress")),
+        timings=started.timings,
+        started=started.at,
+        priority=whole_or("priority", options.get("priority"), 0),
+    )
+
+
+def prompt_request(
+    inputs: Inputs,
+    prompt: str | Sequence[int] | None,
+    images: Images,
+    **options: Unpack[PromptOptions],
+) -> Request:
+    """Return the request for an answer to one prompt; see `InternVL.stream`.
+
+    Raises:
+        ImageError, PromptError, LimitError: it cannot be answered.
+    """
+    check_names(options, PromptOptions)
+    started = Started()
+    told = asked(prompt, images, options.get("messages"), options.get("system_message"), inputs)
+    tiled = told.tile(inputs, options.get("max_tiles"))
+    started.tiled()
+    if isinstance(prompt, str) or prompt is None:
+        live = flag("control_tokens", options.get("control_tokens"))
+        ids = inputs.conversation(told.turns, tiled, told.system_message, control_tokens=live)
+    else:
+        ids = token_ids("prompt", prompt)
+    return request(ids, inputs.stop_ids, tiled, cast(AnswerOptions, options), started)
