@@ -9,6 +9,7 @@ from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.decoding.lane import VisionLane
 from internvl_edge.runtime.decoding.passes import Engine
 from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.reservations import Reservations
@@ -27,6 +28,7 @@ class Answering:
         engine: runs them.
         tokenizer: makes text of tokens.
         encoder: makes rows of images.
+        lane: encodes images beside others' answers; None: there is memory for one graph at a time.
         prefixes: KV caches that are kept.
         reservations: promise memory, and refuse what would not fit.
         policy: how requests share all this.
@@ -39,6 +41,7 @@ class Answering:
     engine: Engine
     tokenizer: Tokenizer
     encoder: ImageEncoder
+    lane: VisionLane | None
     prefixes: PrefixStore
     reservations: Reservations
     policy: Policy

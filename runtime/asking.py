@@ -164,3 +164,21 @@ def prompt_request(
     else:
         ids = token_ids("prompt", prompt)
     return request(ids, inputs.stop_ids, tiled, cast(AnswerOptions, options), started)
+
+
+def item_request(
+    inputs: Inputs, item: str | Sequence[int] | Mapping[str, Any], options: PromptOptions
+) -> Request:
+    """Return the request for one of several prompts: a text, token ids, or arguments by name.
+
+    Args:
+        options: those that it does not have itself.
+
+    Raises:
+        ImageError, PromptError, LimitError: it cannot be answered.
+    """
+    own: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"prompt": item}
+    prompt, images = own.pop("prompt", None), own.pop("images", ())
+    check_names(own, PromptOptions)
+    together = cast(PromptOptions, {**options, **own})
+    return prompt_request(inputs, prompt, images, **together)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.arguments import file_path, flag, pictures, whole_or
-from internvl_edge.runtime.asking import PromptOptions, prompt_request
+from internvl_edge.runtime.asking import PromptOptions, check_names, item_request, prompt_request
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.decoding.background import Background
+from internvl_edge.runtime.decoding.batch import Batch, replies
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.finite import FiniteCheck
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.inputs import Inputs
+from internvl_edge.runtime.decoding.lane import VisionLane
 from internvl_edge.runtime.decoding.passes import Engine
 from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.request import Reply
@@ -44,6 +48,7 @@ from internvl_edge.runtime.images.sources import ImageLike, Images
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.messages import Messages
 from internvl_edge.runtime.process import HomeProcess, NotCopied
+from internvl_edge.runtime.streams import AsyncStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,11 +87,14 @@ class InternVL(NotCopied):
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()
         finite, shared = FiniteCheck(bundle.manifest), policy or Policy()
+        encoder = ImageEncoder(self.engine, ImageStore(shelf, image_folder), finite)
+        one_graph = memory is not None and memory.low_memory
         self.answering = Answering(
             self.inputs,
             self.engine,
             tokenizer,
-            ImageEncoder(self.engine, ImageStore(shelf, image_folder), finite),
+            encoder,
+            None if one_graph else VisionLane(encoder),
             prefixes,
             Reservations(memory, shared.memory_bytes),
             shared,
@@ -94,6 +102,7 @@ class InternVL(NotCopied):
             max_context,
             self.home,
         )
+        self._background = Background(self.answering)
 
     @property
     def stop_id(self) -> int:
@@ -208,6 +217,62 @@ class InternVL(NotCopied):
         """
         self.home.check()
         return TokenStream(self.answering, prompt_request(self.inputs, prompt, images, **options))
+
+    def generate_batch(
+        self,
+        prompts: Iterable[str | Sequence[int] | Mapping[str, Any]],
+        *,
+        return_errors: bool = False,
+        **options: Unpack[PromptOptions],
+    ) -> list[Reply]:
+        """Answer several prompts together, each as `generate` would answer it alone.
+
+        Args:
+            prompts: a text, token ids, or the arguments of `generate` by name. Each is looked at
+                when its turn comes.
+            return_errors: put the error of a prompt that could not be answered in the place of its
+                reply, instead of raising the first one after all the others were answered.
+            options: of every prompt, unless it has its own; see `PromptOptions`.
+
+        Raises:
+            InternVLEdgeError: an option is wrong, or a prompt could not be answered.
+        """
+        self.home.check()
+        check_names(options, PromptOptions)
+        made = (partial(item_request, self.inputs, one, options) for one in prompts)
+        found = Batch(self.answering).replies(made)
+        return replies(found, errors=flag("return_errors", return_errors))
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        images: Images = (),
+        **options: Unpack[PromptOptions],
+    ) -> Reply:
+        """Answer one prompt; see `astream`."""
+        return await self.astream(prompt, images, **options).finish()
+
+    def astream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        images: Images = (),
+        **options: Unpack[PromptOptions],
+    ) -> AsyncStream:
+        """Answer one prompt, piece by piece, together with others that are asked meanwhile.
+
+        See `stream` for the arguments. All of it is computed in a thread of the model's, which
+        ends with the model or by `close`; `progress` is called from there. Cancelling the task
+        that reads it cancels the answer.
+        """
+        prepare = partial(prompt_request, self.inputs, prompt, images, **options)
+        return AsyncStream(self._background, prepare)
+
+    def close(self) -> None:
+        """Cancel what `agenerate` and `astream` have under way, and end the model's threads. What
+        is asked later begins them again."""
+        self._background.close()
+        if self.answering.lane is not None:
+            self.answering.lane.close()
 
     def chat(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.encoding import Vision
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.reservations import Claim
@@ -22,13 +23,14 @@ class Admission:
 
     Args:
         answering: what answers are made with.
+        vision: encodes images.
 
     Attributes:
         admitted: requests under way, in the order in which they began.
     """
 
-    def __init__(self, answering: Answering) -> None:
-        self._answering = answering
+    def __init__(self, answering: Answering, vision: Vision) -> None:
+        self._answering, self._vision = answering, vision
         self.admitted: list[Handle] = []
         self._waiting: list[Handle] = []
 
@@ -109,7 +111,8 @@ class Admission:
             cache = means.engine.backend.new_cache(handle.positions)
         handle.had_bytes = cache.held_bytes if request.cache is not None else 0
         handle.cache, handle.reserved = cache, reserved
-        handle.prefill = Prefill(means, request, handle.prompt_ids, handle.ids[:-1], cache)
+        ids, answered = handle.prompt_ids, handle.ids[:-1]
+        handle.prefill = Prefill(means, request, ids, answered, cache, self._vision)
         self.admitted.append(handle)
 
     def _ahead(self, handle: Handle, positions: int) -> int:
@@ -140,7 +143,8 @@ class Admission:
     def _drop(self, handle: Handle) -> None:
         """Let a request wait again; what it has computed is forgotten, but for its tokens."""
         self.admitted.remove(handle)
-        handle.cache = handle.prefill = None
+        handle.drop_prompt()
+        handle.cache = None
         self._answering.reservations.release(handle)
         self._waiting.append(handle)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.bundle.text_stream import TextStream
@@ -51,6 +51,7 @@ class Handle(Claimant):
         sampler: chooses the answer's tokens.
         tokenizer: makes text of them.
         limit: most tokens of the answer.
+        wake: called when it is cancelled.
 
     Attributes:
         ids: tokens generated so far.
@@ -69,6 +70,7 @@ class Handle(Claimant):
         sampler: Sampler,
         tokenizer: Tokenizer,
         limit: int,
+        wake: Callable[[], object],
     ) -> None:
         self.request, self.prompt_ids = request, prompt_ids
         self.cache: Cache | None = None
@@ -86,6 +88,7 @@ class Handle(Claimant):
         self._stops = StopStrings(request.stop)
         self._shown: list[str] = []
         self._cancelled = threading.Event()
+        self._wake = wake
 
     @property
     def positions(self) -> int:
@@ -95,6 +98,7 @@ class Handle(Claimant):
     def cancel(self) -> None:
         """Ask for the end of the answer; safe from any thread."""
         self._cancelled.set()
+        self._wake()
 
     @property
     def cancelled(self) -> bool:
@@ -114,7 +118,13 @@ class Handle(Claimant):
     def fail(self, error: Exception) -> None:
         """Note what ended it, and let go of what its prompt needed."""
         self.error = error
-        self.prefill = None
+        self.drop_prompt()
+
+    def drop_prompt(self) -> None:
+        """Let go of what the prompt needs."""
+        prefill, self.prefill = self.prefill, None
+        if prefill is not None:
+            prefill.close()
 
     def take(self, token: int, logprob: float | None) -> Event:
         """Add a token; say what it made of the text, and whether it is the last."""

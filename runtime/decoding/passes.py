@@ -161,8 +161,7 @@ class Engine:
             LimitError: the sequence does not fit the cache.
         """
         self._check_length(cache, len(sequence))
-        prompt = len(sequence) - sequence.answered
-        base = self._base(0, prompt)
+        base, prompt = self.base(sequence), len(sequence) - sequence.answered
         alike = len(sequence) if self._base(len(sequence) - 1, prompt) == base else prompt
         # The last token is always run: its logits are not in the cache.
         shared = self._prefixes.fill(cache, sequence.signatures[:alike], base, beside)
@@ -170,6 +169,10 @@ class Engine:
         with cache.state.lock:
             cache.state.truncate(reused)
         return reused
+
+    def base(self, sequence: TokenSequence) -> float:
+        """Rotary base of a prompt."""
+        return self._base(0, len(sequence) - sequence.answered)
 
     def chunk(self, cache: Cache, sequence: TokenSequence, images: ImageRows, most: int) -> Run:
         """Return the positions of `sequence` behind those that `cache` has of it: at most `most`,

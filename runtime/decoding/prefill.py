@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.decoding.encoding import Vision
 from internvl_edge.runtime.decoding.passes import Run
 from internvl_edge.runtime.decoding.request import Request
+from internvl_edge.runtime.decoding.reuse import LEAST_SHARED
 from internvl_edge.runtime.decoding.sequence import ImageRows, TokenSequence
 from internvl_edge.runtime.images.identity import PendingImage
 
@@ -21,6 +23,7 @@ class Prefill:
         ids: of the prompt, as they were checked.
         answered: tokens generated so far, but for the last one.
         cache: where the positions go.
+        vision: encodes the images.
 
     Attributes:
         done: whether the cache holds all of it.
@@ -33,19 +36,31 @@ class Prefill:
         ids: Sequence[int],
         answered: Sequence[int],
         cache: Cache,
+        vision: Vision,
     ) -> None:
         self._means, self._request, self._cache = means, request, cache
-        self._images = [
-            PendingImage(image.identity, means.inputs.rows(image)) for image in request.images
-        ]
+        self._images = [PendingImage(image, means.inputs.rows(image)) for image in request.images]
         prompt = TokenSequence.build(ids, means.inputs.context_id, self._images)
         self._sequence = prompt.then(answered) if answered else prompt
         self._rows: ImageRows | None = None
-        self._encoding = self._encoded()
+        self._encoding = self._encoded(vision)
 
     @property
     def done(self) -> bool:
         return self._cache.state.length == len(self._sequence)
+
+    def follows(self, other: Prefill) -> bool:
+        """Whether another prompt under way will soon have more of this one's beginning, to be
+        copied, than this one has."""
+        base = self._means.engine.base
+        if base(self._sequence) != base(other._sequence):
+            return False
+        alike = self._sequence.common(other._sequence)
+        return alike - LEAST_SHARED > max(self._held, other._held)
+
+    @property
+    def _held(self) -> int:
+        return self._cache.state.length
 
     def encode(self) -> bool | None:
         """Do what is next of the images.
@@ -75,23 +90,12 @@ class Prefill:
         """Say how far it is."""
         self._request.tell("prompt", self._cache.state.length, len(self._sequence))
 
-    def _encoded(self) -> Iterator[bool]:
+    def close(self) -> None:
+        """Wait for no image any more."""
+        self._encoding.close()
+
+    def _encoded(self, vision: Vision) -> Generator[bool, None, None]:
         """Encode the images that are needed, a pass each time."""
-        request, means = self._request, self._means
-        reused = means.engine.begin(self._cache, self._sequence)
-        needed = [index for index, _ in self._sequence.needed(reused)]
-        total = sum(request.images[index].tiles for index in needed)
-        done = 0
-        if needed:
-            request.tell("tiles", done, total)
-        for index in needed:
-            image, before = request.images[index], request.timings.tiles
-            for rows in means.encoder.steps(image, request.timings):
-                if rows is None:
-                    request.tell("tiles", done + request.timings.tiles - before, total)
-                    yield True
-                else:
-                    self._images[index].encoded(rows)
-            done += image.tiles
-            if request.timings.tiles == before:  # its rows were known
-                request.tell("tiles", done, total)
+        reused = self._means.engine.begin(self._cache, self._sequence)
+        needed = [self._images[index] for index, _ in self._sequence.needed(reused)]
+        yield from vision.encode(self._request, needed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,17 @@ from internvl_edge.bundle.errors import PrecisionError, UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.admission import Admission
+from internvl_edge.runtime.decoding.encoding import InTurn
 from internvl_edge.runtime.decoding.handle import Handle
+from internvl_edge.runtime.decoding.lane import Beside, VisionLane
 from internvl_edge.runtime.decoding.passes import Run
 from internvl_edge.runtime.decoding.policy import Pace
+from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Request
 from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, log_probability
+
+#: Of a step for images: a signal is looked for in between.
+LONGEST_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Work:
     answers: list[Part]
     encoded: bool
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to run, because images are encoded beside."""
+        return not (self.prompts or self.answers or self.encoded)
+
     def tell(self, pace: Pace, seconds: float) -> None:
         """Say how long it took."""
         if not self.answers or self.encoded:
@@ -58,11 +70,14 @@ class Scheduler:
 
     Args:
         answering: what answers are made with.
+        lane: encodes images beside; None: a step does, in turn with tokens.
     """
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: Answering, lane: VisionLane | None = None) -> None:
         self._answering = answering
-        self._admission = Admission(answering)
+        self._woken = threading.Event()
+        vision = InTurn(answering.encoder) if lane is None else Beside(lane, self._woken.set)
+        self._admission = Admission(answering, vision)
         self._pace = Pace(answering.policy.growth)
         self._events: list[Event] = []
         self._errors: list[Exception] = []
@@ -87,9 +102,19 @@ class Scheduler:
             means.tokenizer,
             # The last token generated is never run, so it needs no place in the cache.
             limit=min(asked, means.max_context - len(ids) + 1),
+            wake=self._woken.set,
         )
         self._admission.add(handle)
         return handle
+
+    @property
+    def load(self) -> int:
+        """Requests that have not ended."""
+        return len(self._admission.handles())
+
+    def wake(self) -> None:
+        """End the wait of a step for images; safe from any thread."""
+        self._woken.set()
 
     def step(self) -> list[Event]:
         """Do the next piece of work of each request; return what came of it.
@@ -98,21 +123,36 @@ class Scheduler:
             PrecisionError: a part computed values that are not finite. The request has failed; the
                 others' events come with the next step.
         """
+        self._advance()
+        if self._errors:
+            raise self._errors.pop(0)
+        return self._told()
+
+    def advance(self) -> list[Event]:
+        """Do a step; what ended requests by an error is told by their handles alone."""
+        self._advance()
+        self._errors.clear()
+        return self._told()
+
+    def _told(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _advance(self) -> None:
         self._answering.home.check()
         for handle in self._admission.handles():
             self._go_on(handle)
         self._within = True
+        self._woken.clear()
         self._errors += self._admission.admit()
         work = self._work()
         before = self._pace.clock()
         for group in self._groups(work):
             self._pass(group)
         work.tell(self._pace, self._pace.clock() - before)
+        if work.idle and self._admission.admitted and not (self._errors or self._events):
+            self._woken.wait(LONGEST_WAIT_S)
         self._within = False
-        if self._errors:
-            raise self._errors.pop(0)
-        events, self._events = self._events, []
-        return events
 
     def end(self, handle: Handle, finish: FinishReason = "cancelled") -> None:
         """End an answer as it stands; where an interrupt came in between, again."""
@@ -122,7 +162,7 @@ class Scheduler:
                     self._answering.prefixes.keep(handle.cache)
                 for image in handle.request.images:
                     image.release()
-            handle.prefill = None
+            handle.drop_prompt()
             self._admission.remove(handle)
             handle.reply = handle.replied(finish)  # last: then all of it is done
 
@@ -146,21 +186,35 @@ class Scheduler:
         engine = self._answering.engine
         left = engine.most_tokens if chunk is None else chunk
         parts: list[Part] = []
+        before: list[Prefill] = []
         for handle in self._admission.prompts():
             try:
-                assert handle.prefill is not None
-                if (encoded := handle.prefill.encode()) is None:
-                    run = handle.prefill.run(left, self._admission.caches(handle))
-                    parts.append(Part(handle, run))
-                    left -= len(run)
+                part, encoded = self._of_prompt(handle, left, before)
             except Exception as error:  # noqa: BLE001 - raised once the others had their turn
-                self._fail(handle, error)
+                self.fail(handle, error)
                 continue
             if encoded:
                 return parts, True
-            if parts and (engine.most_runs == 1 or left < 1):
-                break
+            if part is not None:
+                parts.append(part)
+                left -= len(part.run)
+                if engine.most_runs == 1 or left < 1:
+                    break
         return parts, False
+
+    def _of_prompt(
+        self, handle: Handle, most: int, before: list[Prefill]
+    ) -> tuple[Part | None, bool]:
+        """Return the next piece of a prompt, unless it has to wait for images or for another one
+        that begins alike; or whether tiles were encoded instead."""
+        prefill = handle.prefill
+        assert prefill is not None
+        encoded = prefill.encode()
+        waits = encoded is not None or any(map(prefill.follows, before))
+        before.append(prefill)
+        if waits:
+            return None, bool(encoded)
+        return Part(handle, prefill.run(most, self._admission.caches(handle))), False
 
     def _of_answer(self, handle: Handle) -> Part:
         request = handle.request
@@ -181,7 +235,7 @@ class Scheduler:
             found = self._answering.engine.run([part.run for part in group])
         except Exception as error:  # noqa: BLE001 - raised once the others had their turn
             if len(group) == 1:
-                return self._fail(group[0].handle, error)
+                return self.fail(group[0].handle, error)
             for part in group:
                 self._pass([part])
             return None
@@ -191,9 +245,9 @@ class Scheduler:
                 self._ran(part, candidates, seconds)
             except PrecisionError as error:
                 self._answering.engine.forget(part.run.cache)
-                self._fail(part.handle, error)
+                self.fail(part.handle, error)
             except Exception as error:  # noqa: BLE001 - raised once the others had their turn
-                self._fail(part.handle, error)
+                self.fail(part.handle, error)
         return None
 
     def _ran(self, part: Part, found: Sequence[Candidates], seconds: float) -> None:
@@ -232,7 +286,8 @@ class Scheduler:
         if event.finish is not None:
             self.end(handle, event.finish)
 
-    def _fail(self, handle: Handle, error: Exception) -> None:
+    def fail(self, handle: Handle, error: Exception) -> None:
+        """End a request by an error, which the step raises."""
         handle.fail(error)
         self._admission.remove(handle)
         self._errors.append(error)

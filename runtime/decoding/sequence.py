@@ -82,6 +82,12 @@ class TokenSequence:
         ids, signatures = np.append(self.ids, tail), np.append(self.signatures, tail)
         return TokenSequence(ids, signatures, self.slots, self.images, len(tail))
 
+    def common(self, other: TokenSequence) -> int:
+        """Leading positions that two sequences have in common."""
+        shared = min(len(self), len(other))
+        differs = self.signatures[:shared] != other.signatures[:shared]
+        return int(differs.argmax()) if differs.any() else shared
+
     def needed(self, start: int) -> list[tuple[int, int]]:
         """Return which images have rows from position `start` on, and the first such row of each:
         indices of `images` and of rows."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,28 +106,36 @@ class TiledImage:
         return tiles_on_host(self.pixels()) if self._picture is None else self._picture
 
 
+class HasRows(Protocol):
+    """An encoding of an image."""
+
+    rows: NDArray[np.floating] | None
+
+
 class PendingImage:
     """An image of a prompt before it is encoded, and after; see `PromptImage`.
 
     Args:
-        identity: of the image.
+        image: which.
         count: how many rows it takes.
     """
 
-    def __init__(self, identity: ImageIdentity, count: int) -> None:
-        self.signatures = identity.signatures(count)
+    def __init__(self, image: TiledImage, count: int) -> None:
+        self.image = image
+        self.signatures = image.identity.signatures(count)
         self._count = count
-        self._rows: NDArray[np.floating] | None = None
+        self._encoded: HasRows | None = None
 
     @property
     def rows(self) -> NDArray[np.floating]:
         """Float `(rows, hidden)`, from `encoded`."""
-        assert self._rows is not None
-        return self._rows
+        assert self._encoded is not None
+        assert self._encoded.rows is not None
+        return self._encoded.rows
 
-    def encoded(self, rows: NDArray[np.floating]) -> None:
-        """Take the rows."""
-        self._rows = rows
+    def encoded(self, encoding: HasRows) -> None:
+        """Take what has the rows, and hold it for as long as they are needed."""
+        self._encoded = encoding
 
     def __len__(self) -> int:
         return self._count

@@ -1,0 +1,195 @@
+"""The vision lane: a thread that encodes images while others decode, each of them once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from internvl_edge.runtime.decoding.encoding import Encoding, ImageEncoder
+from internvl_edge.runtime.decoding.request import Request
+from internvl_edge.runtime.images.identity import PendingImage, TiledImage
+
+#: What a request does to hear that something has changed.
+Wake = Callable[[], object]
+
+
+class Asked(Encoding):
+    """An encoding, and who waits for it.
+
+    Attributes:
+        waiting: how each of them is woken.
+    """
+
+    def __init__(self, image: TiledImage) -> None:
+        super().__init__(image)
+        self.waiting: list[Wake] = []
+
+
+class VisionLane:
+    """Encodes what it is asked for in a thread of its own, first come first served.
+
+    A picture that several ask for at once is encoded once. Passes take tiles of several pictures,
+    as many as a pass takes. The thread waits while there is nothing to do, and ends with the lane.
+
+    Args:
+        encoder: encodes.
+    """
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        self._encoder = encoder
+        self._thread = ThreadPoolExecutor(1, "vision")
+        self._lock = threading.Lock()
+        self._working = False
+        self._queue: list[Asked] = []
+        #: By identity, for as long as somebody holds it: rows need not be stored to be shared.
+        self._known: WeakValueDictionary[bytes, Asked] = WeakValueDictionary()
+
+    def ask(self, image: TiledImage, wake: Wake) -> tuple[Encoding, bool]:
+        """Ask for the rows of an image.
+
+        Args:
+            wake: called after each of its passes, from the lane's thread.
+
+        Returns:
+            the encoding, and whether this is the first to ask for it.
+        """
+        name = image.identity.digest
+        known = self._encoder.begin(image)
+        with self._lock:
+            asked = self._known.get(name)
+            if asked is None or asked.error is not None or self._left_behind(asked):
+                if known.rows is not None:
+                    return known, False
+                asked = self._known[name] = Asked(image)
+                self._queue.append(asked)
+                self._work()
+            asked.waiting.append(wake)
+            return asked, len(asked.waiting) == 1
+
+    def leave(self, encoding: Encoding, wake: Wake) -> None:
+        """Wait for an encoding no longer; where nobody else does, it is given up."""
+        if isinstance(encoding, Asked):
+            with self._lock:
+                encoding.waiting.remove(wake)
+                if not encoding.waiting and encoding in self._queue:
+                    self._queue.remove(encoding)
+
+    def close(self) -> None:
+        """End the thread after the pass under way; another begins when something is asked for."""
+        with self._lock:
+            self._queue.clear()
+            thread, self._thread = self._thread, ThreadPoolExecutor(1, "vision")
+        thread.shutdown()
+
+    def _left_behind(self, asked: Asked) -> bool:
+        """Whether it was given up half done."""
+        return asked.left > 0 and asked not in self._queue
+
+    def _work(self) -> None:
+        if not self._working:
+            self._working = True
+            self._thread.submit(self._until_done)
+
+    def _until_done(self) -> None:
+        while batch := self._next():
+            self._pass(batch)
+            for asked, _ in batch:
+                self._tell(asked)
+
+    def _next(self) -> list[tuple[Asked, int]]:
+        """Return what the next pass takes: pictures, and how many tiles of each."""
+        with self._lock:
+            left = self._encoder.tiles_at_once
+            found: list[tuple[Asked, int]] = []
+            for asked in self._queue:
+                if left and (not found or _together(found[0][0], asked)):
+                    count = min(left, asked.left)
+                    found.append((asked, count))
+                    left -= count
+            self._working = bool(found)
+            return found
+
+    def _pass(self, batch: Sequence[tuple[Asked, int]]) -> None:
+        """Encode some tiles together; where that fails, each picture's alone."""
+        before = time.perf_counter()
+        try:
+            tiles = [asked.image.pixels()[asked.tiles :][:count] for asked, count in batch]
+            rows = self._encoder.run(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
+        except Exception as error:  # noqa: BLE001 - raised where the rows are waited for
+            if len(batch) == 1:
+                batch[0][0].error = error
+            else:
+                for one in batch:
+                    self._pass([one])
+            return
+        seconds = time.perf_counter() - before
+        each, start = len(rows) // sum(count for _, count in batch), 0
+        for (asked, count), own in zip(batch, tiles, strict=True):
+            part = rows[start : start + each * len(own)]
+            start += len(part)
+            share = seconds * len(part) / len(rows)
+            try:
+                self._encoder.took(asked, part if len(batch) == 1 else part.copy(), count, share)
+            except Exception as error:  # noqa: BLE001 - raised where the rows are waited for
+                asked.error = error
+
+    def _tell(self, asked: Asked) -> None:
+        with self._lock:
+            if not asked.left and asked in self._queue:
+                self._queue.remove(asked)
+            waiting = list(asked.waiting)
+        for wake in waiting:
+            wake()
+
+
+class Beside:
+    """Encodes the images of prompts in the lane, while its scheduler goes on; see `Vision`.
+
+    Args:
+        lane: of the model.
+        wake: called when something has changed.
+    """
+
+    def __init__(self, lane: VisionLane, wake: Wake) -> None:
+        self._lane, self._wake = lane, wake
+
+    def encode(self, request: Request, pending: Sequence[PendingImage]) -> Iterator[bool]:
+        """See `Vision`."""
+        asked: list[tuple[Encoding, bool]] = []
+        try:
+            for image in pending:
+                asked.append(self._lane.ask(image.image, self._wake))
+            yield from self._waited(request, [encoding for encoding, _ in asked])
+        finally:
+            for encoding, _ in asked:
+                self._lane.leave(encoding, self._wake)
+        for image, (encoding, first) in zip(pending, asked, strict=True):
+            image.encoded(encoding)
+            if first:
+                request.timings.vision_s += encoding.seconds
+                request.timings.tiles += encoding.tiles
+
+    def _waited(self, request: Request, asked: Sequence[Encoding]) -> Iterator[bool]:
+        """Wait for all of them; say how many tiles are done when that has changed."""
+        total, told = sum(encoding.image.tiles for encoding in asked), None
+        while True:
+            left = sum(encoding.left for encoding in asked)
+            for encoding in asked:
+                if encoding.error is not None:
+                    raise encoding.error
+            if asked and left != told:
+                request.tell("tiles", total - left, total)
+                told = left
+            if not left:
+                return
+            yield False
+
+
+def _together(first: Asked, other: Asked) -> bool:
+    """Whether the tiles of two pictures can be in one pass: both are on the host."""
+    return all(isinstance(one.image.pixels(), np.ndarray) for one in (first, other))

@@ -1,0 +1,95 @@
+"""Answers for asyncio: awaited whole, or read piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Callable
+
+from internvl_edge.runtime.decoding.background import Background, News, Ticket
+from internvl_edge.runtime.decoding.request import Event, Reply, Request
+from internvl_edge.runtime.process import NotCopied
+
+
+class AsyncStream(NotCopied, AsyncIterator[str]):
+    """An answer in the making: iterate over its text pieces with `async for`, or await `finish()`.
+
+    It begins when it is first read, belongs to one event loop, and is cancelled with the task that
+    reads it, by `cancel`, and when nobody refers to it any more.
+
+    Args:
+        background: answers.
+        prepare: makes the request; run in the event loop's executor, since it decodes pictures.
+
+    Raises:
+        ImageError, PromptError, LimitError, PrecisionError: where it is read.
+    """
+
+    def __init__(self, background: Background, prepare: Callable[[], Request]) -> None:
+        self._background, self._prepare = background, prepare
+        self._news: asyncio.Queue[News] | None = None
+        self._give_up: Callable[[], object] | None = None
+        self._cancelled = False
+        self._reply: Reply | None = None
+        self._error: Exception | None = None
+
+    @property
+    def reply(self) -> Reply | None:
+        """The reply once the answer has ended, else None."""
+        return self._reply
+
+    def cancel(self) -> None:
+        """Ask for the end of the answer; what there is of it can still be read."""
+        self._cancelled = True
+        if self._give_up is not None:
+            self._give_up()
+
+    async def finish(self) -> Reply:
+        """Wait for what is left and return the whole reply."""
+        async for _ in self:
+            pass
+        assert self._reply is not None
+        return self._reply
+
+    async def __anext__(self) -> str:
+        try:
+            while self._reply is None:
+                if self._error is not None:
+                    raise self._error
+                if piece := self._heard(await self._next()):
+                    return piece
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        raise StopAsyncIteration
+
+    async def _next(self) -> News:
+        if self._news is None:
+            self._news = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            try:
+                request = await loop.run_in_executor(None, self._prepare)
+                ticket = self._background.hand_in(request, _teller(loop, self._news))
+            except BaseException:
+                self._news = None
+                raise
+            self._give_up = weakref.finalize(self, Ticket.cancel, ticket)
+            if self._cancelled:
+                self.cancel()
+        return await self._news.get()
+
+    def _heard(self, news: News) -> str:
+        if isinstance(news, Event):
+            return news.piece
+        if isinstance(news, Reply):
+            self._reply = news
+        else:
+            self._error = news
+        return ""
+
+
+def _teller(
+    loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[News]
+) -> Callable[[News], object]:
+    """Return what puts news into a queue of an event loop, from another thread."""
+    return lambda news: loop.call_soon_threadsafe(queue.put_nowait, news)
