@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from internvl_edge.bundle.errors import PromptError
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.cli.conversation import Asking, Conversation
+from internvl_edge.cli.history import History, history_path
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
@@ -38,7 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-oldest", action="store_true", help="leave the oldest turns out of a full prompt"
     )
+    parser.add_argument(
+        "--control-tokens",
+        action="store_true",
+        help="let text that spells a control token have it, as the reference does",
+    )
     parser.add_argument("--json", action="store_true", help="print replies as JSON lines")
+    parser.add_argument(
+        "--no-history", action="store_true", help="neither recall nor keep lines that are typed"
+    )
     parser.add_argument(
         "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"
     )
@@ -72,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             system_message=arguments.system,
             max_tiles=arguments.max_tiles,
             messages=messages,
+            control_tokens=arguments.control_tokens,
             drop_oldest=arguments.drop_oldest,
         )
 
@@ -87,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         begin(arguments.messages),
         asking,
         lambda picture: len(model.tile(picture, arguments.max_tiles)),
+        History(None if arguments.no_history else history_path(os.environ)),
     )
     conversation.show(arguments.images)
     if arguments.prompt is not None:

@@ -9,9 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_edge.bundle.errors import InternVLEdgeError, PromptError, UsageError
+from internvl_edge.bundle.errors import InternVLEdgeError, OutputError, PromptError, UsageError
 from internvl_edge.bundle.quoting import named, quoted
+from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.cli.editing import edit_lines
+from internvl_edge.cli.history import History
 from internvl_edge.cli.progress import ProgressLine
 from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.chat import Chat
@@ -21,6 +23,8 @@ from internvl_edge.runtime.images.sources import Picture
 
 WELCOME = "Ask about the images. /help: commands; Ctrl-C ends an answer, Ctrl-D leaves."
 PROMPT = "> "
+#: What other programs are left with, and nobody asks about a picture.
+LEAVING = ("exit", "quit", "exit()", "quit()", "bye")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Conversation:
         chat: to go on with.
         asking: see there.
         look: returns into how many tiles a picture is cut.
+        history: what was typed in earlier ones, and is kept of this one.
     """
 
     def __init__(
@@ -56,14 +61,17 @@ class Conversation:
         chat: Chat,
         asking: Asking,
         look: Callable[[Picture], int],
+        history: History,
     ) -> None:
         self._begin, self._chat, self._asking, self._look = begin, chat, asking, look
+        self._history, self._ended = history, False
         self._pictures: list[Picture] = []
         self._saved: set[Path] = set()
         self._commands: Mapping[str, tuple[str, Callable[[str], None]]] = {
             "/image": ("PATH: show a picture with the next question", self._image),
             "/save": ("FILE: write the conversation; chat --messages FILE goes on", self._save),
             "/reset": ("begin a new conversation", self._reset),
+            "/quit": ("leave, as Ctrl-D does", self._quit),
             "/help": ("list the commands", self._help),
         }
 
@@ -126,11 +134,11 @@ class Conversation:
             raise PromptError("standard input has no question; write one a line, or pass --prompt")
 
     def _hold_at_terminal(self) -> None:
-        edit_lines([*self._commands])
+        edit_lines([*self._commands], self._history.lines())
         print(WELCOME)
         for picture in self._pictures:
             self._look(picture)  # what cannot be read is said now, not with every question
-        while True:
+        while not self._ended:
             try:
                 if (line := _read_line(PROMPT)) is None:
                     print()
@@ -145,9 +153,15 @@ class Conversation:
     def _take(self, line: str) -> None:
         """Do what a line says."""
         word, _, rest = line.strip().partition(" ")
+        if not word:
+            return
+        self._history.add(line)
+        if line in LEAVING:
+            raise UsageError(
+                f"/quit or Ctrl-D leaves; with a blank before it, {line} is a question"
+            )
         if not line.startswith("/"):
-            if line.strip():
-                self.ask(line)
+            self.ask(line)
         elif word in self._commands:
             self._commands[word][1](rest.strip())
         else:
@@ -170,7 +184,12 @@ class Conversation:
         if len(paths) != 1:
             raise UsageError("/save needs the path of a file")
         path = Path(paths[0]).expanduser()
-        self._chat.save(path, overwrite=path.absolute() in self._saved)
+        try:
+            self._chat.save(path, overwrite=path.absolute() in self._saved)
+        except OutputError as error:
+            if Remedy.OVERWRITE not in error.remedies:
+                raise
+            raise OutputError(f"{error.message}; name another file") from error
         self._saved.add(path.absolute())
         turns = len(self._chat.history)
         print(f"wrote {turns} turn{'s' * (turns != 1)} to {named(path)}")
@@ -178,6 +197,9 @@ class Conversation:
     def _reset(self, rest: str) -> None:
         self._chat, self._pictures = self._begin(), []
         print("a new conversation")
+
+    def _quit(self, rest: str) -> None:
+        self._ended = True
 
     def _help(self, rest: str) -> None:
         for name, (text, _) in self._commands.items():

@@ -1,22 +1,22 @@
-"""Lines typed at a terminal: edited, remembered for the session, completed."""
+"""Lines typed at a terminal: edited, recalled, completed."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 #: Characters that end a word to be completed: a path with blanks is one.
 _BETWEEN_WORDS = "\t\n"
 
 
-def edit_lines(commands: Sequence[str]) -> None:
+def edit_lines(commands: Sequence[str], earlier: Sequence[str]) -> None:
     """Let `input` edit its lines, where Python has readline: Windows and some builds do not.
-
-    Lines are remembered until the program ends, and nowhere else.
 
     Args:
         commands: words that begin a line and are completed with the Tab key, as paths behind them.
+        earlier: lines that can be recalled, oldest first.
     """
     try:
         import readline
@@ -26,6 +26,9 @@ def edit_lines(commands: Sequence[str]) -> None:
     readline.set_completer(_completer(commands))
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    for line in earlier:
+        with suppress(ValueError):  # of characters that this terminal lacks, or NUL
+            readline.add_history(line)
 
 
 def completions(line: str, commands: Sequence[str]) -> list[str]:

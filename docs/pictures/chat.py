@@ -72,7 +72,8 @@ def converse(folder: Path) -> list[str]:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | {"TERM": "dumb"},  # line editing then sends no escape sequences
+        # With such a terminal line editing sends no escape sequences.
+        env=os.environ | {"TERM": "dumb", "INTERNVL_EDGE_HISTORY": ""},
     )
     os.close(theirs)
     try:
