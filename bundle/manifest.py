@@ -168,6 +168,8 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: it is missing, damaged, of a newer format, or contradicts itself.
     """
     source = directory / MANIFEST
+    if directory.is_file():
+        raise BundleError(f"{named(directory)} is a file; a bundle is a folder with a {MANIFEST}")
     try:
         data = read_object(source)
     except FileNotFoundError:

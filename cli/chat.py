@@ -5,58 +5,83 @@ from __future__ import annotations
 import argparse
 import os
 
-from internvl_edge.bundle.errors import PromptError
+from internvl_edge.bundle.errors import ImageError, PromptError
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.cli.conversation import Asking, Conversation
 from internvl_edge.cli.history import History, history_path
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.devices import EngineBuilder
+from internvl_edge.runtime.images.sources import encoded_image
 from internvl_edge.runtime.model import InternVL
-from internvl_edge.runtime.options import add_device
+from internvl_edge.runtime.options import ArgumentGroup, add_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE")
-    parser.add_argument("-p", "--prompt", help="ask this once; without it, a conversation")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that internvl-edge export wrote")
     parser.add_argument(
-        "--upright", action="store_true", help="turn images as their EXIF orientation says"
+        "images", nargs="*", default=[], metavar="IMAGE", help="pictures of the first question"
     )
-    parser.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--max-context", type=int, help="most tokens of prompt and answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", default=[], help="text that ends the answer")
-    parser.add_argument("--system", help="system message instead of the checkpoint's")
-    parser.add_argument("--verify", choices=("hash", "size"), default="hash")
-    parser.add_argument(
+    parser.add_argument("-p", "--prompt", help="ask this once; without it, a conversation")
+    parser.add_argument("--json", action="store_true", help="print replies as JSON lines")
+    _add_shown(parser.add_argument_group("what the model is shown"))
+    _add_answers(parser.add_argument_group("answers"))
+    _add_conversation(parser.add_argument_group("conversation"))
+    machine = parser.add_argument_group("machine")
+    add_device(machine)
+    machine.add_argument("--max-context", type=int, help="most tokens of prompt and answer")
+    machine.add_argument(
+        "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"
+    )
+    machine.add_argument(
+        "--verify",
+        choices=("hash", "size"),
+        default="hash",
+        help="check the content of the bundle's files, or only their sizes",
+    )
+    machine.add_argument(
         "--auto-build", action="store_true", help="build TensorRT engines where none fit this GPU"
     )
-    parser.add_argument("--messages", metavar="FILE", help="go on with what /save wrote")
-    parser.add_argument(
-        "--drop-oldest", action="store_true", help="leave the oldest turns out of a full prompt"
+    parser.set_defaults(trailing="images")
+
+
+def _add_shown(group: ArgumentGroup) -> None:
+    group.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
+    group.add_argument(
+        "--upright", action="store_true", help="turn images as their EXIF orientation says"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--image-folder", metavar="DIR", help="keep encoded images there for the next time"
+    )
+    group.add_argument("--system", help="system message instead of the checkpoint's")
+    group.add_argument(
         "--control-tokens",
         action="store_true",
         help="let text that spells a control token have it, as the reference does",
     )
-    parser.add_argument("--json", action="store_true", help="print replies as JSON lines")
-    parser.add_argument(
+
+
+def _add_answers(group: ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="an answer ends there (default: 1024)"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum"
+    )
+    group.add_argument("--seed", type=int, help="draws the same tokens again")
+    group.add_argument("--stop", action="append", default=[], help="text that ends the answer")
+
+
+def _add_conversation(group: ArgumentGroup) -> None:
+    group.add_argument("--messages", metavar="FILE", help="go on with what /save wrote")
+    group.add_argument(
+        "--drop-oldest", action="store_true", help="leave the oldest turns out of a full prompt"
+    )
+    group.add_argument(
         "--no-history", action="store_true", help="neither recall nor keep lines that are typed"
     )
-    parser.add_argument(
-        "--low-memory", action="store_true", help="hold one of the two graphs at a time (CPU)"
-    )
-    parser.add_argument(
-        "--image-folder", metavar="DIR", help="keep encoded images there for the next time"
-    )
-    add_device(parser)
-    parser.set_defaults(trailing="images")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise PromptError("the prompt is empty; ask something about the image or the text")
+    for image in arguments.images:
+        _check(image)
     model = InternVL.load(
         arguments.bundle,
         device=arguments.device,
@@ -106,6 +133,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         conversation.hold()
     return 0
+
+
+def _check(image: str) -> None:
+    """Raise ImageError where there is no such picture, before minutes of loading."""
+    try:
+        encoded_image(image)
+    except ImageError as error:
+        asked = "; a question is asked with -p" if len(image.split()) > 1 else ""
+        raise ImageError(f"{error}{asked}") from error
 
 
 def _builder() -> EngineBuilder:

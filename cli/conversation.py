@@ -139,6 +139,7 @@ class Conversation:
         for picture in self._pictures:
             self._look(picture)  # what cannot be read is said now, not with every question
         while not self._ended:
+            line: str | None = ""
             try:
                 if (line := _read_line(PROMPT)) is None:
                     print()
@@ -148,7 +149,7 @@ class Conversation:
                 # The conversation goes on as it was.
                 print(f"error: {error.told(flags=True)}", file=sys.stderr)
             except KeyboardInterrupt:
-                print()
+                print("\ninterrupted before an answer" if line else "")
 
     def _take(self, line: str) -> None:
         """Do what a line says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from internvl_edge.cli.streams import print_json
+from internvl_edge.cli.streams import print_json, terminal_width
 from internvl_edge.runtime.doctor import examine
 from internvl_edge.runtime.inspection import render
 
@@ -20,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report, indent=2)
     else:
-        print(render(report))
+        print(render(report, terminal_width()))
     return 0

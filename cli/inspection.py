@@ -10,7 +10,7 @@ from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.bundle.errors import CheckpointError, UsageError
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.bundle.quoting import named
-from internvl_edge.cli.streams import print_json
+from internvl_edge.cli.streams import print_json, terminal_width
 from internvl_edge.runtime.inspection import inspect_bundle, render
 
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report, indent=2)
     else:
-        print(render(report))
+        print(render(report, terminal_width()))
     return 0
 
 

@@ -13,18 +13,22 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from internvl_edge.bundle.disk import full_disk, is_full
 from internvl_edge.bundle.errors import InternVLEdgeError, InternVLEdgeWarning, UsageError
 from internvl_edge.bundle.extras import extra_installed
-from internvl_edge.bundle.quoting import LONGEST, named, reason
+from internvl_edge.bundle.quoting import LONGEST, named, quoted, reason
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
 from internvl_edge.cli.completion import complete_if_asked
-from internvl_edge.cli.streams import write_anything
+from internvl_edge.cli.streams import news_at_terminal, write_anything
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     write_anything()
     try:
-        with _warnings_in_a_line():
+        with _warnings_in_a_line(), news_at_terminal():
             status = _run(_typed(words))
         sys.stdout.flush()
         return status
@@ -117,11 +121,13 @@ class Typed:
 
 
 def _typed(words: Sequence[str]) -> Typed:
-    """Follow the leading words through the table.
+    """Follow the leading words through the table; `help` before them asks for theirs.
 
     Raises:
         UsageError: the command has another name now.
     """
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     command, depth = COMMANDS, 0
     while depth < len(words) and words[depth] in command.parts:
         command, depth = command.parts[words[depth]], depth + 1
@@ -148,12 +154,15 @@ def _refuse(typed: Typed) -> NoReturn:
     parser = _Parser(prog=" ".join(typed.path), description=typed.command.help)
     if typed.path == (PROGRAM,):
         parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
-    parts = parser.add_subparsers(required=True, metavar="COMMAND")
+    parts = parser.add_subparsers(metavar="COMMAND")  # not required: an unknown option is said
     for name, part in typed.command.parts.items():
         parts.add_parser(name, help=part.help, add_help=False)
     if not typed.rest:
         parser.print_help(sys.stderr)
         raise SystemExit(USAGE_ERROR)
+    word = typed.rest[0]
+    if close := get_close_matches(word, typed.command.parts, 1):
+        parser.error(f"there is no command {quoted(word)}; did you mean {quoted(close[0])}?")
     parser.parse_args(typed.rest)
     parser.error("the command stands first")
 
@@ -180,7 +189,7 @@ def _parse(typed: Typed, module: ModuleType) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(typed.rest)
     trailing = parser.get_default("trailing")
     if rest and (trailing is None or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.refuse(rest)
     if trailing is not None:
         setattr(arguments, trailing, [*getattr(arguments, trailing), *rest])
     return arguments
@@ -196,6 +205,19 @@ def _parts(typed: Typed) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_usage(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print what stands beside an error: not all the options, which `--help` lists."""
+        formatter = argparse.HelpFormatter(f"{self.prog} [OPTION ...]")
+        words = [action for action in self._actions if not action.option_strings]
+        formatter.add_usage(None, words, [])
+        print(formatter.format_help(), end="", file=sys.stderr if file is None else file)
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Exit with the words that mean nothing here, and what the first may have been meant as."""
+        close = get_close_matches(words[0].partition("=")[0], self._option_string_actions, 1)
+        meant = f"; did you mean {quoted(close[0])}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{meant}")
+
     def error(self, message: str) -> NoReturn:
         """Exit with the message, which may hold an argument of any length."""
         super().error(message if len(message) <= 3 * LONGEST else f"{message[: 3 * LONGEST]}...")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def write_anything() -> None:
@@ -26,6 +30,28 @@ def print_json(value: object, *, indent: int | None = None) -> None:
     """Print a value as JSON, escaped where standard output does not take every character."""
     unicode = _encoding(sys.stdout) in ("utf-8", "utf-16", "utf-32")
     print(json.dumps(value, indent=indent, ensure_ascii=not unicode), flush=True)
+
+
+def terminal_width() -> int | None:
+    """Return how many columns standard output has; None where it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@contextmanager
+def news_at_terminal() -> Iterator[None]:
+    """Show on standard error what takes time and is done once, where that is a terminal."""
+    log = logging.getLogger("internvl_edge")
+    if not sys.stderr.isatty():
+        yield
+        return
+    level, handler = log.level, logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _encoding(stream: object) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -52,6 +53,8 @@ NATIVE_FLAGS = {
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings")
 
 COMPILE_TIMEOUT_S = 600
+
+_log = logging.getLogger("internvl_edge")
 
 #: Variables by which GCC, Clang and nvcc find headers, libraries and parts of themselves, or take
 #: further options.
@@ -275,6 +278,7 @@ def _surroundings() -> list[str]:
 
 def _compile(command: list[str], product: Path) -> None:
     """Compile beside the product and rename: others see all of it or nothing."""
+    _log.info("compiling %s for this machine, once", product.name)
     handle, partial = tempfile.mkstemp(prefix=".partial-", dir=product.parent)
     os.close(handle)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,38 @@ def _precision(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{label} ({count})" for label, count in ranked)
 
 
-def render(report: Report) -> str:
-    """The report as aligned text."""
+def render(report: Report, width: int | None = None) -> str:
+    """Return the report as aligned text.
+
+    Args:
+        width: columns that a value is broken to, between words; None breaks none.
+    """
     lines = []
     for key, value in report.items():
         if isinstance(value, dict):
             lines.append(f"{key}:")
             unit = "bytes" if key.endswith("bytes") else ""
-            lines += [f"  {name:22} {_value(name + unit, item)}" for name, item in value.items()]
+            lines += [
+                _line(f"  {name:22} ", _value(name + unit, item), width)
+                for name, item in value.items()
+            ]
         else:
-            lines.append(f"{key:24} {_value(key, value)}")
+            lines.append(_line(f"{key:24} ", _value(key, value), width))
     return "\n".join(lines)
+
+
+def _line(name: str, value: str, width: int | None) -> str:
+    """A name and its value, which stays in its column."""
+    if width is None or len(name) + len(value) <= width:
+        return f"{name}{value}"
+    return textwrap.fill(
+        value,
+        width,
+        initial_indent=name,
+        subsequent_indent=" " * 25,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecision) -> Report:

@@ -13,14 +13,22 @@ from internvl_edge.runtime.devices import Device
 
 Value = TypeVar("Value")
 
+#: What options are added to: a command's parser, or a part of its help.
+ArgumentGroup = argparse._ActionsContainer
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+
+def add_device(parser: ArgumentGroup) -> None:
     """Add `--device` and `--threads`."""
-    parser.add_argument("--device", choices=get_args(Device), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="auto",
+        help="auto takes the GPU where it works, else the CPU",
+    )
     add_threads(parser)
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: ArgumentGroup) -> None:
     """Add `--threads`."""
     parser.add_argument(
         "--threads", type=at_least(1, "--threads"), help="CPU threads (default: one per core)"

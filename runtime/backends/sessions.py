@@ -79,8 +79,7 @@ def check_provider(device: str) -> None:
 
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
-            f"device {quoted(device)} needs {PROVIDERS[device]}, this onnxruntime {ort.__version__}"
-            f" has {ort.get_available_providers()}; install internvl-edge[gpu]",
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[device]}; install internvl-edge[gpu]",
             [Remedy.ON_CPU],
         )
 

@@ -178,6 +178,12 @@ def test_no_directory(tmp_path: Path) -> None:
     assert "is not a bundle: it has no bundle.json; write one with" in refusal(tmp_path / "none")
 
 
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "receipt.png").touch()
+    message = refusal(tmp_path / "receipt.png")
+    assert message.endswith("receipt.png is a file; a bundle is a folder with a bundle.json")
+
+
 def test_checkpoint_is_no_bundle() -> None:
     assert "internvl-edge export CHECKPOINT -o BUNDLE" in refusal(
         Path(__file__).parents[1] / "golden" / "model"

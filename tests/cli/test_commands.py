@@ -99,6 +99,42 @@ def test_without_a_word_everything_is_listed(
     assert all(name in errors for name in found(words).parts)
 
 
+@pytest.mark.parametrize("path", [(), ("chat",), ("bench", "latency")], ids=" ".join)
+def test_help_may_be_asked_for_by_a_word(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for words in (["help", *path], [*path, "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("chatt", "there is no command 'chatt'; did you mean 'chat'?"),
+        ("bench latncy", "there is no command 'latncy'; did you mean 'latency'?"),
+        ("--hlp", "arguments: --hlp"),
+        ("-V", "arguments: -V"),
+        (
+            "chat --max_tiles 3 B",
+            "unrecognized arguments: --max_tiles; did you mean '--max-tiles'?",
+        ),
+        ("chat B --tiles=3", "arguments: --tiles=3; did you mean '--max-tiles'?"),
+    ],
+)
+def test_a_word_mistyped(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside it stands what the command takes, without its twenty options."""
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    usage, line = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: internvl-edge ")
+    assert ": error: " in line
+    assert line.endswith(said)
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

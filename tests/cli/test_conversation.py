@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import CHAT, IMAGE, command, error_line, run
+from command_line import CHAT, IMAGE, SLOW, command, error_line, run
 
 from internvl_edge.cli.conversation import LEAVING, PROMPT, summary
 from internvl_edge.cli.editing import completions
@@ -240,6 +240,34 @@ def test_a_picture_that_cannot_be_read_is_said_at_once(golden_bundle: Path, tmp_
     try:
         opened.until("error: cannot read image 'nothing.png'")
         assert opened.process.wait(60) == 2
+    finally:
+        opened.close()
+
+
+def test_a_picture_that_is_not_there_is_said_before_loading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loading takes minutes; and a question is no picture."""
+    for words, said in (
+        (["nothing.png"], "cannot read image 'nothing.png': No such file or directory"),
+        (["What is this?"], "No such file or directory; a question is asked with -p"),
+        (["a.png", "-p", "What?"], "cannot read image 'a.png': No such file or directory"),
+    ):
+        assert error_line(capsys, "chat", tmp_path / "no bundle", *words).endswith(said)
+
+
+def test_ctrl_c_before_an_answer_is_said(golden_bundle: Path, tmp_path: Path) -> None:
+    hook = SLOW.format(
+        module="internvl_edge.runtime.decoding.inputs", owner="Inputs", function="tile"
+    )
+    opened = Terminal(golden_bundle, *CHAT, cwd=tmp_path, hook=hook)
+    try:
+        opened.until(PROMPT)
+        os.write(opened.hand, f"/image {IMAGE}\n".encode())
+        opened.until("working")
+        opened.process.send_signal(signal.SIGINT)
+        opened.until(f"interrupted before an answer\r\n{PROMPT}")
+        assert opened.leave() == 0
     finally:
         opened.close()
 

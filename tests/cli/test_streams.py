@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from command_line import CHAT, CHECKPOINT, IMAGE, command
 from PIL import Image
 
 from internvl_edge.bundle.contract import MANIFEST
+from internvl_edge.cli.streams import news_at_terminal, terminal_width
+from internvl_edge.runtime.inspection import render
 
 ENCODINGS = ["ascii", "latin-1", "cp437", "utf-8"]
 QUESTION = "这是什么？ 模型 – “what”?"
@@ -58,7 +62,7 @@ def test_json_loses_nothing(golden_bundle: Path, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["模型", os.fsdecode(b"\xff\xfe")], ids=["unicode", "bytes"])
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_paths_of_any_name(tmp_path: Path, name: str, encoding: str) -> None:
     bundle = tmp_path / name
     ended = run("export", CHECKPOINT, "-o", bundle, encoding=encoding)
@@ -88,3 +92,33 @@ def test_upright(golden_bundle: Path, tmp_path: Path) -> None:
         json.loads(run(*words, *option, encoding="utf-8").stdout) for option in ([], ["--upright"])
     )
     assert plain["token_ids"] != upright["token_ids"]
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_values_stay_in_their_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = " ".join(f"word{number}" for number in range(40))
+    report = {"version": "1", "features": words, "packages": {"numpy": words, "pillow": "2"}}
+    assert max(map(len, render(report).splitlines())) > 80
+    assert terminal_width() is None
+    monkeypatch.setattr(sys, "stdout", Screen())
+    lines = render(report, terminal_width()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()) == " ".join(render(report).split())
+    assert sum(line.startswith(" " * 25 + "word") for line in lines) == len(lines) - 5
+
+
+def test_what_is_done_once_is_said_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer on a machine waits for a compiler."""
+    for stream, said in ((io.StringIO(), ""), (Screen(), "compiling it\n")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with news_at_terminal():
+            logging.getLogger("internvl_edge").info("compiling %s", "it")
+        logging.getLogger("internvl_edge").info("compiling %s", "more")
+        assert stream.getvalue() == said
