@@ -24,6 +24,8 @@ from internvl_edge.runtime import InternVL
 
 # Tests open sessions of their own before the runtime does; see `runtime.ort`.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# What tests type is not the user's.
+os.environ["INTERNVL_EDGE_HISTORY"] = ""
 
 # A busy machine draws and runs slowly, which says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
