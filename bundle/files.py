@@ -34,6 +34,13 @@ _KINDS = (
 )
 
 
+def at_home(path: str) -> str:
+    """Replace a leading `~`, as a shell would have, unless a file has that very name."""
+    if "\0" in path or not path.startswith("~") or os.path.lexists(path):
+        return path
+    return os.path.expanduser(path)
+
+
 def check_regular(path: str | os.PathLike[str], limit: int | None = None) -> None:
     """Raise OSError unless a path leads to a regular file, of at most `limit` bytes."""
     try:

@@ -10,13 +10,14 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from internvl_edge.bundle.errors import ImageError, PromptError, UsageError
+from internvl_edge.bundle.files import at_home
 from internvl_edge.bundle.quoting import quoted
 
 T = TypeVar("T")
@@ -37,6 +38,18 @@ def whole(name: str, value: Any) -> int:
 def whole_or(name: str, value: Any, default: T) -> int | T:
     """Return an integer, and `default` for None; see `whole`."""
     return default if value is None else whole(name, value)
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """Return several integers.
+
+    Raises:
+        UsageError: they are none; the message names the one that is not.
+    """
+    plain = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(plain, Iterable) or isinstance(plain, str | bytes | Mapping):
+        raise UsageError(f"is {quoted(values)}, it must be a row of whole numbers", option=name)
+    return [whole(f"{name}[{index}]", one) for index, one in enumerate(plain)]
 
 
 def number(name: str, value: Any) -> float:
@@ -61,18 +74,17 @@ def number_or(name: str, value: Any, default: float) -> float:
 
 
 def file_path(name: str, value: Any) -> Path:
-    """Return a path.
+    """Return a path; a leading `~` is the user's home.
 
     Raises:
         UsageError: it is none.
     """
-    try:
-        path = Path(value)
-    except TypeError:
-        raise UsageError(f"is {quoted(value)}, it must be a path", option=name) from None
-    if "\0" in str(path):
-        raise UsageError(f"is {quoted(str(path))}, a path has no NUL in it", option=name)
-    return path
+    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(given, str) or not given:
+        raise UsageError(f"is {quoted(value)}, it must be a path", option=name)
+    if "\0" in given:
+        raise UsageError(f"is {quoted(given)}, a path has no NUL in it", option=name)
+    return Path(at_home(given))
 
 
 def flag(name: str, value: Any, *, default: bool = False) -> bool:
@@ -124,6 +136,21 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
         return ()
     found = (value,) if isinstance(value, str) else _several(name, value, "texts", PromptError)
     return tuple(text(f"{name}[{index}]", one) for index, one in enumerate(found))
+
+
+def pairs_of_texts(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return the turns of a conversation: questions and answers.
+
+    Raises:
+        PromptError: they are something else.
+    """
+    turns = []
+    for index, turn in enumerate(_several(name, value, "turns", PromptError)):
+        place = f"{name}[{index}]"
+        if not isinstance(turn, Sequence) or isinstance(turn, str | bytes) or len(turn) != 2:
+            raise PromptError(f"{place} is {quoted(turn)}, it must be a question and its answer")
+        turns.append((text(f"{place}[0]", turn[0]), text(f"{place}[1]", turn[1])))
+    return turns
 
 
 def pictures(name: str, value: Any) -> tuple[Any, ...]:
@@ -187,6 +214,8 @@ def _is_picture(value: object) -> bool:
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return len(shape) != 4
+    if hasattr(value, "read"):  # a file gives its lines
+        return True
     return isinstance(value, str | bytes | bytearray | memoryview | os.PathLike) or not isinstance(
         value, Iterable
     )

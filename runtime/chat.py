@@ -10,7 +10,7 @@ from internvl_edge.bundle.errors import ContextError, PromptError
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import file_path, flag, pictures, text
+from internvl_edge.runtime.arguments import file_path, flag, pairs_of_texts, pictures, text
 from internvl_edge.runtime.asking import AnswerOptions, Started, check_names, new_tokens, request
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Request
@@ -82,7 +82,7 @@ class Chat(NotCopied):
     @history.setter
     def history(self, turns: list[tuple[str, str]]) -> None:
         self._settle()
-        self._history = turns
+        self._history = pairs_of_texts("history", turns)
 
     @property
     def cached_tokens(self) -> int:

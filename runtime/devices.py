@@ -13,6 +13,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.ops import cpu_kernels
+from internvl_edge.runtime.arguments import function_or_none
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.backends.int4 import bundle_kernel
 from internvl_edge.runtime.backends.prepared import is_prepared
@@ -79,10 +80,11 @@ def open_device(
     Raises:
         DeviceError: the device is unknown or not available.
         BundleError: a graph or engine does not load.
-        UsageError: `threads` is not positive.
+        UsageError: `threads` is not positive, or `build_engines` no function.
     """
     if not isinstance(device, str) or device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
+    function_or_none("build_engines", build_engines)
     if threads is not None and threads < 1:
         raise UsageError(f"is {quoted(threads)}, it must be at least 1", option="threads")
     if stream is not None and device == "cpu":

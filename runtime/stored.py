@@ -21,7 +21,7 @@ from internvl_edge.bundle.json_reader import JsonError, read_json
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.arguments import flag, whole, whole_or
+from internvl_edge.runtime.arguments import file_path, flag, whole, whole_or
 from internvl_edge.runtime.images.decode import load_pixels
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import ImageLike, Picture, data_uri
@@ -148,7 +148,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         PromptError: the file cannot be read, or is no JSON.
     """
     try:
-        return read_json(path, DATA_BYTES)
+        return read_json(file_path("messages", path), DATA_BYTES)
     except (OSError, JsonError) as error:
         raise PromptError(f"cannot read messages of {named(path)}: {reason(error)}") from error
 

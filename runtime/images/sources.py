@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -18,12 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.bundle.errors import ImageError
-from internvl_edge.bundle.files import read_bytes
+from internvl_edge.bundle.files import at_home, read_bytes
 from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.runtime.arguments import flag, whole_or
 
 ImageLike: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.generic]"
-    " | DeviceImage | EncodedBytes | Picture"
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image"
+    " | NDArray[np.generic] | DeviceImage | EncodedBytes | Picture"
 )
 
 #: One picture, several, or none.
@@ -95,8 +98,11 @@ class Picture:
     max_tiles: int | None = None
 
     def __post_init__(self) -> None:
-        if self.frame is not None and (type(self.frame) is not int or self.frame < 0):
-            raise ImageError(f"frame is {quoted(self.frame)}, it must be a whole number from 0 on")
+        frame = whole_or("frame", self.frame, None)
+        if frame is not None and frame < 0:
+            raise ImageError(f"frame is {quoted(frame)}, it must be a whole number from 0 on")
+        object.__setattr__(self, "frame", frame)
+        object.__setattr__(self, "upright", flag("upright", self.upright))
         if isinstance(self.source, Picture):
             raise ImageError("the source of a Picture is another Picture; give that one's source")
 
@@ -125,12 +131,39 @@ def encoded_image(source: ImageLike) -> ImageLike:
             return source.source  # pixels: neither frames nor an orientation
         return replace(source, source=encoded_image(source.source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return EncodedBytes(bytes(source), f"{len(source)} bytes of image data")
+        return _bytes(bytes(source))
     if isinstance(source, str):
         return _text(source)
     if isinstance(source, os.PathLike):
-        return _file(os.fspath(source), named(source))
+        return _file(at_home(os.fsdecode(source)), named(source))
+    if callable(read := getattr(source, "read", None)):
+        return _stream(source, read)
     return source
+
+
+def _bytes(data: bytes) -> EncodedBytes:
+    """Take encoded bytes; those of base64 are decoded, as the text they are would be."""
+    if not looks_like_an_image(data) and data.isascii():
+        decoded = _base64(data.decode("ascii"))
+        if decoded is not None:
+            return EncodedBytes(decoded, f"{len(decoded)} bytes of image data in base64")
+    return EncodedBytes(data, f"{len(data)} bytes of image data")
+
+
+def _stream(source: Any, read: Callable[[int], object]) -> EncodedBytes:
+    """Read a file that is open, from its beginning where it can be gone back to."""
+    try:
+        if hasattr(source, "seek"):
+            with suppress(io.UnsupportedOperation):
+                source.seek(0)
+        data = read(MAX_BYTES + 1)
+    except (OSError, ValueError, TypeError) as error:  # a closed one gives a ValueError
+        raise ImageError(f"cannot read image {quoted(source)}: {reason(error)}") from error
+    if not isinstance(data, bytes):
+        raise ImageError(f"an open file gives {type(data).__name__}; open it with mode 'rb'")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"cannot read image {quoted(source)}: it has more than {MAX_BYTES} bytes")
+    return _bytes(data)
 
 
 def _text(text: str) -> EncodedBytes:
@@ -141,7 +174,7 @@ def _text(text: str) -> EncodedBytes:
         return _uri((found[1] or found[2]).lower(), text)
     if (data := _base64(text)) is not None:
         return EncodedBytes(data, f"{len(data)} bytes of image data in base64")
-    return _file(_home(text), named(text))
+    return _file(at_home(text), named(text))
 
 
 def _uri(scheme: str, text: str) -> EncodedBytes:
@@ -207,13 +240,6 @@ def _decoded(text: bytes) -> bytes:
 def looks_like_an_image(data: bytes) -> bool:
     """Return whether bytes begin as a picture does, by what Pillow would open, or a PDF."""
     return data.startswith(tuple(_STARTS)) or data[8:12] == b"WEBP" or data[4:8] == b"ftyp"
-
-
-def _home(text: str) -> str:
-    """Replace a leading `~`, as a shell would have, unless a file has that very name."""
-    if "\0" in text or not text.startswith("~") or _is_there(text):
-        return text
-    return os.path.expanduser(text)
 
 
 def _is_there(text: str) -> bool:

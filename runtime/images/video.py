@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import ImageError
-from internvl_edge.bundle.files import check_regular
+from internvl_edge.bundle.files import at_home, check_regular
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.runtime.arguments import number_or, text, whole, whole_numbers
 from internvl_edge.runtime.images.sources import Picture
 
 VideoLike: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -77,9 +78,10 @@ def frame_indices(
     Raises:
         ImageError: a bound or the count makes no sense.
     """
-    if type(count) is not int or not 1 <= count <= MAX_FRAMES:
+    count = whole("count", count)
+    if not 1 <= count <= MAX_FRAMES:
         raise ImageError(f"count is {quoted(count)}, it must be in 1..{MAX_FRAMES}")
-    begin, end = start_s or 0.0, np.inf if stop_s is None else stop_s
+    begin, end = number_or("start_s", start_s, 0.0), number_or("stop_s", stop_s, np.inf)
     if not 0 <= begin < end:
         raise ImageError(f"frames from {quoted(start_s)} s to {quoted(stop_s)} s are none")
     last = frames - 1
@@ -93,16 +95,16 @@ def frame_indices(
 
 def frames_prompt(question: str, frames: int, *, first: int = 1) -> str:
     """Write a question about frames as the reference does: `Frame1: <image>` and so on."""
-    numbers = range(first, first + frames)
-    return "".join(f"Frame{i}: {IMAGE_PLACEHOLDER}\n" for i in numbers) + question
+    start = whole("first", first)
+    numbers = range(start, start + whole("frames", frames))
+    lines = [f"Frame{number}: {IMAGE_PLACEHOLDER}\n" for number in numbers]
+    return "".join([*lines, text("question", question)])
 
 
 def _checked(indices: Sequence[int], frames: int, label: str) -> list[int]:
-    found = [int(index) for index in indices]
+    found = whole_numbers("indices", indices)
     if not 1 <= len(found) <= MAX_FRAMES or found != sorted(set(found)):
-        raise ImageError(
-            f"indices are {quoted(list(indices))}; give 1 to {MAX_FRAMES} numbers, ascending"
-        )
+        raise ImageError(f"indices are {quoted(found)}; give 1 to {MAX_FRAMES} numbers, ascending")
     if found[0] < 0 or found[-1] >= frames:
         raise ImageError(f"{label} has {frames} frames, numbered from 0, not {quoted(found)}")
     return found
@@ -148,7 +150,7 @@ def _opened(video: VideoLike) -> Iterator[tuple[Any, str]]:
 def _path(video: object) -> tuple[Any, str]:
     if not isinstance(video, (str, os.PathLike)):
         raise ImageError(f"a video is a path or bytes, not {type(video).__name__}")
-    path, label = os.path.expanduser(os.fspath(video)), named(video)
+    path, label = at_home(os.fsdecode(video)), named(video)
     try:
         check_regular(path)
     except OSError as error:

@@ -186,6 +186,8 @@ def test_fields_of_sampling_are_numbers(name: str, value: Any) -> None:
         ({"verify": ["hash"]}, "verify is "),
         ({"device": ["cpu"]}, "unknown device "),
         ({"path": 7}, "path is 7, it must be a path"),
+        ({"path": ""}, "path is '', it must be a path"),
+        ({"build_engines": 5}, "build_engines is 5, it must be a function"),
     ],
     ids=str,
 )
@@ -203,6 +205,41 @@ def test_loading_takes_what_is_meant(golden_bundle: Path) -> None:
     given: dict[str, Any] = {"threads": 1.0, "max_context": np.int32(64), "reuse_bytes": None}
     model = InternVL.load(str(golden_bundle), device="cpu", **given)
     assert model.max_context == 64
+
+
+def test_paths_at_home(
+    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bundles, folders of images and conversations, as of pictures."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bundle").symlink_to(golden_bundle)
+    model = InternVL.load("~/bundle", device="cpu", threads=1, image_folder=Path("~/rows"))
+    chat = model.chat(max_tiles=1)
+    chat.send("What?", [PIXELS], max_new_tokens=1)
+    chat.save("~/chat.json")
+    assert model.chat(messages=Path("~/chat.json")).history == chat.history
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "chat.json", "rows"]
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        (5, "history is 5, it must be one of the turns"),
+        (["What?"], r"history\[0\] is 'What\?', it must be a question and its answer"),
+        ([("a", "b"), ("c",)], r"history\[1\] is \('c',\), it must be a question and its answer"),
+        ([("a", None)], r"history\[0\]\[1\] is None, it must be text"),
+        ([(b"a", "b")], r"history\[0\]\[0\] is b'a', it must be text"),
+    ],
+    ids=str,
+)
+def test_a_history_is_questions_and_answers(
+    golden_model: InternVL, history: Any, said: str
+) -> None:
+    chat = golden_model.chat()
+    chat.history = [("a", "b")]
+    with pytest.raises(PromptError, match=said):
+        chat.history = history
+    assert chat.history == [("a", "b")]
 
 
 class Odd:

@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from internvl_edge.runtime import FrameWarning, ImageError, InternVL, Picture
+from internvl_edge.runtime import (
+    FrameWarning,
+    ImageError,
+    InternVL,
+    InternVLEdgeError,
+    LimitError,
+    Picture,
+)
 from internvl_edge.runtime.images.decode import load_pixels
 
 WHITE = 255
@@ -50,7 +57,9 @@ def file(tmp_path: Path) -> Path:
 def test_a_path_of_every_kind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(file.parent))
     monkeypatch.chdir(file.parent)
-    for source in (file, str(file), file.name, f"~/{file.name}", file.as_uri(), f"./{file.name}"):
+    home = f"~/{file.name}"
+    names = (str(file), file.name, home, file.as_uri(), f"./{file.name}")
+    for source in (file, Path(home), *names):
         np.testing.assert_array_equal(load_pixels(source), colours(), err_msg=str(source))
 
 
@@ -76,6 +85,31 @@ def test_base64(alphabet: Any, altered: Any) -> None:
     np.testing.assert_array_equal(load_pixels(text), colours())
     np.testing.assert_array_equal(load_pixels(f"data:image/png;base64,{text}"), colours())
     np.testing.assert_array_equal(load_pixels(f"data:;base64,{text}"), colours())
+
+
+def test_base64_that_is_bytes() -> None:
+    np.testing.assert_array_equal(load_pixels(base64.b64encode(encoded(colours()))), colours())
+
+
+def test_open_files(file: Path, golden_model: InternVL) -> None:
+    """Of them one is a picture too, and not as many as it has lines."""
+    memory = io.BytesIO(encoded(colours()))
+    memory.seek(7)
+    with file.open("rb") as stream:
+        for source in (memory, memory, stream, Picture(stream)):
+            np.testing.assert_array_equal(load_pixels(source), colours())
+        one, listed = (
+            golden_model.generate("What?", images, max_new_tokens=1).timings.prompt_tokens
+            for images in (memory, [memory])
+        )
+    assert one == listed
+    for bad, said in (
+        (stream, "closed file"),
+        (io.StringIO("text"), "gives str; open it with mode 'rb'"),
+        (io.BytesIO(), "is empty"),
+    ):
+        with pytest.raises(ImageError, match=said):
+            load_pixels(bad)  # type: ignore[arg-type]
 
 
 def test_data_uri_with_percents() -> None:
@@ -186,10 +220,18 @@ def test_an_opened_picture_is_taken_where_it_stands() -> None:
     assert load_pixels(Picture(opened, frame=2))[0, 0].tolist() == [0, 0, WHITE]
 
 
-@pytest.mark.parametrize("frame", [-1, 1.0, True, "0"])
+@pytest.mark.parametrize("frame", [-1, 1.5, True, "0"])
 def test_a_frame_is_a_whole_number(frame: Any) -> None:
-    with pytest.raises(ImageError, match="it must be a whole number from 0 on"):
+    with pytest.raises(InternVLEdgeError, match=r"^frame is .*, it must be a whole number"):
         Picture("x.gif", frame=frame)
+
+
+@pytest.mark.parametrize("frame", [2.0, np.int64(2), np.array(2)], ids=repr)
+def test_fields_of_a_picture_are_what_is_meant(frame: Any) -> None:
+    assert Picture("x.gif", frame, np.bool_(True)) == Picture("x.gif", 2, True)
+    for upright in ("no", 2, [1]):
+        with pytest.raises(LimitError, match=r"^upright is .*, it must be True or False"):
+            Picture("x.gif", upright=upright)  # type: ignore[arg-type]
 
 
 def test_pages_of_a_pdf() -> None:

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.runtime import ImageError, InternVL, Picture, frames_prompt, video_frames
+from internvl_edge.runtime import (
+    ImageError,
+    InternVL,
+    InternVLEdgeError,
+    Picture,
+    frames_prompt,
+    video_frames,
+)
 from internvl_edge.runtime.images.video import frame_indices
 
 av = pytest.importorskip("av")
@@ -85,17 +92,41 @@ def test_frames_by_time_and_by_number(video: bytes, tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"count": 0}, "count is 0, it must be in 1..1024"),
-        ({"count": 2.0}, "count is 2.0"),
+        ({"count": 2.5}, "count is 2.5, it must be a whole number"),
+        ({"count": "2"}, "count is '2', it must be a whole number"),
+        ({"start_s": "3"}, "start_s is '3', it must be a number"),
+        ({"stop_s": b"3"}, "stop_s is b'3', it must be a number"),
+        ({"start_s": float("nan")}, "from nan s to None s are none"),
         ({"start_s": 3, "stop_s": 2}, "from 3 s to 2 s are none"),
         ({"start_s": 99}, "the video ends after 4.0 s, before 99 s"),
         ({"indices": [40]}, "has 40 frames, numbered from 0"),
         ({"indices": [3, 1]}, "ascending"),
         ({"indices": []}, "ascending"),
+        ({"indices": [1.5]}, r"indices\[0\] is 1.5, it must be a whole number"),
+        ({"indices": "12"}, "indices is '12', it must be a row of whole numbers"),
+        ({"indices": 3}, "indices is 3, it must be a row of whole numbers"),
     ],
 )
 def test_frames_that_are_none(video: bytes, options: dict[str, object], said: str) -> None:
-    with pytest.raises(ImageError, match=said):
+    with pytest.raises(InternVLEdgeError, match=said):
         video_frames(video, **options)  # type: ignore[arg-type]
+
+
+def test_numbers_are_what_is_meant(video: bytes) -> None:
+    plain = numbers(video_frames(video, count=2))
+    assert numbers(video_frames(video, count=2.0)) == plain  # type: ignore[arg-type]
+    assert numbers(video_frames(video, indices=np.array([0, 7]))) == [0, 7]  # type: ignore[arg-type]
+    assert frames_prompt("What?", 2.0) == frames_prompt("What?", 2)  # type: ignore[arg-type]
+    for asked, said in ((("What?", "2"), "frames is '2'"), ((b"What?", 2), "question is b'What")):
+        with pytest.raises(InternVLEdgeError, match=said):
+            frames_prompt(*asked)  # type: ignore[arg-type]
+
+
+def test_a_video_at_home(video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clip.mkv").write_bytes(video)
+    for path in ("~/clip.mkv", Path("~/clip.mkv")):
+        assert numbers(video_frames(path, indices=[5])) == [5]
 
 
 @pytest.mark.parametrize("source", ["none.mp4", b"no video", b"", 3, None, "/dev/zero"])
