@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_shown(group: ArgumentGroup) -> None:
     group.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
     group.add_argument(
+        "--frame", type=int, help="of an animation, or page of a TIFF or PDF, from 0"
+    )
+    group.add_argument(
         "--upright", action="store_true", help="turn images as their EXIF orientation says"
     )
     group.add_argument(
@@ -117,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         stop=arguments.stop,
+        frame=arguments.frame,
         upright=arguments.upright,
         json=arguments.json,
     )

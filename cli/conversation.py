@@ -33,13 +33,14 @@ class Asking:
 
     Attributes:
         max_new_tokens, sampling, stop: see `InternVL.stream`.
-        upright: see `Picture`.
+        frame, upright: see `Picture`.
         json: whether replies are printed as lines of JSON.
     """
 
     max_new_tokens: int
     sampling: Sampling
     stop: Sequence[str]
+    frame: int | None
     upright: bool
     json: bool
 
@@ -81,7 +82,7 @@ class Conversation:
         Raises:
             ImageError: one cannot be read.
         """
-        self._pictures += [Picture(path, upright=self._asking.upright) for path in paths]
+        self._pictures += map(self._picture, paths)
 
     def ask(self, question: str) -> None:
         """Ask, and print the answer as it comes; an error leaves the conversation as it was.
@@ -171,12 +172,15 @@ class Conversation:
                 " with a blank is a question"
             )
 
+    def _picture(self, path: str) -> Picture:
+        return Picture(path, self._asking.frame, self._asking.upright)
+
     def _image(self, rest: str) -> None:
         paths = _paths(rest)
         if not paths:
             raise UsageError("/image needs the path of a picture")
         for path in paths:
-            tiles = self._look(Picture(path, upright=self._asking.upright))
+            tiles = self._look(self._picture(path))
             print(f"{named(path)}: {tiles} tile{'s' * (tiles > 1)}, shown with the next question")
         self.show(paths)
 

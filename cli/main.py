@@ -25,7 +25,7 @@ from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.bundle.quoting import LONGEST, named, quoted, reason
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
 from internvl_edge.cli.completion import complete_if_asked
-from internvl_edge.cli.streams import news_at_terminal, write_anything
+from internvl_edge.cli.streams import news_at_terminal, open_closed_streams, write_anything
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -37,6 +37,7 @@ TERMINATED = 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    open_closed_streams()
     complete_if_asked()
     words = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)

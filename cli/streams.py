@@ -6,10 +6,21 @@ import codecs
 import io
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def open_closed_streams() -> None:
+    """Put the null device where a standard stream was closed before the program began.
+
+    A file opened later would have its number, and what is printed would go there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def write_anything() -> None:

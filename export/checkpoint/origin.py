@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,12 @@ Shape = tuple[int, ...]
 
 #: Ends the names of rotary frequencies, which old versions of transformers stored.
 _BUFFER = "rotary_emb.inv_freq"
+
+#: Ends the names of what AWQ and GPTQ, bitsandbytes, FP8 and compressed-tensors store of a weight.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map|quant_state\..+)"
+    r"|weight_(scale|scale_inv|packed|shape|zero_point)|input_scale)$"
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,11 @@ def check_names(names: Iterable[str], expected: Mapping[str, Shape]) -> None:
         raise CheckpointError(
             f"the checkpoint holds unmerged LoRA tensors ({named(lora[0])}); merge them into the"
             " model"
+        )
+    if packed := sorted(name for name in found - expected.keys() if _QUANTISED.search(name)):
+        raise CheckpointError(
+            f"the weights are already quantised: the checkpoint holds {named(packed[0])}; export"
+            " the original checkpoint, the 16-bit one"
         )
     if missing := sorted(expected.keys() - found):
         raise CheckpointError(f"{len(missing)} tensors are missing: {_some(missing)}")

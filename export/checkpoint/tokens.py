@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.bundle.errors import BundleError, CheckpointError
 from internvl_edge.bundle.prompt import IMAGE_CONTEXT, NATIVE_TEMPLATE, get_template
-from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.quoting import named, quoted
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.bundle.token_files import FAST_FILE, tokenizer_files
+from internvl_edge.bundle.token_files import FAST_FILE, KINDS, tokenizer_files
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.export.checkpoint.beside import GENERATION, read_beside
 
@@ -35,6 +36,7 @@ def read_tokens(directory: Path, spec: ModelSpec) -> Tokens:
     native = spec.prompt.template == NATIVE_TEMPLATE
     try:
         files = tokenizer_files(directory, prefer=FAST_FILE if native else None)
+        _check_there(directory, {path.name for path in files})
         tokenizer = load_tokenizer(directory, [path.name for path in files])
         tokenizer.token_id(IMAGE_CONTEXT)
         stop = tokenizer.token_id(template.stop)
@@ -44,6 +46,14 @@ def read_tokens(directory: Path, spec: ModelSpec) -> Tokens:
     if native:
         _check_stop(directory, template.stop, stop)
     return Tokens(tokenizer, files)
+
+
+def _check_there(directory: Path, names: Collection[str]) -> None:
+    if not any(all(name in names for name in kind) for kind in KINDS):
+        raise CheckpointError(
+            f"{named(directory)} has no tokenizer: copy {' or '.join(map(' and '.join, KINDS))}"
+            " there, from where the weights came from"
+        )
 
 
 def _check_size(tokenizer: Tokenizer, rows: int) -> None:

@@ -134,7 +134,7 @@ def _decode(source: EncodedBytes, how: Picture, max_pixels: int) -> NDArray[np.u
         raise ImageError(f"{label} cannot be decoded: {reason(error)}") from error
     if frames > 1 and how.frame is None:
         warnings.warn(
-            f"{label} has {frames} frames, the first is taken; choose: Picture(..., frame=n)",
+            f"{label} has {frames} frames, the first is taken; 'frame' chooses another, from 0",
             FrameWarning,
             stacklevel=2,
         )

@@ -80,6 +80,8 @@ def _opened(stream: io.BytesIO, label: str, head: bytes) -> Image.Image:
         return Image.open(stream)
     except UnidentifiedImageError:
         kind = _BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None
+        if kind is None and _is_video(head):
+            raise ImageError(f"{label} is a video; take frames of it with video_frames") from None
         if kind is None:
             raise
     try:
@@ -92,6 +94,12 @@ def _opened(stream: io.BytesIO, label: str, head: bytes) -> Image.Image:
     stream.seek(0)
     image: Image.Image = pillow_heif.open_heif(stream).to_pillow()
     return image
+
+
+def _is_video(head: bytes) -> bool:
+    """Whether a file begins as MP4, Matroska or WebM, or AVI do."""
+    riff = head.startswith(b"RIFF") and head[8:12] == b"AVI "
+    return riff or head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3")
 
 
 @contextmanager

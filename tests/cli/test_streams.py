@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_paths_of_any_name(tmp_path: Path, name: str, encoding: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_page_is_chosen(golden_bundle: Path, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (60, 60 * (1 + number)), "red") for number in range(2)]
+    frames[0].save(tmp_path / "scan.tiff", save_all=True, append_images=frames[1:])
+    words = ("chat", golden_bundle, tmp_path / "scan.tiff", "-p", "What?", "--json", *CHAT)
+    first, second = (run(*words, *more, encoding="utf-8") for more in ((), ("--frame", "1")))
+    assert b"has 2 frames, the first is taken; 'frame' chooses another, from 0" in first.stderr
+    assert b"frames" not in second.stderr
+    tiles = [json.loads(ended.stdout)["timings"]["tiles"] for ended in (first, second)]
+    assert tiles[0] < tiles[1]
+
+
 def test_a_picture_of_any_name(golden_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.png")
     shutil.copyfile(IMAGE, path)
@@ -92,6 +104,17 @@ def test_upright(golden_bundle: Path, tmp_path: Path) -> None:
         json.loads(run(*words, *option, encoding="utf-8").stdout) for option in ([], ["--upright"])
     )
     assert plain["token_ids"] != upright["token_ids"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", ["-p What?", ""], ids=["asked", "conversation"])
+def test_streams_that_are_closed(golden_bundle: Path, closed: str, words: str) -> None:
+    line = shlex.join(command("chat", golden_bundle, *words.split(), *CHAT))
+    ended = subprocess.run(
+        ["sh", "-c", f"{line} {closed}"], input=b"Who?\n", capture_output=True, timeout=60
+    )
+    assert ended.returncode == (2 if "<" in closed and not words else 0)
+    assert b"Traceback" not in ended.stderr
 
 
 class Screen(io.StringIO):

@@ -124,3 +124,25 @@ def test_a_checkpoint_that_is_quantised(checkpoint: Path) -> None:
         message = refusal(checkpoint)
         assert f"already quantised with '{method}'" in message
         assert message.endswith("export the original checkpoint, the 16-bit one")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["qweight", "SCB", "weight.quant_state.bitsandbytes__nf4", "weight_scale_inv"]
+)
+def test_a_checkpoint_that_is_quantised_and_says_so_nowhere(checkpoint: Path, suffix: str) -> None:
+    """Its weights have other names, or more of them, which were called missing or unknown."""
+    state = load_file(checkpoint / "model.safetensors")
+    name = "language_model.model.layers.0.attention.wqkv"
+    state[f"{name}.{suffix}"] = state.pop(f"{name}.weight")
+    save_file(state, checkpoint / "model.safetensors")
+    message = refusal(checkpoint)
+    assert f"the weights are already quantised: the checkpoint holds {name}.{suffix}; " in message
+    assert message.endswith("export the original checkpoint, the 16-bit one")
+
+
+def test_a_checkpoint_without_a_tokenizer(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.model").unlink()
+    message = refusal(checkpoint)
+    assert "has no tokenizer: copy tokenizer.model or tokenizer.json or vocab.json and merges" in (
+        message
+    )

@@ -87,6 +87,14 @@ def test_base64(alphabet: Any, altered: Any) -> None:
     np.testing.assert_array_equal(load_pixels(f"data:;base64,{text}"), colours())
 
 
+@pytest.mark.parametrize(
+    "head", [b"\0\0\0\x20ftypisom", b"\x1aE\xdf\xa3" * 3, b"RIFF\0\0\0\0AVI LIST"], ids=repr
+)
+def test_a_video_is_called_one(head: bytes) -> None:
+    with pytest.raises(ImageError, match="is a video; take frames of it with video_frames"):
+        load_pixels(head + bytes(100))
+
+
 def test_base64_that_is_bytes() -> None:
     np.testing.assert_array_equal(load_pixels(base64.b64encode(encoded(colours()))), colours())
 
@@ -192,7 +200,7 @@ def frames() -> list[Image.Image]:
 def test_frames_are_chosen_or_said(kind: str) -> None:
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames()[0], kind, save_all=True, append_images=frames()[1:], **options)
-    with pytest.warns(FrameWarning, match=r"has 3 frames, the first is taken; choose: Picture\("):
+    with pytest.warns(FrameWarning, match="has 3 frames, the first is taken; 'frame' chooses"):
         first = load_pixels(data)
     assert first[0, 0].tolist() == [WHITE, 0, 0]
     for number, frame in enumerate(frames()):
