@@ -13,6 +13,7 @@ from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import quoted, reason
 from internvl_edge.bundle.segments import AddedTokens, Segment, joined
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.bundle.text_form import TextForm, clean_up
 from internvl_edge.bundle.token_files import (
     FAST_FILE,
@@ -201,7 +202,8 @@ def load_tokenizers() -> Any:
         BundleError: it is not installed.
     """
     try:
-        import tokenizers
+        with signals_held():
+            import tokenizers
     except ModuleNotFoundError as error:
         raise BundleError(
             "this model's tokenizer needs the package tokenizers: pip install"

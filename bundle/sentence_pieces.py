@@ -10,6 +10,7 @@ from internvl_edge.bundle.added_tokens import CONFIG_FILE, AddedToken
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.segments import AddedTokens, Segment
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.bundle.text_form import TextForm, clean_up
 from internvl_edge.bundle.token_files import (
     MODEL_FILE,
@@ -218,7 +219,8 @@ def _prefixed(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _processor(model_proto: bytes) -> SentencePieceProcessor:
-    from sentencepiece import SentencePieceProcessor
+    with signals_held():
+        from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor()
     try:

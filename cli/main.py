@@ -23,15 +23,16 @@ from internvl_edge.bundle.disk import full_disk, is_full
 from internvl_edge.bundle.errors import InternVLEdgeError, InternVLEdgeWarning, UsageError
 from internvl_edge.bundle.extras import extra_installed
 from internvl_edge.bundle.quoting import LONGEST, named, quoted, reason
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
 from internvl_edge.cli.completion import complete_if_asked
+from internvl_edge.cli.interrupted import say_interrupted
 from internvl_edge.cli.streams import news_at_terminal, open_closed_streams, write_anything
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
 TERMINATED = 143
 
 
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.told(flags=True)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+        return say_interrupted()
     except BrokenPipeError:
         _drop_output()  # its reader has gone
         return 0
@@ -86,20 +86,6 @@ def _warnings_in_a_line() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold Ctrl-C and the request to end back while libraries are imported: some abort or crash
-    where they are interrupted in their own beginning."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _drop_output() -> None:
@@ -144,7 +130,7 @@ def _run(typed: Typed) -> int:
         _refuse(typed)
     extra = typed.command.extra
     with contextlib.nullcontext() if extra is None else extra_installed(extra):
-        with _signals_held():
+        with signals_held():
             module = import_module(f"internvl_edge.{typed.command.module}")
         arguments = _parse(typed, module)
         return int(module.run(arguments))

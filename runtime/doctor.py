@@ -103,7 +103,7 @@ def _reason(opened: Callable[[], str]) -> str:
     try:
         return opened()
     except DeviceError as error:
-        return f"not available: {error}"
+        return f"not available: {error.message}"
 
 
 def _open_cuda() -> str:

@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from internvl_edge.bundle.errors import VersionWarning
+from internvl_edge.bundle.signals import signals_held
 
 #: From 1.29 on ONNX Runtime for Linux writes a device id and a database of events below the user's
 #: cache when it is imported, and sends events to its maker, unless this is set.
@@ -29,7 +30,8 @@ def load_onnxruntime() -> Any:
         VersionWarning: its version is outside those that were tried.
     """
     os.environ.setdefault(TELEMETRY_OFF, "1")
-    import onnxruntime
+    with signals_held():
+        import onnxruntime
 
     if not is_tried(onnxruntime.__version__):
         warnings.warn(

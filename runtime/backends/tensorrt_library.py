@@ -19,6 +19,7 @@ from internvl_edge.bundle.errors import BundleError, DeviceError, MissingExtraEr
 from internvl_edge.bundle.files import open_regular
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.remedies import Remedy
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Machine
 
@@ -305,6 +306,7 @@ def _dims(shape: Sequence[int | str], fixed: Mapping[str, int]) -> tuple[int, ..
 
 def _imported(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        with signals_held():
+            return importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise DeviceError(f"{name} is installed but does not load: {reason(error)}") from error

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from internvl_edge.bundle.errors import ImageError
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.runtime.images.sources import MAX_PIXELS
 
 #: Points are 1/72 inch; a page of A4 becomes 1,190 x 1,684 pixels, as a screen would show it.
@@ -85,7 +86,8 @@ def _opened(stream: io.BytesIO, label: str, head: bytes) -> Image.Image:
         if kind is None:
             raise
     try:
-        import pillow_heif
+        with signals_held():
+            import pillow_heif
     except ImportError as error:
         raise ImageError(
             f"{label} is a {kind} picture, which needs pillow-heif: pip install"
@@ -105,7 +107,8 @@ def _is_video(head: bytes) -> bool:
 @contextmanager
 def _document(stream: io.BytesIO, label: str) -> Iterator[Any]:
     try:
-        import pypdfium2
+        with signals_held():
+            import pypdfium2
     except ImportError as error:
         raise ImageError(
             f"{label} is a PDF, which needs pypdfium2: pip install 'internvl-edge[pdf]'"

@@ -19,6 +19,7 @@ from internvl_edge.bundle.errors import ImageError
 from internvl_edge.bundle.files import at_home, check_regular
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.signals import signals_held
 from internvl_edge.runtime.arguments import number_or, text, whole, whole_numbers
 from internvl_edge.runtime.images.sources import Picture
 
@@ -129,7 +130,8 @@ def _decode(
 @contextmanager
 def _opened(video: VideoLike) -> Iterator[tuple[Any, str]]:
     try:
-        import av
+        with signals_held():
+            import av
     except ImportError as error:
         raise ImageError(
             "videos need PyAV: pip install 'internvl-edge[video]'; or give frames as pictures"

@@ -198,6 +198,62 @@ def test_help_of_the_main_commands_needs_no_extra(name: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+#: Run with a module's name and code that imports it: Ctrl-C is typed while it is.
+INTERRUPTED = """
+import importlib.abc, os, signal, sys
+
+_, wanted, code = sys.argv
+
+class Interrupted(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))  # where a signal that is not held would be seen
+
+sys.meta_path.insert(0, Interrupted())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    exec(code)
+except KeyboardInterrupt:
+    print("interrupted", "after" if wanted in sys.modules else "within")
+"""
+
+
+def interrupted(module: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, code], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("onnxruntime", "from internvl_edge.runtime.backends import ort; ort.load_onnxruntime()"),
+        ("tokenizers", "from internvl_edge.bundle import byte_pairs; byte_pairs.load_tokenizers()"),
+        (
+            "sentencepiece",
+            "from internvl_edge.bundle import sentence_pieces as s; s._processor(b'')",
+        ),
+        ("pypdfium2", "from internvl_edge.runtime.images.decode import *; load_pixels(b'%PDF')"),
+        ("av", "from internvl_edge.runtime import *; video_frames('x')"),
+    ],
+)
+def test_signals_wait_for_libraries_that_are_imported_late(module: str, code: str) -> None:
+    """Half of ONNX Runtime was an ImportError in a traceback."""
+    pytest.importorskip(module)
+    ended = interrupted(module, code)
+    assert ended.stderr == ""
+    assert ended.stdout == "interrupted after\n"
+
+
+def test_ctrl_c_before_the_first_command_line() -> None:
+    """Whoever mistypes ends a command at once, while Python still imports."""
+    code = "from internvl_edge.cli.start import main; sys.argv = ['x', 'doctor']; sys.exit(main())"
+    ended = interrupted("argparse", code)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr.strip() == "interrupted"
+
+
 def test_signals_wait_for_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries that were interrupted while they began ended in an abort or a crash."""
     masks, imported = [], command_line.import_module
