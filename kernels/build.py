@@ -235,9 +235,16 @@ def cpu_identity() -> str:
 
 
 def user_cache() -> Path:
-    """Return the user's folder of what can be made again, whether or not it exists yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "internvl-edge"
+    """Return the user's folder of what can be made again, whether or not it exists yet.
+
+    A user without a home, as containers have them, gets a place where nothing can be written.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "internvl-edge"
+    try:
+        return Path.home() / ".cache" / "internvl-edge"
+    except RuntimeError:
+        return Path(os.devnull) / "internvl-edge"
 
 
 def cache_directory() -> Path:

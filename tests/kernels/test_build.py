@@ -148,6 +148,19 @@ def test_a_cache_that_cannot_be_written(
         build.cpu_library()
 
 
+def test_a_user_without_a_home(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers have them, where the id of a user is any number."""
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    with pytest.raises(build.BuildError, match="Not a directory; set XDG_CACHE_HOME"):
+        build.cpu_library()
+
+
 @pytest.mark.parametrize("finder", [build.nvcc_command, build.cpu_library])
 def test_a_named_compiler_must_exist(
     finder: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
