@@ -83,10 +83,11 @@ class Call {
     return nullptr;
   }
 
-  // Runs task(work, i) for every i below count, side by side on the session's threads.
-  Status* each(void (*task)(void*, size_t), size_t count, void* work) const {
+  // Runs task(work, i) for every i below count, side by side on the session's threads: each gets
+  // as many as the others, or, cut into so many `parts`, another part when it is done with one.
+  Status* each(void (*task)(void*, size_t), size_t count, void* work, size_t parts = 0) const {
     return at<Status* (*)(Context*, void (*)(void*, size_t), size_t, size_t, void*)>(
-        api_, kKernelContextParallelFor)(context_, task, count, 0, work);
+        api_, kKernelContextParallelFor)(context_, task, count, parts, work);
   }
 
  private:

@@ -1,0 +1,1 @@
+"""Attention of many sequences, each over a cache of its own, as an operator of ours."""

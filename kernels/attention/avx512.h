@@ -1,0 +1,53 @@
+// Tasks for x86 with AVX-512.
+#pragma once
+
+#include "../int4/avx512.h"
+#include "path.h"
+
+namespace ive::attention::avx512 {
+
+#define IVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int kLanes = 16, kRows = 12, kColumns = int4::avx512::kColumns;
+constexpr const char* kName = "AVX-512";
+
+inline bool runs_here() { return int4::avx512::runs_here(); }
+
+IVE_TARGET IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t count) {
+  if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t left = count - i < 16 ? count - i : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+    if (kind == kHalf) {
+      const __m256i halves = _mm256_maskz_loadu_epi16(mask, from + 2 * i);
+      _mm512_mask_storeu_ps(to + i, mask, _mm512_cvtph_ps(halves));
+    } else {
+      const __m512i wide = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from + i));
+      _mm512_mask_storeu_ps(to + i, mask, _mm512_cvtepi32_ps(wide));
+    }
+  }
+}
+
+IVE_TARGET inline void narrow(const float* from, const float* scales, Kind kind, char* to,
+                              int64_t count) {
+  if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
+  if (kind == kInt8) return round_to_bytes(from, scales, to, count);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i), halves);
+  }
+}
+
+IVE_TARGET inline void transpose(const float* from, int64_t count, int given, float* to) {
+  int4::avx512::transpose(
+      {reinterpret_cast<const uint8_t*>(from), count * int64_t{sizeof(float)}, given, count},
+      reinterpret_cast<uint8_t*>(to));
+}
+
+#include "vectors.h"
+#undef IVE_TARGET
+
+}  // namespace ive::attention::avx512

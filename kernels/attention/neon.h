@@ -1,0 +1,53 @@
+// Tasks for aarch64.
+#pragma once
+
+#include "../int4/neon.h"
+#include "path.h"
+
+namespace ive::attention::neon {
+
+#define IVE_TARGET
+
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int kLanes = 4, kRows = 6, kColumns = int4::neon::kColumns;
+constexpr const char* kName = "NEON";
+
+inline bool runs_here() { return true; }
+
+IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+
+inline void widen(const char* from, Kind kind, float* to, int64_t count) {
+  if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
+  for (int64_t i = 0; i < count; i += 4) {
+    if (kind == kHalf) {
+      float16x4_t halves;
+      std::memcpy(&halves, from + 2 * i, sizeof halves);
+      vst1q_f32(to + i, vcvt_f32_f16(halves));
+    } else {
+      uint32_t four;
+      std::memcpy(&four, from + i, sizeof four);
+      const int16x8_t wide = vmovl_s8(vcreate_s8(four));
+      vst1q_f32(to + i, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
+    }
+  }
+}
+
+inline void narrow(const float* from, const float* scales, Kind kind, char* to, int64_t count) {
+  if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
+  if (kind == kInt8) return round_to_bytes(from, scales, to, count);
+  for (int64_t i = 0; i < count; i += 4) {
+    const float16x4_t halves = vcvt_f16_f32(vld1q_f32(from + i));
+    std::memcpy(to + 2 * i, &halves, sizeof halves);
+  }
+}
+
+inline void transpose(const float* from, int64_t count, int given, float* to) {
+  int4::neon::transpose(
+      {reinterpret_cast<const uint8_t*>(from), count * int64_t{sizeof(float)}, given, count},
+      reinterpret_cast<uint8_t*>(to));
+}
+
+#include "vectors.h"
+#undef IVE_TARGET
+
+}  // namespace ive::attention::neon
