@@ -15,7 +15,7 @@ _GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR = 1, 2, 3, 4
 _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TYPE, _TYPE_INTEGER = 1, 3, 20, 2
-_VALUE_NAME, _VALUE_TYPE = 1, 2
+_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 
 #: Kinds of fields: a number, 8 bytes, a run of bytes, 4 bytes.
@@ -136,6 +136,10 @@ class Node(Message):
         values = {name: one.number(_ATTRIBUTE_INTEGER) for name, one in named.items()}
         return {name: _signed(value) for name, value in values.items() if value is not None}
 
+    def attribute_names(self) -> list[str]:
+        """Return the names of all attributes."""
+        return [one.text(_ATTRIBUTE_NAME) for one in self._attributes()]
+
     def keep_attributes(self, names: Iterable[str]) -> None:
         """Drop all other attributes."""
         kept = [one for one in self._attributes() if one.text(_ATTRIBUTE_NAME) in set(names)]
@@ -177,6 +181,15 @@ class Graph(Message):
     @property
     def outputs(self) -> list[str]:
         return self._names(_GRAPH_OUTPUT)
+
+    def element(self, name: str) -> int | None:
+        """Return ONNX's number of the type of an input's elements; see `add_input`."""
+        for value in self.messages(_GRAPH_INPUT, Message):
+            if value.text(_VALUE_NAME) == name:
+                for kind in value.messages(_VALUE_TYPE, Message):
+                    for tensor in kind.messages(_TYPE_TENSOR, Message):
+                        return tensor.number(_TENSOR_ELEMENT)
+        return None
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop inputs and outputs of the graph."""
@@ -221,6 +234,11 @@ class Model(Message):
         if not found:
             raise ValueError("no graph")
         return found[-1]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of operators that it imports."""
+        return [one.text(_OPSET_DOMAIN) for one in self.messages(_MODEL_OPSET, Message)]
 
     def import_domain(self, name: str) -> None:
         """Import version 1 of a domain."""

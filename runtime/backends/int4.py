@@ -24,7 +24,7 @@ from internvl_edge.runtime.backends.products import gives_integers, probe_file
 #: A graph without its weights.
 GRAPH_BYTES = 1 << 30
 #: Where a graph that is given as bytes finds its weights.
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Int4Kernel:
         if changed is None:
             return str(graph)
         options.register_custom_ops_library(str(self.library))
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(graph.parent))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
         return changed
 
 

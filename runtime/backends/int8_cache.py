@@ -37,7 +37,8 @@ QKV, ATTENDED, KEY, VALUE = "qkv", "attended", "key", "value"
 #: What to do where it is not taken.
 REMEDY = "install onnxruntime 1.27 or later (Python 3.11 or later)"
 
-_PROBE = Path(__file__).with_name("probes") / "cache.onnx"
+#: The graph of one attention.
+PROBE = Path(__file__).with_name("probes") / "cache.onnx"
 _ROWS = 2
 
 
@@ -77,7 +78,7 @@ def takes_int8_cache() -> bool:
         contract.past_value(0): empty,
     }
     try:
-        session = ort.InferenceSession(str(_PROBE), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(PROBE), options, providers=["CPUExecutionProvider"])
         attended, cached = session.run([ATTENDED, VALUE], feeds)
     except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class
         return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,76 +11,20 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import Cache, Slice, single
+from internvl_edge.runtime.backends import Slice, attention_nodes, single
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
-from internvl_edge.runtime.backends.kv_cache import (
-    BUFFER_BYTES,
-    CACHE_BYTES,
-    CacheState,
-    committed_bytes,
-    lazy_zeros,
-)
+from internvl_edge.runtime.backends.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.ort_cache import OrtCache
+from internvl_edge.runtime.backends.ort_passes import Pass, alone, joined
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
-
-@dataclass
-class OrtCache:
-    """Keys and values, bound once as input and as output of the same address."""
-
-    state: CacheState
-    rope: CacheRope
-    storage: dict[tuple[str, str], Any]  # names of past and present -> onnxruntime.OrtValue
-    #: A graph, and its binding of the storage.
-    bound: tuple[ort.InferenceSession, ort.IOBinding] | None = None
-
-    def binding(self, graph: ort.InferenceSession) -> ort.IOBinding:
-        """Return the storage bound to a graph: once, unless it was opened anew."""
-        if self.bound is None or self.bound[0] is not graph:
-            binding = graph.io_binding()
-            for (past, present), buffer in self.storage.items():
-                binding.bind_ortvalue_input(past, buffer)
-                binding.bind_ortvalue_output(present, buffer)
-            self.bound = graph, binding
-        return self.bound[1]
-
-    @property
-    def nbytes(self) -> int:
-        return filled_bytes([value.numpy() for value in self.storage.values()], self.state)
-
-    @property
-    def held_bytes(self) -> int:
-        one = next(iter(self.storage.values())).numpy()  # all are alike
-        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
-        return len(self.storage) * buffer + self.state.nbytes + CACHE_BYTES
-
-    def trim(self) -> None:
-        """Give back the binding, with the inputs and logits of the last pass, and own tables."""
-        self.bound = None
-        self.rope.release()
-
-    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
-        assert isinstance(source, OrtCache)
-        for names, own in self.storage.items():
-            copy_positions(own.numpy(), source.storage[names].numpy(), start, stop)
-
-    def clear(self) -> None:
-        """Nothing beyond the length is read."""
-
-
-def filled_bytes(arrays: list[NDArray[Any]], state: CacheState) -> int:
-    """Bytes of the filled positions of arrays `(1, kv_heads, capacity, head_dim)`."""
-    return sum(array.nbytes // state.capacity * state.length for array in arrays)
-
-
-def copy_positions(target: NDArray[Any], source: NDArray[Any], start: int, stop: int) -> None:
-    """Positions `start..stop` between arrays `(1, kv_heads, capacity, head_dim)`."""
-    target[:, :, start:stop] = source[:, :, start:stop]
+#: Most rows of a pass after which ONNX Runtime keeps what it took.
+_STEP_ROWS = 64
+#: Sequences that our own attention takes in one pass.
+MOST_SLICES = 1024
 
 
 class OnnxRuntimeBackend:
@@ -125,6 +67,8 @@ class OnnxRuntimeBackend:
         )
         if self._graphs.int4:
             self._description += ", own INT4 kernel"
+        if self._graphs.attends:
+            self._description += ", own attention"
         if note:
             self._description += f" ({note})"
 
@@ -138,7 +82,7 @@ class OnnxRuntimeBackend:
 
     @property
     def most_slices(self) -> int:
-        return 1
+        return MOST_SLICES if self._graphs.attends else 1
 
     @property
     def prepared(self) -> bool:
@@ -182,26 +126,22 @@ class OnnxRuntimeBackend:
         rope = CacheRope(self._rope, language, capacity)
         return OrtCache(CacheState(capacity), rope, storage)
 
+    def _pass_of(self, batch: Sequence[Slice]) -> Pass:
+        if not self._graphs.attends:
+            return alone(single(batch))
+        return joined(batch, attention_nodes.takes_total(self._spec.language))
+
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
         """Run one pass over new rows; see `Backend.forward`."""
-        new = single(batch)
-        cache = new.cache
-        assert isinstance(cache, OrtCache)
-        start = cache.state.length
-        total = start + len(new.rows)
-        cos, sin = cache.rope.tables(start, total, new.rope_theta)
         graph = self._graphs.language
-        binding = cache.binding(graph)
-        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(new.rows))
-        binding.bind_cpu_input(contract.ROPE_COS, cos)
-        binding.bind_cpu_input(contract.ROPE_SIN, sin)
-        binding.bind_cpu_input(contract.LAST_POSITION, np.array([total - 1], np.int32))
-        binding.bind_cpu_input(contract.TOTAL_LENGTH, np.array(total, np.int32))
-        binding.bind_cpu_input(contract.LOGIT_ROWS, new.logit_rows)
-        shape = (len(new.logit_rows), self._spec.language.vocab_size)
+        new = self._pass_of(batch)
+        binding = graph.io_binding() if new.cache is None else new.cache.binding(graph)
+        for name, values in new.feeds.items():
+            binding.bind_cpu_input(name, values)
+        shape = (new.logit_rows, self._spec.language.vocab_size)
         logits = np.empty(shape, np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
         # What a decode step takes is little, and wanted again at once.
-        options = self._giving_back if len(new.rows) > 1 else None
+        options = self._giving_back if len(new.feeds[contract.EMBEDDINGS]) > _STEP_ROWS else None
         graph.run_with_iobinding(binding, options)
         return logits

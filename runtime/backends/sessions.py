@@ -18,8 +18,9 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
-from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel, bundle_kernel
+from internvl_edge.runtime.backends import attention_nodes
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, bundle_kernels
 from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
 from internvl_edge.runtime.memory import MemoryGuard
@@ -59,14 +60,14 @@ class Provider:
             meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr); "basic", into equal
             ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
-        int4: what multiplies 4-bit weights, where it is not ONNX Runtime.
+        own: what computes parts of a graph in the place of ONNX Runtime.
     """
 
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
     optimise: Optimise = "all"
     form: Form = AS_STORED
-    int4: Int4Kernel = NO_KERNEL
+    own: OwnKernels = NO_KERNELS
 
     @property
     def name(self) -> str:
@@ -121,12 +122,12 @@ class CpuGraphs:
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads = bundle, threads
-        self._kernel = bundle_kernel(bundle)
+        self._own = bundle_kernels(bundle)
         self._guard = MemoryGuard(
             bundle.manifest,
             prepared=False,
             low_memory=one_at_a_time,
-            int4=self._kernel.library is not None,
+            int4=self.int4,
         )
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
@@ -144,7 +145,12 @@ class CpuGraphs:
     @property
     def int4(self) -> bool:
         """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
-        return self._kernel.library is not None
+        return self._own.int4.library is not None
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is our own kernel's: of many sequences in a pass."""
+        return self._own.attention.library is not None
 
     @property
     def vision(self) -> ort.InferenceSession:
@@ -191,12 +197,10 @@ class CpuGraphs:
 
     def _part(self, graph: str) -> _Part:
         """Return what is opened of a graph."""
-        bundle, kernel = self._bundle, self._kernel
-        if graph == contract.LANGUAGE_GRAPH and kernel.library is not None:
-            return _Part(bundle.verified, graph, Provider(form=self._form, int4=kernel))
-        if self._prepared is None:
-            return _Part(bundle.verified, graph, Provider(form=self._form))
-        return _Part(self._prepared, graph, Provider(optimise="none", form=self._form))
+        own = self._own if graph == contract.LANGUAGE_GRAPH else NO_KERNELS
+        if self._prepared is None or own.int4.library is not None:
+            return _Part(self._bundle.verified, graph, Provider(form=self._form, own=own))
+        return _Part(self._prepared, graph, Provider(optimise="none", form=self._form, own=own))
 
     def _open_parts(self, graphs: Sequence[str]) -> None:
         """Open these graphs at once: packing weights keeps one core busy for each."""
@@ -211,7 +215,7 @@ class CpuGraphs:
             files.hold(part.data for part in parts if part.files is files) for files in folders
         ]
         for part, session in zip(parts, opened, strict=True):
-            check_graph(self._bundle, part.name, session)
+            check_graph(self._bundle, part.name, session, attends=self.attends)
         self._sessions |= {part.name: session for part, session in zip(parts, opened, strict=True)}
 
 
@@ -232,23 +236,29 @@ class _Part:
         return open_session(self.files.path, self.name, self.provider, threads)
 
 
-def check_graph(bundle: Bundle, graph: str, opened: ort.InferenceSession) -> None:
-    """Raise BundleError unless an opened graph is the contract's."""
+def check_graph(
+    bundle: Bundle, graph: str, opened: ort.InferenceSession, *, attends: bool = False
+) -> None:
+    """Raise BundleError unless an opened graph is the contract's.
+
+    Args:
+        attends: whether attention was given to our own kernel; see `attention_nodes`.
+    """
     spec, manifest = bundle.spec, bundle.manifest
     if graph == contract.VISION_GRAPH:
-        check_contract(
-            opened,
-            contract.vision_inputs(spec.vision),
-            contract.vision_outputs(spec.vision, spec.language, manifest.vision, manifest.dialect),
+        inputs = contract.vision_inputs(spec.vision)
+        outputs = contract.vision_outputs(
+            spec.vision, spec.language, manifest.vision, manifest.dialect
         )
+    elif attends:
+        inputs = attention_nodes.inputs(spec.language, manifest)
+        outputs = attention_nodes.outputs(spec.language, manifest)
     else:
-        check_contract(
-            opened,
-            contract.language_inputs(
-                spec.language, manifest.language, manifest.kv, manifest.dialect
-            ),
-            contract.language_outputs(spec.language, manifest.kv, manifest.dialect),
+        inputs = contract.language_inputs(
+            spec.language, manifest.language, manifest.kv, manifest.dialect
         )
+        outputs = contract.language_outputs(spec.language, manifest.kv, manifest.dialect)
+    check_contract(opened, inputs, outputs)
 
 
 def open_session(
@@ -270,7 +280,7 @@ def open_session(
     catching = provider.device != "cpu"
     try:
         with contextlib.redirect_stdout(said) if catching else contextlib.nullcontext():
-            model = provider.int4.give(folder / graph, options)
+            model = provider.own.give(folder / graph, options)
             # Without a provider to fall back to, it would print and try the same again.
             session = ort.InferenceSession(
                 model, options, providers=list(chosen.items()), enable_fallback=catching

@@ -18,7 +18,7 @@ SIZES = (8, 24, 64, 80, 96, 128, 256)
 #: Dtypes of rows and of caches.
 DTYPES = (("float32", "float32"), ("float32", "int8"), ("float16", "float16"), ("float16", "int8"))
 #: Error of the result, as a share of the largest value.
-ERRORS = {"float32": 3e-6, "float16": 2e-3}
+ERRORS = {"float32": 5e-6, "float16": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def case(
     angles = random.uniform(-4, 4, (count, head // 2))
     tables = [f(angles).astype(dtype) if rotates else None for f in (np.cos, np.sin)]
     scales = [
-        random.uniform(0.01, 0.04, (kv_heads, head)).astype(np.float32)
+        random.uniform(0.005, 0.02, (kv_heads, head)).astype(np.float32)
         if cached == "int8"
         else None
         for _ in range(2)
@@ -76,9 +76,7 @@ def case(
     return Case(Rows(query, key, value, *tables, *scales), tuple(sequences))
 
 
-def _cache(
-    random: np.random.Generator, shape: tuple[int, ...], dtype: str
-) -> NDArray[np.generic]:
+def _cache(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     if dtype == "int8":
         return random.integers(-128, 128, shape).astype(np.int8)
     return random.standard_normal(shape).astype(dtype)

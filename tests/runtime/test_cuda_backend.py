@@ -33,8 +33,8 @@ from internvl_edge.runtime import (
     devices,
 )
 from internvl_edge.runtime.backends import Slice, onnxruntime_cuda, sessions
-from internvl_edge.runtime.backends.int4 import NO_KERNEL
 from internvl_edge.runtime.backends.onnxruntime_cuda import CudaCache
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.decoding.sampling import Sampling
 
 QUESTION = "How many lanterns are there?"
@@ -257,7 +257,7 @@ def test_other_precisions(
     options: dict[str, Any],
 ) -> None:
     # CUDA has ONNX Runtime's operators: rounded alike, added in another order.
-    monkeypatch.setattr(sessions, "bundle_kernel", lambda bundle: NO_KERNEL)
+    monkeypatch.setattr(sessions, "bundle_kernels", lambda bundle: NO_KERNELS)
     with few_items():
         path = export_bundle(GOLDEN / "model", tmp_path / "bundle", sensitivity=False, **options)
     wanted = InternVL.load(path, device="cpu", threads=2).generate(

@@ -33,7 +33,8 @@ from internvl_edge.kernels.build import BuildError
 from internvl_edge.kernels.int4.library import BLOCKS
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import int4, sessions
-from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel, bundle_kernel, int4_kernel
+from internvl_edge.runtime.backends.int4 import Int4Kernel, bundle_kernel, int4_kernel
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.backends.products import probe_file
 from internvl_edge.runtime.memory import PACKED_GROWTH, plan_memory
 
@@ -56,7 +57,7 @@ def kernel() -> Int4Kernel:
 
 
 def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "bundle_kernel", lambda bundle: NO_KERNEL)
+    monkeypatch.setattr(sessions, "bundle_kernels", lambda bundle: NO_KERNELS)
 
 
 def logits(bundle: Path) -> np.ndarray:
@@ -233,14 +234,14 @@ LOADED = """
 import sys
 from internvl_edge.bundle.contract import Tensor
 from internvl_edge.bundle.manifest import Manifest, open_bundle
-from internvl_edge.runtime.backends import int4, sessions
+from internvl_edge.runtime.backends import own_kernels, sessions
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 bundle = open_bundle(sys.argv[1], verify="size")
 if sys.argv[2] == "without":
-    sessions.bundle_kernel = lambda bundle: int4.NO_KERNEL
-int4.int4_kernel()
+    sessions.bundle_kernels = lambda bundle: own_kernels.NO_KERNELS
+own_kernels.bundle_kernels(bundle)
 before = anonymous()
 graphs = sessions.CpuGraphs(bundle, 1, one_at_a_time=False)
 print(anonymous() - before)

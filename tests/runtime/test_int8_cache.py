@@ -44,7 +44,7 @@ def test_each_fault_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     path = tmp_path / "cache.onnx"
     if fault != "not there":
         onnx.save(model, path)
-    monkeypatch.setattr(int8_cache, "_PROBE", path)
+    monkeypatch.setattr(int8_cache, "PROBE", path)
     assert not takes_int8_cache.__wrapped__()
 
 

@@ -1,0 +1,147 @@
+"""Giving the attention of a language graph to an operator of ours, when it is loaded.
+
+ONNX Runtime's operator takes one sequence a pass from a graph that binds its cache. Ours takes the
+rows of many, and the places of their caches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import Tensor
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.kernels.attention.library import PLACE_FIELDS
+from internvl_edge.runtime.backends.graph_bytes import Graph, Model, Node
+from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
+
+#: The input that says where each sequence of a pass stands: int64 `(sequences, fields)`, its first
+#: row, its rows, positions cached before them, the cache's capacity; then by layer the addresses
+#: of its keys and values.
+SEQUENCES = "sequences"
+
+#: Our operator by ONNX's number of the type of attention's floats.
+_OPERATORS = {1: "CachedAttention", 10: "CachedAttentionOfHalves"}
+_INT64 = 7
+#: GroupQueryAttention's attributes that ours has too, or that say what its inputs do.
+_KEPT = ("num_heads", "kv_num_heads")
+_KNOWN = {*_KEPT, "do_rotary", "kv_cache_bit_width", "k_quant_type", "v_quant_type"}
+#: Its inputs: queries, keys, values; past keys; rotary tables; scales of the cache.
+_ROWS, _PAST_KEY, _TABLES, _SCALES = slice(0, 3), 3, slice(7, 9), slice(12, 14)
+_MOST_INPUTS = 14
+_PAST = re.compile(r"past\.(\d+)\.key")
+
+
+def fields(layers: int) -> int:
+    """Return the number of fields of a row of `SEQUENCES`."""
+    return PLACE_FIELDS + 2 * layers
+
+
+def inputs(spec: LanguageSpec, manifest: Manifest) -> list[Tensor]:
+    """Return the inputs of a changed graph: rotary tables hold a row for each row of the pass.
+
+    Where heads are rotated before attention, as their size makes it, the graph takes its rows from
+    tables by their place: with the rows of the pass as total length that is what it finds.
+    """
+    given = contract.language_inputs(spec, manifest.language, manifest.kv, manifest.dialect)
+    dropped = _left_out(spec)
+    kept = [tensor for tensor in given if tensor.name not in dropped]
+    layers = spec.num_hidden_layers
+    return [*kept, Tensor(SEQUENCES, "int64", (SEQUENCES, fields(layers)))]
+
+
+def takes_total(spec: LanguageSpec) -> bool:
+    """Whether a changed graph takes the total length; see `inputs`."""
+    return spec.head_dim % contract.ROTARY_MULTIPLE != 0
+
+
+def outputs(spec: LanguageSpec, manifest: Manifest) -> list[Tensor]:
+    """Return the outputs of a changed graph: logits alone."""
+    given = contract.language_outputs(spec, manifest.kv, manifest.dialect)
+    return [tensor for tensor in given if tensor.name == contract.LOGITS]
+
+
+def _left_out(spec: LanguageSpec) -> set[str]:
+    pasts = {past for past, _ in contract.cache_pairs(spec)}
+    total = set() if takes_total(spec) else {contract.TOTAL_LENGTH}
+    return {contract.LAST_POSITION, *pasts, *total}
+
+
+def give_attention(model: bytes) -> bytes | None:
+    """Give all attention of a language graph to our operator.
+
+    Args:
+        model: a serialised `ModelProto`.
+
+    Returns:
+        The changed model; None where a node is not as ours computes it, there is none, or the
+        bytes are no model.
+    """
+    try:
+        changed = Model.parse(model)
+        graph = changed.graph
+        nodes = graph.nodes
+        operator = _OPERATORS.get(graph.element(contract.ROPE_COS) or 0)
+        taken = {i: node for i, node in enumerate(nodes) if _is_attention(node)}
+        if operator is None or not taken or not all(map(_takes, taken.values())):
+            return None
+        layers = {i: _layer(node) for i, node in taken.items()}
+        if sorted(layers.values()) != list(range(len(layers))):
+            return None
+    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
+        return None
+    _drop_caches(graph, taken)
+    for i, node in taken.items():
+        _give(node, operator, layers[i])
+    _drop_unused(graph)
+    graph.add_input(SEQUENCES, _INT64, (SEQUENCES, fields(len(layers))))
+    if OWN_DOMAIN not in changed.domains:
+        changed.import_domain(OWN_DOMAIN)
+    return changed.serialised()
+
+
+def _is_attention(node: Node) -> bool:
+    return node.operator == "GroupQueryAttention" and node.domain == MICROSOFT_DOMAIN
+
+
+def _takes(node: Node) -> bool:
+    """Whether our operator computes a node: nothing is asked that it does not know."""
+    given = node.inputs
+    tables = any(given[_TABLES])
+    beside = [*given[9:12]]  # positions, a bias, sinks
+    rotates = node.integers().get("do_rotary", 0)
+    if any(beside) or len(given) > _MOST_INPUTS or not set(node.attribute_names()) <= _KNOWN:
+        return False
+    return bool(_PAST.fullmatch(given[_PAST_KEY])) and tables == bool(rotates)
+
+
+def _layer(node: Node) -> int:
+    found = _PAST.fullmatch(node.inputs[_PAST_KEY])
+    if found is None:
+        raise ValueError("a cache of no layer")
+    return int(found[1])
+
+
+def _give(node: Node, operator: str, layer: int) -> None:
+    given = node.inputs
+    rows, tables, scales = ([*given[part], "", "", ""] for part in (_ROWS, _TABLES, _SCALES))
+    inputs_ = [*rows[:3], SEQUENCES, *tables[:2], *scales[:2]]
+    while not inputs_[-1]:
+        inputs_.pop()
+    node.inputs, node.outputs = inputs_, node.outputs[:1]
+    node.operator, node.domain = operator, OWN_DOMAIN
+    node.keep_attributes(_KEPT)
+    node.set_integer("layer", layer)
+
+
+def _drop_caches(graph: Graph, taken: Mapping[int, Node]) -> None:
+    """Drop the caches from what the graph takes and gives."""
+    graph.drop(name for node in taken.values() for name in (*node.inputs[3:5], *node.outputs[1:]))
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Drop the inputs that told ONNX Runtime's attention where its rows stand."""
+    used = {name for node in graph.nodes for name in node.inputs}
+    graph.drop({contract.LAST_POSITION, contract.TOTAL_LENGTH} - used)

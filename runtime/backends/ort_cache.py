@@ -1,0 +1,81 @@
+"""A KV cache whose buffers ONNX Runtime reads and writes where they are."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.runtime.backends import Cache
+from internvl_edge.runtime.backends.kv_cache import (
+    BUFFER_BYTES,
+    CACHE_BYTES,
+    CacheState,
+    committed_bytes,
+)
+from internvl_edge.runtime.backends.rope_table import CacheRope
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+@dataclass
+class OrtCache:
+    """Keys and values, bound once as input and as output of the same address."""
+
+    state: CacheState
+    rope: CacheRope
+    storage: dict[tuple[str, str], Any]  # names of past and present -> onnxruntime.OrtValue
+    #: A graph, and its binding of the storage.
+    bound: tuple[ort.InferenceSession, ort.IOBinding] | None = None
+
+    @functools.cached_property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where keys and values are, layer by layer."""
+        return np.array([buffer.data_ptr() for buffer in self.storage.values()], np.int64)
+
+    def binding(self, graph: ort.InferenceSession) -> ort.IOBinding:
+        """Return the storage bound to a graph: once, unless it was opened anew."""
+        if self.bound is None or self.bound[0] is not graph:
+            binding = graph.io_binding()
+            for (past, present), buffer in self.storage.items():
+                binding.bind_ortvalue_input(past, buffer)
+                binding.bind_ortvalue_output(present, buffer)
+            self.bound = graph, binding
+        return self.bound[1]
+
+    @property
+    def nbytes(self) -> int:
+        return filled_bytes([value.numpy() for value in self.storage.values()], self.state)
+
+    @property
+    def held_bytes(self) -> int:
+        one = next(iter(self.storage.values())).numpy()  # all are alike
+        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
+        return len(self.storage) * buffer + self.state.nbytes + CACHE_BYTES
+
+    def trim(self) -> None:
+        """Give back the binding, with the inputs and logits of the last pass, and own tables."""
+        self.bound = None
+        self.rope.release()
+
+    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
+        assert isinstance(source, OrtCache)
+        for names, own in self.storage.items():
+            copy_positions(own.numpy(), source.storage[names].numpy(), start, stop)
+
+    def clear(self) -> None:
+        """Nothing beyond the length is read."""
+
+
+def filled_bytes(arrays: list[NDArray[Any]], state: CacheState) -> int:
+    """Bytes of the filled positions of arrays `(1, kv_heads, capacity, head_dim)`."""
+    return sum(array.nbytes // state.capacity * state.length for array in arrays)
+
+
+def copy_positions(target: NDArray[Any], source: NDArray[Any], start: int, stop: int) -> None:
+    """Positions `start..stop` between arrays `(1, kv_heads, capacity, head_dim)`."""
+    target[:, :, start:stop] = source[:, :, start:stop]

@@ -1,0 +1,86 @@
+"""What computes parts of a graph in the place of ONNX Runtime: one library of our operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH
+from internvl_edge.bundle.files import read_bytes
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.runtime.backends.attention import (
+    NO_ATTENTION,
+    AttentionKernel,
+    attention_kernel,
+)
+from internvl_edge.runtime.backends.attention_nodes import give_attention
+from internvl_edge.runtime.backends.int4 import (
+    GRAPH_BYTES,
+    NO_KERNEL,
+    WEIGHTS_FOLDER,
+    Int4Kernel,
+    bundle_kernel,
+)
+from internvl_edge.runtime.backends.own_nodes import give_products
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """Kernels that compute a graph's 4-bit products and its attention; none by default."""
+
+    int4: Int4Kernel = NO_KERNEL
+    attention: AttentionKernel = NO_ATTENTION
+
+    @property
+    def library(self) -> Path | None:
+        """The library of operators; None where neither is used."""
+        return self.int4.library or self.attention.library
+
+    def give(self, graph: Path, options: Any) -> str | bytes:
+        """Let the kernels compute what they can of a graph.
+
+        Args:
+            graph: an ONNX file.
+            options: `onnxruntime.SessionOptions`, which get the library.
+
+        Returns:
+            What to open with these options: the graph, changed, or its path.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.library is None:
+            return str(graph)
+        model = given = read_bytes(graph, GRAPH_BYTES)
+        if self.int4.library is not None:
+            given = give_products(given) or given
+        if self.attention.library is not None:
+            given = give_attention(given) or given
+        if given is model:
+            return str(graph)
+        options.register_custom_ops_library(str(self.library))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
+        return given
+
+
+NO_KERNELS = OwnKernels()
+
+
+def bundle_kernels(bundle: Bundle) -> OwnKernels:
+    """Return the kernels that compute a bundle's language graph on the CPU."""
+    return OwnKernels(bundle_kernel(bundle), bundle_attention(bundle))
+
+
+def bundle_attention(bundle: Bundle) -> AttentionKernel:
+    """Return the kernel of a bundle's attention on the CPU."""
+    if bundle.manifest.dialect != "onnxruntime":
+        return NO_ATTENTION
+    kernel = attention_kernel()
+    try:
+        graph = read_bytes(bundle.file(LANGUAGE_GRAPH), GRAPH_BYTES)
+    except OSError:  # said when it is opened
+        return NO_ATTENTION
+    if kernel.library is not None and give_attention(graph) is None:
+        return AttentionKernel(None, "the bundle's attention is of another kind")
+    return kernel
