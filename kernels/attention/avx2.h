@@ -14,6 +14,8 @@ constexpr const char* kName = "AVX2";
 
 inline bool runs_here() { return int4::avx2::runs_here() && __builtin_cpu_supports("f16c"); }
 
+IVE_TARGET IVE_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
+
 IVE_TARGET IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
 // Counts are multiples of 4, of halves and bytes those of 8 but for rotary tables.

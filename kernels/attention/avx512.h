@@ -14,6 +14,8 @@ constexpr const char* kName = "AVX-512";
 
 inline bool runs_here() { return int4::avx512::runs_here(); }
 
+IVE_TARGET IVE_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
+
 IVE_TARGET IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t count) {

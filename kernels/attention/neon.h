@@ -14,6 +14,8 @@ constexpr const char* kName = "NEON";
 
 inline bool runs_here() { return true; }
 
+IVE_INLINE Vec all(float value) { return vdupq_n_f32(value); }
+
 IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 
 inline void widen(const char* from, Kind kind, float* to, int64_t count) {

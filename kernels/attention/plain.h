@@ -15,6 +15,8 @@ constexpr const char* kName = "plain";
 
 inline bool runs_here() { return true; }
 
+IVE_INLINE Vec all(float value) { return Vec{value, value, value, value}; }
+
 IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
 // Values of any kind as floats; a multiple of 4 of them.

@@ -1,7 +1,7 @@
 // Tasks in vectors: included once for each kind of CPU, in its namespace, where there are
 //   IVE_TARGET  the attribute of its functions
 //   kLanes, kRows, kColumns  of a vector; of a tile of products: lines, and columns in vectors
-//   fma, widen, narrow, transpose  see plain.h
+//   all, fma, widen, narrow, transpose  see plain.h
 // GCC turns vectors into instructions before it inlines: so templates of a width would not do.
 
 constexpr int kVectors = kColumns / kLanes;
@@ -21,8 +21,6 @@ IVE_TARGET IVE_INLINE Vec load(const float* from) {
 IVE_TARGET IVE_INLINE void store(float* to, Vec values) {
   *reinterpret_cast<Loose*>(to) = values;
 }
-
-IVE_TARGET IVE_INLINE Vec all(float value) { return Vec{} + value; }
 
 // Adds a (R lines, A floats apart) times b (depth, columns) to c, or puts it there.
 template <int R, int64_t A>
