@@ -16,6 +16,7 @@ from typing import Any, get_args
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.kernels.build import BuildError, cpu_library
 from internvl_edge.kernels.cpu import cpu_features
+from internvl_edge.runtime.backends.attention import attention_kernel
 from internvl_edge.runtime.backends.int4 import int4_kernel
 from internvl_edge.runtime.backends.machine import cpu_name
 from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
@@ -44,7 +45,11 @@ def examine() -> Report:
         "packages": {name: _package(name) for name in PACKAGES},
         "onnxruntime": _onnxruntime(),
         "products": _products(),
-        "kernels": {"tiling": _tiling(), "int4": str(int4_kernel())},
+        "kernels": {
+            "tiling": _tiling(),
+            "int4": str(int4_kernel()),
+            "attention": str(attention_kernel()),
+        },
         "devices": {
             "cpu": "ready",
             "cuda": _reason(_open_cuda),

@@ -16,6 +16,7 @@ from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.int4 import bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernels import bundle_attention
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
 from internvl_edge.runtime.backends.products import bundle_form, products_of
 from internvl_edge.runtime.free_memory import available_memory
@@ -61,6 +62,7 @@ def _here(path: Path, manifest: Manifest) -> Report:
     return {
         "integer_products": f"{', '.join(products)}: {form}" if products else form,
         **int4,
+        "attention": str(bundle_attention(bundle)),
         "onnxruntime": load_onnxruntime().__version__,
         "cpu_features": " ".join(cpu_features()),
         "prepared": "fits" if is_prepared(bundle) else why_none(bundle) or "no",

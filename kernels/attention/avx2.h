@@ -18,6 +18,23 @@ IVE_TARGET IVE_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
 
 IVE_TARGET IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
+template <Kind kKind>
+IVE_TARGET IVE_INLINE Vec take(const char* from) {
+  if constexpr (kKind == kFloat) return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+  if constexpr (kKind == kHalf) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+
+IVE_TARGET IVE_INLINE void sum_four(const Vec (&given)[4], float* to) {
+  const __m256 pairs = _mm256_hadd_ps(given[0], given[1]);
+  const __m256 others = _mm256_hadd_ps(given[2], given[3]);
+  const __m256 sums = _mm256_hadd_ps(pairs, others);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+
 // Counts are multiples of 4, of halves and bytes those of 8 but for rotary tables.
 IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t count) {
   if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();

@@ -18,6 +18,27 @@ IVE_TARGET IVE_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
 
 IVE_TARGET IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
+template <Kind kKind>
+IVE_TARGET IVE_INLINE Vec take(const char* from) {
+  if constexpr (kKind == kFloat) return _mm512_loadu_ps(reinterpret_cast<const float*>(from));
+  if constexpr (kKind == kHalf) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+
+IVE_TARGET IVE_INLINE void sum_four(const Vec (&given)[4], float* to) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(given[i]), _mm512_extractf32x8_ps(given[i], 1));
+  }
+  const __m256 pairs = _mm256_hadd_ps(half[0], half[1]);
+  const __m256 others = _mm256_hadd_ps(half[2], half[3]);
+  const __m256 sums = _mm256_hadd_ps(pairs, others);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+
 IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t count) {
   if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
   for (int64_t i = 0; i < count; i += 16) {

@@ -18,19 +18,28 @@ IVE_INLINE Vec all(float value) { return vdupq_n_f32(value); }
 
 IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 
+template <Kind kKind>
+IVE_INLINE Vec take(const char* from) {
+  if constexpr (kKind == kFloat) return vld1q_f32(reinterpret_cast<const float*>(from));
+  if constexpr (kKind == kHalf) {
+    float16x4_t halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return vcvt_f32_f16(halves);
+  }
+  uint32_t four;
+  std::memcpy(&four, from, sizeof four);
+  const int16x8_t wide = vmovl_s8(vcreate_s8(four));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+
+IVE_INLINE void sum_four(const Vec (&given)[4], float* to) {
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(given[0], given[1]), vpaddq_f32(given[2], given[3])));
+}
+
 inline void widen(const char* from, Kind kind, float* to, int64_t count) {
   if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
   for (int64_t i = 0; i < count; i += 4) {
-    if (kind == kHalf) {
-      float16x4_t halves;
-      std::memcpy(&halves, from + 2 * i, sizeof halves);
-      vst1q_f32(to + i, vcvt_f32_f16(halves));
-    } else {
-      uint32_t four;
-      std::memcpy(&four, from + i, sizeof four);
-      const int16x8_t wide = vmovl_s8(vcreate_s8(four));
-      vst1q_f32(to + i, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
-    }
+    vst1q_f32(to + i, kind == kHalf ? take<kHalf>(from + 2 * i) : take<kInt8>(from + i));
   }
 }
 

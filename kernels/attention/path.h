@@ -17,6 +17,20 @@ struct Path {
   void (*merge)(const Pass& pass, const Task* tasks, int64_t count);
 };
 
+// A value of any kind.
+IVE_INLINE float value_of(const char* values, Kind kind, int64_t index) {
+  const char* from = values + index * bytes_of(kind);
+  if (kind == kInt8) return static_cast<float>(static_cast<int8_t>(*from));
+  if (kind == kHalf) {
+    uint16_t half;
+    std::memcpy(&half, from, sizeof half);
+    return from_half(half);
+  }
+  float value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
 // To the nearest integer, ties to even; not a number becomes zero.
 IVE_INLINE void round_to_bytes(const float* from, const float* scales, char* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {

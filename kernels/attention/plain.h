@@ -19,18 +19,23 @@ IVE_INLINE Vec all(float value) { return Vec{value, value, value, value}; }
 
 IVE_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
+// A vector of values of a kind.
+template <Kind kKind>
+IVE_INLINE Vec take(const char* from) {
+  Vec values;
+  for (int i = 0; i < kLanes; ++i) values[i] = value_of(from, kKind, i);
+  return values;
+}
+
+// The sum of each of four vectors.
+IVE_INLINE void sum_four(const Vec (&given)[4], float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = (given[i][0] + given[i][1]) + (given[i][2] + given[i][3]);
+}
+
 // Values of any kind as floats; a multiple of 4 of them.
 inline void widen(const char* from, Kind kind, float* to, int64_t count) {
   if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
-  for (int64_t i = 0; i < count; ++i) {
-    if (kind == kHalf) {
-      uint16_t half;
-      std::memcpy(&half, from + 2 * i, sizeof half);
-      to[i] = from_half(half);
-    } else {
-      to[i] = static_cast<float>(static_cast<int8_t>(from[i]));
-    }
-  }
+  for (int64_t i = 0; i < count; ++i) to[i] = value_of(from, kind, i);
 }
 
 // Floats as values of a kind, those of int8 over their scales.

@@ -1,7 +1,7 @@
 // Tasks in vectors: included once for each kind of CPU, in its namespace, where there are
 //   IVE_TARGET  the attribute of its functions
 //   kLanes, kRows, kColumns  of a vector; of a tile of products: lines, and columns in vectors
-//   all, fma, widen, narrow, transpose  see plain.h
+//   all, fma, take, sum_four, widen, narrow, transpose  see plain.h
 // GCC turns vectors into instructions before it inlines: so templates of a width would not do.
 
 constexpr int kVectors = kColumns / kLanes;
@@ -59,6 +59,8 @@ IVE_TARGET void products(int64_t lines, const float* a, const float* b, int64_t 
   if (lines == R) return product<R, A>(a, b, b_apart, depth, c, c_apart, add);
   if constexpr (R > 1) products<A, R - 1>(lines, a, b, b_apart, depth, c, c_apart, add);
 }
+
+#include "few.h"
 
 // e to the power of what is not above zero; of what is not a number, that.
 IVE_TARGET IVE_INLINE Vec power(Vec x) {
@@ -169,7 +171,7 @@ inline int64_t padded(int64_t head) { return (head + kColumns - 1) / kColumns * 
 // Floats that a task needs.
 inline int64_t room_of(const Pass& p, int64_t lines) {
   const int64_t width = padded(p.head);
-  const bool whole = p.cached == kFloat && width == p.head;
+  const bool whole = is_few(p, lines) || (p.cached == kFloat && width == p.head);
   return lines * (kQueryApart + kScoreApart + width) + kColumns * p.head +
          (whole ? 0 : kBlock * width);
 }
@@ -177,7 +179,8 @@ inline int64_t room_of(const Pass& p, int64_t lines) {
 class Attending {
  public:
   IVE_TARGET Attending(const Pass& pass, const Task& task, float* room)
-      : p_(pass), t_(task), s_(pass.sequence(task.sequence)), width_(padded(pass.head)) {
+      : p_(pass), t_(task), s_(pass.sequence(task.sequence)), width_(padded(pass.head)),
+        few_(is_few(pass, task.lines)) {
     queries_ = room;
     scores_ = queries_ + t_.lines * kQueryApart;
     sums_ = scores_ + t_.lines * kScoreApart;
@@ -190,7 +193,7 @@ class Attending {
     for (int64_t done = 0; done < t_.keys; done += kBlock) {
       const int64_t key = t_.key + done;
       const int64_t count = t_.keys - done < kBlock ? t_.keys - done : kBlock;
-      for (int64_t c = 0; c < count; c += kColumns) score(key + c, count - c, scores_ + c);
+      score_block(key, count);
       for (int64_t line = 0; line < t_.lines; ++line) weigh(line, key, count);
       add(key, count, done > 0);
     }
@@ -215,6 +218,14 @@ class Attending {
     for (int64_t i = 0; i < p_.head; ++i) {
       to[i] *= scales == nullptr ? scale : scale * scales[t_.kv_head * p_.head + i];
     }
+  }
+
+  IVE_TARGET void score_block(int64_t key, int64_t count) {
+    if (few_) {
+      return few_of(p_.cached, t_.lines)
+          .score(queries_, cached(s_.keys, key), p_.head, count, scores_);
+    }
+    for (int64_t c = 0; c < count; c += kColumns) score(key + c, count - c, scores_ + c);
   }
 
   // Scores of all lines with some keys, as many as a tile has columns.
@@ -245,6 +256,9 @@ class Attending {
   // Adds values by their weights.
   IVE_TARGET void add(int64_t key, int64_t count, bool more) {
     const char* from = cached(s_.values, key);
+    if (few_) {
+      return few_of(p_.cached, t_.lines).add(scores_, from, p_.head, count, sums_, more);
+    }
     const float* values = reinterpret_cast<const float*>(from);
     if (p_.cached != kFloat || width_ != p_.head) {
       for (int64_t i = 0; i < count; ++i) {
@@ -294,6 +308,7 @@ class Attending {
   const Task& t_;
   const Sequence s_;
   const int64_t width_;
+  const bool few_;
   float *queries_, *scores_, *sums_, *panel_, *wide_;
   Running running_[kTaskLines];
 };

@@ -25,9 +25,19 @@ SEQUENCES = "sequences"
 #: Our operator by ONNX's number of the type of attention's floats.
 _OPERATORS = {1: "CachedAttention", 10: "CachedAttentionOfHalves"}
 _INT64 = 7
-#: GroupQueryAttention's attributes that ours has too, or that say what its inputs do.
+#: GroupQueryAttention's attributes that ours has too; those that its inputs say again.
 _KEPT = ("num_heads", "kv_num_heads")
-_KNOWN = {*_KEPT, "do_rotary", "kv_cache_bit_width", "k_quant_type", "v_quant_type"}
+_SAID = {*_KEPT, "do_rotary", "k_quant_type", "v_quant_type", "qk_norm_epsilon"}
+#: Others, and what ours does: a graph that ONNX Runtime saved has them all.
+_TAKEN = {
+    "kv_cache_bit_width": {0, 8},
+    "causal": {1},
+    "rotary_interleaved": {0},
+    "local_window_size": {-1},
+    "sliding_window_cache": {0},
+    "smooth_softmax": {0, -1},
+    "qk_output": {0},
+}
 #: Its inputs: queries, keys, values; past keys; rotary tables; scales of the cache.
 _ROWS, _PAST_KEY, _TABLES, _SCALES = slice(0, 3), 3, slice(7, 9), slice(12, 14)
 _MOST_INPUTS = 14
@@ -108,13 +118,15 @@ def _is_attention(node: Node) -> bool:
 
 def _takes(node: Node) -> bool:
     """Whether our operator computes a node: nothing is asked that it does not know."""
-    given = node.inputs
-    tables = any(given[_TABLES])
-    beside = [*given[9:12]]  # positions, a bias, sinks
-    rotates = node.integers().get("do_rotary", 0)
-    if any(beside) or len(given) > _MOST_INPUTS or not set(node.attribute_names()) <= _KNOWN:
+    given, integers = node.inputs, node.integers()
+    beside = given[9:12]  # positions, a bias, sinks
+    if any(beside) or len(given) > _MOST_INPUTS:
         return False
-    return bool(_PAST.fullmatch(given[_PAST_KEY])) and tables == bool(rotates)
+    for name in set(node.attribute_names()) - _SAID:
+        if integers.get(name) not in _TAKEN.get(name, ()):
+            return False
+    tables = any(given[_TABLES]) == bool(integers.get("do_rotary", 0))
+    return tables and bool(_PAST.fullmatch(given[_PAST_KEY]))
 
 
 def _layer(node: Node) -> int:

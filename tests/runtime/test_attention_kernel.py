@@ -1,0 +1,316 @@
+"""Attention by our own kernel in ONNX Runtime: what GroupQueryAttention gives, of many sequences in
+one pass; without it, GroupQueryAttention itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from checkpoints import GOLDEN
+from numpy.typing import NDArray
+
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import CachePrecision, Tensor
+from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.cli.main import main
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.formats.plan import CacheScales, QuantPlan
+from internvl_edge.export.graphs.dialects import CacheNames
+from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graphs.graph import GraphBuilder
+from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.kernels.build import BuildError
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.backends import Slice, attention, int8_cache
+from internvl_edge.runtime.backends.attention import AttentionKernel, attention_kernel
+from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
+from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from internvl_edge.runtime.backends.own_kernels import bundle_attention
+
+IDS = [1, 5, 9, 200, 17, 3]
+#: Cached positions, new rows, and positions that stay free.
+PLACES = ((0, 19, 2), (33, 1, 0), (5, 4, 70), (130, 1, 1))
+#: Error beside ONNX Runtime's: rounding, and of int8 a value that is rounded the other way.
+ERRORS: dict[CachePrecision, float] = {"fp32": 2e-6, "fp16": 4e-3, "int8": 2e-6}
+
+
+@pytest.fixture
+def kernel() -> AttentionKernel:
+    if (found := attention_kernel()).library is None:
+        pytest.skip(found.name)
+    return found
+
+
+def attention_spec(heads: int, kv_heads: int, head: int) -> LanguageSpec:
+    return replace(
+        int8_cache.SPEC,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_size=head,
+        max_position_embeddings=256,
+    )
+
+
+def write_attention(spec: LanguageSpec, cache: CachePrecision, folder: Path) -> bytes:
+    """Write a graph of one attention, as export does, and return it with its weights."""
+    random = np.random.default_rng(1)
+    shape = spec.num_key_value_heads, spec.head_dim
+    scales = [random.uniform(0.01, 0.03, shape).astype(np.float32) for _ in range(2)]
+    plan = QuantPlan(cache={0: CacheScales(*scales)}) if cache == "int8" else QuantPlan()
+    graph = GraphBuilder("attention")
+    width = spec.query_size + 2 * spec.key_value_size
+    qkv = graph.input(Tensor("qkv", "float32", ("rows", width)))
+    for tensor in contract.language_inputs(spec, "fp32", cache):
+        if tensor.name not in (contract.EMBEDDINGS, contract.LOGIT_ROWS):
+            graph.input(tensor)
+    names = CacheNames(0, contract.past_key(0), contract.past_value(0))
+    attended, key, value = OnnxRuntimeDialect(graph, plan).cached_attention(qkv, names, spec, "a")
+    graph.output(attended, Tensor("attended", "float32", ("rows", spec.query_size)))
+    outputs = {t.name: t for t in contract.language_outputs(spec, cache)}
+    graph.output(key, outputs[contract.present_key(0)])
+    graph.output(value, outputs[contract.present_value(0)])
+    graph.save(folder, lambda _: None)
+    return bytes(onnx.load(str(folder / "attention.onnx")).SerializeToString())
+
+
+def opened(model: bytes, library: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("cache", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(
+    ("heads", "head"),
+    [((6, 2), 64), ((4, 4), 80), ((7, 1), 96), ((16, 2), 128), ((2, 1), 40), ((3, 1), 256)],
+)
+def test_a_session_gives_what_groupqueryattention_gives(
+    heads: tuple[int, int],
+    head: int,
+    cache: CachePrecision,
+    kernel: AttentionKernel,
+    tmp_path: Path,
+) -> None:
+    if cache == "int8" and not int8_cache.takes_int8_cache():
+        pytest.skip("this onnxruntime has no int8 cache")
+    spec = attention_spec(*heads, head)
+    model = write_attention(spec, cache, tmp_path)
+    changed = give_attention(model)
+    assert changed is not None
+    theirs, ours = opened(model), opened(changed, kernel.library)
+    random = np.random.default_rng(2)
+    angles = random.uniform(-4, 4, (256, head // 2))
+    tables = [f(angles).astype(contract.rope_dtype("fp32", cache)) for f in (np.cos, np.sin)]
+    width, dtype = spec.query_size + 2 * spec.key_value_size, contract.CACHE_DTYPE[cache]
+    rows, wanted, given, places = [], [], [], []
+    caches, grown, first = [], [], 0
+    for cached, new, free in PLACES:
+        total = cached + new
+        shape = contract.cache_shape(spec, total + free)
+        pair = [(random.standard_normal(shape) * 30).astype(dtype) for _ in range(2)]
+        if dtype != "int8":
+            pair = [one / np.array(30, dtype) for one in pair]
+        qkv = random.standard_normal((new, width)).astype(np.float32)
+        feeds = {
+            "qkv": qkv,
+            contract.ROPE_COS: tables[0],
+            contract.ROPE_SIN: tables[1],
+            contract.LAST_POSITION: np.array([total - 1], np.int32),
+            contract.TOTAL_LENGTH: np.array(total, np.int32),
+            contract.past_key(0): pair[0],
+            contract.past_value(0): pair[1],
+        }
+        attended, key, value = theirs.run(None, feeds)
+        rows.append(qkv), wanted.append(attended), given.append(slice(cached, total))
+        places.append([first, new, cached, total + free, *attention.addresses(pair)])
+        caches.append(pair), grown.append((key[:, :, :total], value[:, :, :total]))
+        first += new
+    feeds = {
+        "qkv": np.concatenate(rows),
+        contract.ROPE_COS: np.concatenate([tables[0][one] for one in given]),
+        contract.ROPE_SIN: np.concatenate([tables[1][one] for one in given]),
+        SEQUENCES: np.array(places, np.int64),
+    }
+    if takes_total(spec):
+        feeds[contract.TOTAL_LENGTH] = np.array(first, np.int32)
+    (got,) = ours.run(None, feeds)
+    check_near(got, np.concatenate(wanted), cache)
+    for pair, after in zip(caches, grown, strict=True):
+        for mine, their in zip(pair, after, strict=True):
+            check_cached(mine[:, :, : their.shape[2]], their)
+
+
+def check_near(got: NDArray[np.floating], wanted: NDArray[np.floating], cache: str) -> None:
+    assert np.abs(got - wanted).max() <= ERRORS[cache] * np.abs(wanted).max()  # type: ignore[index]
+
+
+def check_cached(got: NDArray[np.generic], wanted: NDArray[np.generic]) -> None:
+    """Check keys or values: those of int8 are one apart where one rounds the other way."""
+    difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
+    assert difference.max() <= {"int8": 1, "float16": 4e-3, "float32": 1e-6}[str(got.dtype)]
+    if got.dtype == np.int8:
+        assert np.count_nonzero(difference) <= max(1, 1e-3 * difference.size)
+
+
+@pytest.fixture(scope="module")
+def float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float") / "bundle"
+    return export_bundle(GOLDEN / "model", folder, vision="fp32", language="fp32")
+
+
+@pytest.fixture
+def backend(float_bundle: Path, kernel: AttentionKernel) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(open_bundle(float_bundle), 2)
+
+
+def passes(
+    backend: OnnxRuntimeBackend, counts: Sequence[Sequence[int]], together: bool
+) -> list[NDArray[np.float32]]:
+    """Return the logits of each sequence's last row in each pass.
+
+    Args:
+        counts: rows of every sequence in each pass; none: it is not in it.
+    """
+    random = np.random.default_rng(3)
+    spec = backend._spec.language
+    caches = [backend.new_cache(64 + i) for i in range(len(counts[0]))]
+    logits: list[NDArray[np.float32]] = []
+    for counted in counts:
+        batch = [
+            Slice(
+                cache,
+                random.standard_normal((count, spec.hidden_size)).astype(np.float32),
+                spec.rope_theta * (1 + i),
+                np.array([count - 1]),
+            )
+            for i, (cache, count) in enumerate(zip(caches, counted, strict=True))
+            if count
+        ]
+        groups = [batch] if together else [[one] for one in batch]
+        logits += [row for group in groups for row in backend.forward(group)]
+        for one in batch:
+            one.cache.state.extend(np.arange(len(one.rows)), one.rope_theta)
+    return logits
+
+
+def test_a_batch_is_each_alone(backend: OnnxRuntimeBackend) -> None:
+    """Prompts beside answers and drafts, of sequences with rotary bases of their own."""
+    counts = [(17, 3, 0), (1, 20, 0), (1, 1, 30), (4, 1, 1), (0, 1, 1)]
+    assert backend.most_slices > 1
+    for got, wanted in zip(*(passes(backend, counts, one) for one in (True, False)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        assert got.argmax() == wanted.argmax()
+
+
+def test_only_the_rows_asked_for_have_logits(backend: OnnxRuntimeBackend) -> None:
+    spec = backend._spec.language
+    rows = np.random.default_rng(4).standard_normal((6, spec.hidden_size)).astype(np.float32)
+
+    def logits(*wanted: list[int]) -> NDArray[np.float32]:
+        batch = [
+            Slice(backend.new_cache(8), rows, spec.rope_theta, np.array(one, np.int64))
+            for one in wanted
+        ]
+        return backend.forward(batch)
+
+    every = logits([0, 1, 2, 3, 4, 5])
+    np.testing.assert_allclose(logits([1, 4], [], [5]), every[[1, 4, 5]], atol=1e-5)
+    assert logits([]).shape == (0, spec.vocab_size)
+
+
+def test_a_pass_beyond_a_cache_is_refused(backend: OnnxRuntimeBackend) -> None:
+    spec = backend._spec.language
+    new = Slice(
+        backend.new_cache(3),
+        np.zeros((4, spec.hidden_size), np.float32),
+        spec.rope_theta,
+        np.array([3]),
+    )
+    with pytest.raises(Exception, match="rotary tables are not of the rows"):
+        backend.forward([new])
+
+
+def test_without_a_library_there_is_one_sequence_a_pass(
+    float_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> Path:
+        raise BuildError("no C++ compiler found\nand more")
+
+    wanted = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
+    monkeypatch.setattr(attention, "operator_library", no_compiler)
+    monkeypatch.setattr(
+        "internvl_edge.runtime.backends.own_kernels.attention_kernel", attention_kernel.__wrapped__
+    )
+    found = bundle_attention(open_bundle(float_bundle))
+    assert str(found).endswith("GroupQueryAttention: no library (no C++ compiler found)")
+    model = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0)
+    backend = model.engine.backend
+    assert "own attention" not in backend.description
+    assert backend.most_slices == 1
+    np.testing.assert_allclose(model.logits(IDS), wanted, atol=2e-5)
+    spec = model.spec.language
+    new = Slice(
+        backend.new_cache(4), np.zeros((1, spec.hidden_size), np.float32), 1e4, np.array([0])
+    )
+    with pytest.raises(LimitError, match="1 sequence in a pass, got 2"):
+        backend.forward([new, new])
+
+
+def test_a_kernel_that_is_wrong_is_not_used(
+    kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(ort.InferenceSession):  # type: ignore[misc]
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (attended,) = super().run(names, feeds)
+            attended[-1, -1] += 0.01
+            return [attended]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
+    found = attention_kernel.__wrapped__()
+    assert found.library is None
+    assert "does not run it, or not rightly" in found.name
+
+
+def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    monkeypatch.setattr(attention, "operator_library", lambda: tmp_path / "damaged.so")
+    assert attention_kernel.__wrapped__().name.startswith("no library (")
+
+
+def test_prepared_bundles_attend_with_it_too(float_bundle: Path, kernel: AttentionKernel) -> None:
+    wanted = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
+    prepare_bundle(float_bundle, overwrite=True)
+    backend = OnnxRuntimeBackend(open_bundle(float_bundle), 1)
+    assert backend.prepared
+    assert backend.most_slices > 1
+    model = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0)
+    np.testing.assert_allclose(model.logits(IDS), wanted, atol=2e-5)
+
+
+def test_low_memory_opens_it_again(float_bundle: Path, kernel: AttentionKernel) -> None:
+    backend = OnnxRuntimeBackend(open_bundle(float_bundle), 1, low_memory=True)
+    counts = [(3, 2), (1, 1)]
+    first = passes(backend, counts, together=True)
+    size = backend._spec.vision.tile_size
+    backend.encode_tiles(np.zeros((1, size, size, 3), np.uint8))
+    for got, wanted in zip(passes(backend, counts, together=True), first, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_inspect_and_doctor_say_it(
+    float_bundle: Path, kernel: AttentionKernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "--json", str(float_bundle)]) == 0
+    assert json.loads(capsys.readouterr().out)["here"]["attention"] == kernel.name
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"]["attention"] == kernel.name
