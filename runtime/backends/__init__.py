@@ -123,3 +123,14 @@ def single(batch: Sequence[Slice]) -> Slice:
             f"this backend runs 1 sequence in a pass, got {len(batch)}; run them one by one"
         )
     return batch[0]
+
+
+def several(batch: Sequence[Slice], most: int) -> Sequence[Slice]:
+    """Return a batch of at least one slice, and of not more than are taken.
+
+    Raises:
+        LimitError: it has another number of them.
+    """
+    if not 1 <= len(batch) <= most:
+        raise LimitError(f"this backend runs 1 to {most} sequences in a pass, got {len(batch)}")
+    return batch

@@ -11,7 +11,7 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import Slice, attention_nodes, single
+from internvl_edge.runtime.backends import Slice, attention_nodes, several, single
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
 from internvl_edge.runtime.backends.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.backends.machine import machine_key
@@ -129,7 +129,7 @@ class OnnxRuntimeBackend:
     def _pass_of(self, batch: Sequence[Slice]) -> Pass:
         if not self._graphs.attends:
             return alone(single(batch))
-        return joined(batch, attention_nodes.takes_total(self._spec.language))
+        return joined(several(batch, MOST_SLICES), attention_nodes.takes_total(self._spec.language))
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
         """Run one pass over new rows; see `Backend.forward`."""

@@ -32,7 +32,7 @@ from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import Slice, attention, int8_cache
 from internvl_edge.runtime.backends.attention import AttentionKernel, attention_kernel
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
-from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from internvl_edge.runtime.backends.onnxruntime import MOST_SLICES, OnnxRuntimeBackend
 from internvl_edge.runtime.backends.own_kernels import bundle_attention
 
 IDS = [1, 5, 9, 200, 17, 3]
@@ -226,6 +226,14 @@ def test_only_the_rows_asked_for_have_logits(backend: OnnxRuntimeBackend) -> Non
     every = logits([0, 1, 2, 3, 4, 5])
     np.testing.assert_allclose(logits([1, 4], [], [5]), every[[1, 4, 5]], atol=1e-5)
     assert logits([]).shape == (0, spec.vocab_size)
+
+
+@pytest.mark.parametrize("slices", [0, MOST_SLICES + 1])
+def test_there_is_a_most_of_slices(backend: OnnxRuntimeBackend, slices: int) -> None:
+    rows = np.zeros((1, backend._spec.language.hidden_size), np.float32)
+    batch = [Slice(backend.new_cache(4), rows, 1e4, np.zeros(1, np.int64))] * slices
+    with pytest.raises(LimitError, match=f"1 to {MOST_SLICES} sequences in a pass, got {slices}"):
+        backend.forward(batch)
 
 
 def test_a_pass_beyond_a_cache_is_refused(backend: OnnxRuntimeBackend) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from together import Together
 
 from internvl_edge.runtime import InternVL, LimitError, PrecisionError, PromptError, Sampling
-from internvl_edge.runtime.backends import SelectingBackend, Slice
+from internvl_edge.runtime.backends import SelectingBackend, Slice, sessions
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.decoding import passes
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.policy import Policy
@@ -133,8 +134,10 @@ def test_one_that_fails_takes_no_other_along(
 
         def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
             logits = inner.forward(batch)
-            if batch[0].cache is failing[0].cache and len(failing[0].ids) >= passes_before:
-                logits[:] = np.nan
+            ends = np.cumsum([len(one.logit_rows) for one in batch])
+            for one, end in zip(batch, ends, strict=True):
+                if one.cache is failing[0].cache and len(failing[0].ids) >= passes_before:
+                    logits[end - len(one.logit_rows) : end] = np.nan
             return logits
 
     model.engine.backend = Broken()  # type: ignore[assignment]
@@ -226,9 +229,13 @@ def test_what_cannot_be_answered_is_not_taken(
 
 
 @pytest.mark.parametrize("slices", [0, 2])
-def test_a_backend_of_one_refuses_more(golden_model: InternVL, slices: int) -> None:
-    backend = golden_model.engine.backend
-    rows = np.zeros((1, golden_model.spec.language.hidden_size), np.float32)
+def test_a_backend_of_one_refuses_more(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch, slices: int
+) -> None:
+    monkeypatch.setattr(sessions, "bundle_kernels", lambda bundle: NO_KERNELS)
+    model = InternVL.load(golden_bundle, device="cpu", threads=1)
+    backend = model.engine.backend
+    rows = np.zeros((1, model.spec.language.hidden_size), np.float32)
     batch = [Slice(backend.new_cache(4), rows, 1e4, np.zeros(1, np.int64))] * slices
     with pytest.raises(LimitError, match=f"runs 1 sequence in a pass, got {slices}"):
         backend.forward(batch)
