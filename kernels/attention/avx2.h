@@ -9,7 +9,7 @@ namespace ive::attention::avx2 {
 #define IVE_TARGET __attribute__((target("avx2,fma,f16c")))
 
 typedef float Vec __attribute__((vector_size(32)));
-constexpr int kLanes = 8, kRows = 6, kColumns = int4::avx2::kColumns;
+constexpr int kLanes = 8, kRows = 6, kFewLines = 4, kColumns = int4::avx2::kColumns;
 constexpr const char* kName = "AVX2";
 
 inline bool runs_here() { return int4::avx2::runs_here() && __builtin_cpu_supports("f16c"); }

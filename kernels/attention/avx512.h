@@ -9,7 +9,7 @@ namespace ive::attention::avx512 {
 #define IVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
 
 typedef float Vec __attribute__((vector_size(64)));
-constexpr int kLanes = 16, kRows = 12, kColumns = int4::avx512::kColumns;
+constexpr int kLanes = 16, kRows = 12, kFewLines = 6, kColumns = int4::avx512::kColumns;
 constexpr const char* kName = "AVX-512";
 
 inline bool runs_here() { return int4::avx512::runs_here(); }

@@ -1,11 +1,15 @@
 // Few lines, which nothing is transposed or widened for: included by vectors.h, in its place.
 
-// Most lines; and vectors of a row of values that are summed at a time.
-constexpr int kFewLines = 4, kFewVectors = 4;
+// Vectors of a row of values that are summed at a time, and most lines that take this form.
+constexpr int kFewVectors = 4, kMostFew = 8;
 
-// Whether there is a form for so many lines.
 inline bool is_few(const Pass& p, int64_t lines) {
-  return lines <= kFewLines && p.head % (kLanes * kFewVectors) == 0;
+  return lines <= kMostFew && p.head % (kLanes * kFewVectors) == 0;
+}
+
+// Lines that go through the cache together, of at most kMostFew: as many as have room in registers.
+inline int64_t few_at_a_time(int64_t lines) {
+  return lines <= kFewLines ? lines : (lines + 1) / 2;
 }
 
 // Scores of R lines with keys, four at a time.
@@ -21,7 +25,7 @@ IVE_TARGET void score_few(const float* queries, const char* keys, int64_t head, 
       Vec values[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) values[i] = take<kKind>(rows[i] + d * bytes_of(kKind));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const Vec query = load(queries + r * kQueryApart + d);
 #pragma GCC unroll 4
@@ -49,7 +53,7 @@ IVE_TARGET void add_few(const float* weights, const char* values, int64_t head, 
       Vec value[kFewVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kFewVectors; ++v) value[v] = take<kKind>(row + v * kLanes * bytes_of(kKind));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const Vec weight = all(weights[r * kScoreApart + key]);
 #pragma GCC unroll 4
@@ -67,12 +71,16 @@ struct Few {
   void (*add)(const float*, const char*, int64_t, int64_t, float*, bool);
 };
 
-template <Kind kKind>
-constexpr Few kFew[kFewLines] = {{score_few<kKind, 1>, add_few<kKind, 1>},
-                                 {score_few<kKind, 2>, add_few<kKind, 2>},
-                                 {score_few<kKind, 3>, add_few<kKind, 3>},
-                                 {score_few<kKind, 4>, add_few<kKind, 4>}};
+template <Kind kKind, int R = kFewLines>
+Few few_of(int64_t lines) {
+  if constexpr (R > 1) {
+    if (lines < R) return few_of<kKind, R - 1>(lines);
+  }
+  return {score_few<kKind, R>, add_few<kKind, R>};
+}
 
-inline const Few& few_of(Kind kind, int64_t lines) {
-  return (kind == kFloat ? kFew<kFloat> : kind == kHalf ? kFew<kHalf> : kFew<kInt8>)[lines - 1];
+inline Few few_of(Kind kind, int64_t lines) {
+  return kind == kFloat ? few_of<kFloat>(lines)
+         : kind == kHalf ? few_of<kHalf>(lines)
+                         : few_of<kInt8>(lines);
 }

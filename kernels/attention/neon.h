@@ -9,7 +9,7 @@ namespace ive::attention::neon {
 #define IVE_TARGET
 
 typedef float Vec __attribute__((vector_size(16)));
-constexpr int kLanes = 4, kRows = 6, kColumns = int4::neon::kColumns;
+constexpr int kLanes = 4, kRows = 6, kFewLines = 4, kColumns = int4::neon::kColumns;
 constexpr const char* kName = "NEON";
 
 inline bool runs_here() { return true; }

@@ -10,7 +10,7 @@ namespace ive::attention::plain {
 #define IVE_TARGET
 
 typedef float Vec __attribute__((vector_size(16)));
-constexpr int kLanes = 4, kRows = 4, kColumns = 8;
+constexpr int kLanes = 4, kRows = 4, kFewLines = 4, kColumns = 8;
 constexpr const char* kName = "plain";
 
 inline bool runs_here() { return true; }

@@ -1,6 +1,7 @@
 // Tasks in vectors: included once for each kind of CPU, in its namespace, where there are
 //   IVE_TARGET  the attribute of its functions
-//   kLanes, kRows, kColumns  of a vector; of a tile of products: lines, and columns in vectors
+//   kLanes, kRows, kColumns, kFewLines  of a vector; of a tile of products: lines, and columns in
+//     vectors; of few lines
 //   all, fma, take, sum_four, widen, narrow, transpose  see plain.h
 // GCC turns vectors into instructions before it inlines: so templates of a width would not do.
 
@@ -222,10 +223,20 @@ class Attending {
 
   IVE_TARGET void score_block(int64_t key, int64_t count) {
     if (few_) {
-      return few_of(p_.cached, t_.lines)
-          .score(queries_, cached(s_.keys, key), p_.head, count, scores_);
+      return each_few([=](const Few& few, int64_t line) {
+        few.score(queries_ + line * kQueryApart, cached(s_.keys, key), p_.head, count,
+                  scores_ + line * kScoreApart);
+      });
     }
     for (int64_t c = 0; c < count; c += kColumns) score(key + c, count - c, scores_ + c);
+  }
+
+  template <typename Function>
+  void each_few(const Function& function) {
+    const int64_t step = few_at_a_time(t_.lines);
+    for (int64_t line = 0; line < t_.lines; line += step) {
+      function(few_of(p_.cached, t_.lines - line < step ? t_.lines - line : step), line);
+    }
   }
 
   // Scores of all lines with some keys, as many as a tile has columns.
@@ -257,7 +268,9 @@ class Attending {
   IVE_TARGET void add(int64_t key, int64_t count, bool more) {
     const char* from = cached(s_.values, key);
     if (few_) {
-      return few_of(p_.cached, t_.lines).add(scores_, from, p_.head, count, sums_, more);
+      return each_few([=](const Few& few, int64_t line) {
+        few.add(scores_ + line * kScoreApart, from, p_.head, count, sums_ + line * width_, more);
+      });
     }
     const float* values = reinterpret_cast<const float*>(from);
     if (p_.cached != kFloat || width_ != p_.head) {

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from elsewhere import ARM, SANITIZED, compiled, emulator
 from int4_cases import KINDS, Case, case, check, error, integers
 
-from internvl_edge.kernels import build
 from internvl_edge.kernels.int4.library import BLOCKS
 
 RUNNER = Path(__file__).with_name("int4_runner.cpp")
-FLAGS = [flag for flag in build.CPU_FLAGS if flag not in ("-shared", "-fPIC")]
-ARM = "aarch64-linux-gnu-g++"
 
 #: Of awkward rows, inputs and columns, on both sides of tiles and spans.
 SHAPES = (
@@ -32,30 +29,6 @@ def given_products() -> list[Case]:
         for block in BLOCKS:
             made.append(case(rows, inputs, columns, block, KINDS[i % len(KINDS)], seed=i))
     return [integers(one)[0] for one in made] + made
-
-
-def compiled(compiler: str, folder: Path, *flags: str) -> Path:
-    """Return the runner, built statically unless flags say otherwise."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    program = folder / "runner"
-    command = [
-        compiler,
-        *FLAGS,
-        f"-I{build.SOURCES / 'int4'}",
-        *(flags or ("-static",)),
-        str(RUNNER),
-    ]
-    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"{compiler} cannot build it here: {done.stderr.strip()[-300:]}")
-    return program
-
-
-def emulator(name: str) -> str:
-    if (found := shutil.which(name)) is None:
-        pytest.skip(f"{name} is not installed (Debian: qemu-user-static)")
-    return found
 
 
 def run(command: list[str], products: list[Case]) -> tuple[list[str], list[list[np.ndarray]]]:
@@ -97,7 +70,7 @@ def check_all(products: list[Case], results: list[list[np.ndarray]]) -> None:
 def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("this machine is no x86-64")
-    program = compiled("g++", tmp_path)
+    program = compiled("g++", RUNNER, "int4", tmp_path)
     products = given_products()
     paths, results = run([emulator("qemu-x86_64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
@@ -110,7 +83,7 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     [("neoverse-n1", ["NEON dot products", "plain"]), ("cortex-a53", ["plain"])],
 )
 def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
-    program = compiled(ARM, tmp_path)
+    program = compiled(ARM, RUNNER, "int4", tmp_path)
     products = given_products()
     paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
@@ -119,8 +92,8 @@ def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-    return compiled("g++", tmp_path_factory.mktemp("sanitized"), *flags)
+    folder = tmp_path_factory.mktemp("sanitized")
+    return compiled("g++", RUNNER, "int4", folder, *SANITIZED)
 
 
 @pytest.mark.slow(seconds=20)

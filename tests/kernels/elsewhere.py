@@ -1,0 +1,35 @@
+"""Programs of kernels built for CPUs we do not have, and what runs them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from internvl_edge.kernels import build
+
+FLAGS = [flag for flag in build.CPU_FLAGS if flag not in ("-shared", "-fPIC")]
+ARM = "aarch64-linux-gnu-g++"
+#: What finds accesses outside of arrays.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+
+
+def compiled(compiler: str, runner: Path, sources: str, folder: Path, *flags: str) -> Path:
+    """Build a runner with a kernel's folder of sources, statically unless flags say otherwise."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    program = folder / "runner"
+    include = f"-I{build.SOURCES / sources}"
+    command = [compiler, *FLAGS, include, *(flags or ("-static",)), str(runner)]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{compiler} cannot build it here: {done.stderr.strip()[-300:]}")
+    return program
+
+
+def emulator(name: str) -> str:
+    if (found := shutil.which(name)) is None:
+        pytest.skip(f"{name} is not installed (Debian: qemu-user-static)")
+    return found
