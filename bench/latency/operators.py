@@ -26,11 +26,14 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, UsageError
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.quoting import named
-from internvl_edge.bundle.rope import rope_rows
 from internvl_edge.export.output.marker import scratch_folder
-from internvl_edge.runtime.backends.int4 import bundle_kernel
+from internvl_edge.runtime.backends import Cache, Slice
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.ort_cache import allocated
+from internvl_edge.runtime.backends.ort_passes import language_pass
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, bundle_kernels
 from internvl_edge.runtime.backends.products import use_exact_products
+from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.options import add_threads, at_least
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ PRODUCTS = frozenset(
     {"Gemm", "MatMul", "QGemm", "MatMulNBits", "FusedMatMul", "FusedGemm", "MatMulInteger"}
     | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "GemmFloat8"}
 )
-ATTENTIONS = frozenset({"MultiHeadAttention", "GroupQueryAttention", "Attention", "QAttention"})
+#: ONNX Runtime's causal attention, and ours.
+CAUSAL = frozenset({"GroupQueryAttention", "CachedAttention", "CachedAttentionOfHalves"})
+ATTENTIONS = CAUSAL | {"MultiHeadAttention", "Attention", "QAttention"}
 #: Products whose float input is rounded to integers inside.
 INTEGER_INSIDE = frozenset({"MatMulNBits", "DynamicQuantizeMatMul"})
 KERNEL = "_kernel_time"
@@ -131,13 +136,27 @@ def _profile_language(
 ) -> tuple[list[list[Mapping[str, Any]]], list[list[Mapping[str, Any]]]]:
     """Passes of the prefill and of the decode step, warm-up left out."""
     session = _session(bundle, contract.LANGUAGE_GRAPH, threads, folder)
-    binding, storage = _bind_cache(session, bundle, tokens + 1)
-    for length, total in [(tokens, tokens)] * (runs + 1) + [(1, tokens + 1)] * (runs + 1):
-        _bind_rows(binding, bundle, length, total, tokens + 1)
+    attends = bundle_kernels(bundle).attention.library is not None
+    manifest, language = bundle.manifest, bundle.spec.language
+    rope = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
+    table = RopeTable(language, tokens + 1, rope)
+    cache = allocated(language, contract.CACHE_DTYPE[manifest.kv], tokens + 1, table)
+    for length, start in [(tokens, 0)] * (runs + 1) + [(1, tokens)] * (runs + 1):
+        cache.state.truncate(start)
+        new = language_pass([_random_rows(bundle, cache, length)], language, attends)
+        binding = new.bound(session)
+        binding.bind_output(contract.LOGITS)
         session.run_with_iobinding(binding)
+        cache.state.extend(np.zeros(length, np.int64), language.rope_theta)
     passes = _passes(Path(session.end_profiling()))
-    del storage  # bound until here
     return passes[1 : runs + 1], passes[runs + 2 :]
+
+
+def _random_rows(bundle: Bundle, cache: Cache, count: int) -> Slice:
+    language, manifest = bundle.spec.language, bundle.manifest
+    rows = np.random.default_rng(0).standard_normal((count, language.hidden_size))
+    dtype = contract.compute_dtype(manifest.language, manifest.dialect)
+    return Slice(cache, rows.astype(dtype), language.rope_theta, np.array([count - 1], np.int64))
 
 
 def _session(bundle: Bundle, graph: str, threads: int | None, folder: Path) -> ort.InferenceSession:
@@ -151,46 +170,9 @@ def _session(bundle: Bundle, graph: str, threads: int | None, folder: Path) -> o
     use_exact_products(options)
     if threads is not None:
         options.intra_op_num_threads = threads
-    model = bundle_kernel(bundle).give(bundle.file(graph), options)
+    own = bundle_kernels(bundle) if graph == contract.LANGUAGE_GRAPH else NO_KERNELS
+    model = own.give(bundle.file(graph), options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _bind_cache(session: Any, bundle: Bundle, capacity: int) -> tuple[Any, list[Any]]:
-    """Past and present on one buffer each, as the runtime binds them."""
-    ort = load_onnxruntime()
-
-    manifest, language = bundle.manifest, bundle.spec.language
-    zeros = np.zeros(contract.cache_shape(language, capacity), contract.CACHE_DTYPE[manifest.kv])
-    binding, storage = session.io_binding(), []
-    for layer in range(language.num_hidden_layers):
-        for past, present in (
-            (contract.past_key(layer), contract.present_key(layer)),
-            (contract.past_value(layer), contract.present_value(layer)),
-        ):
-            buffer = ort.OrtValue.ortvalue_from_numpy(zeros.copy())
-            binding.bind_ortvalue_input(past, buffer)
-            binding.bind_ortvalue_output(present, buffer)
-            storage.append(buffer)
-    return binding, storage
-
-
-def _bind_rows(binding: Any, bundle: Bundle, tokens: int, total: int, capacity: int) -> None:
-    language, manifest = bundle.spec.language, bundle.manifest
-    dtype = contract.compute_dtype(manifest.language, manifest.dialect)
-    rope = contract.rope_dtype(manifest.language, manifest.kv, manifest.dialect)
-    rows = np.random.default_rng(0).standard_normal((tokens, language.hidden_size))
-    cos, sin = rope_rows(language, language.rope_theta, 0, capacity)
-    feeds = {
-        contract.EMBEDDINGS: rows.astype(dtype),
-        contract.ROPE_COS: cos.astype(rope),
-        contract.ROPE_SIN: sin.astype(rope),
-        contract.LAST_POSITION: np.array([total - 1], np.int32),
-        contract.TOTAL_LENGTH: np.array(total, np.int32),
-        contract.LOGIT_ROWS: np.array([tokens - 1], np.int64),
-    }
-    for name, value in feeds.items():
-        binding.bind_cpu_input(name, value)
-    binding.bind_output(contract.LOGITS)
 
 
 def _passes(profile: Path) -> list[list[Mapping[str, Any]]]:
@@ -238,7 +220,7 @@ def node_operations(event: Mapping[str, Any], tokens: int, cached: int) -> float
     if operator in PRODUCTS:
         (_, rows), (_, result) = _tensors(event, "input")[0], _tensors(event, "output")[0]
         return 2.0 * math.prod(rows) * result[-1]  # (.., inner) x (inner, columns)
-    if operator == "GroupQueryAttention":
+    if operator in CAUSAL:
         width = _tensors(event, "output")[0][1][-1]
         return 4.0 * width * (tokens * cached + tokens * (tokens + 1) / 2)
     if operator in ATTENTIONS:

@@ -11,20 +11,17 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import Slice, attention_nodes, several, single
+from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
-from internvl_edge.runtime.backends.kv_cache import CacheState, lazy_zeros
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.ort_cache import OrtCache
-from internvl_edge.runtime.backends.ort_passes import Pass, alone, joined
-from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
+from internvl_edge.runtime.backends.ort_cache import OrtCache, allocated
+from internvl_edge.runtime.backends.ort_passes import MOST_SLICES, language_pass
+from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 
 #: Most rows of a pass after which ONNX Runtime keeps what it took.
 _STEP_ROWS = 64
-#: Sequences that our own attention takes in one pass.
-MOST_SLICES = 1024
 
 
 class OnnxRuntimeBackend:
@@ -108,36 +105,19 @@ class OnnxRuntimeBackend:
         return rows
 
     def new_cache(self, capacity: int) -> OrtCache:
-        """Allocate `2 * layers` buffers. On the CPU, pages are committed when first written."""
+        """Allocate keys and values; see `ort_cache.allocated`."""
         try:
-            return self._allocate(capacity)
+            return allocated(self._spec.language, self._cache_dtype, capacity, self._rope)
         except MemoryError as error:
             raise CapacityError(
                 f"no memory for a KV cache of {capacity} tokens", remedies=[Remedy.LOWER_CONTEXT]
             ) from error
 
-    def _allocate(self, capacity: int) -> OrtCache:
-        language = self._spec.language
-        shape = contract.cache_shape(language, capacity)
-        storage = {
-            pair: self._ort_value.ortvalue_from_numpy(lazy_zeros(shape, self._cache_dtype))
-            for pair in contract.cache_pairs(language)
-        }
-        rope = CacheRope(self._rope, language, capacity)
-        return OrtCache(CacheState(capacity), rope, storage)
-
-    def _pass_of(self, batch: Sequence[Slice]) -> Pass:
-        if not self._graphs.attends:
-            return alone(single(batch))
-        return joined(several(batch, MOST_SLICES), attention_nodes.takes_total(self._spec.language))
-
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
         """Run one pass over new rows; see `Backend.forward`."""
         graph = self._graphs.language
-        new = self._pass_of(batch)
-        binding = graph.io_binding() if new.cache is None else new.cache.binding(graph)
-        for name, values in new.feeds.items():
-            binding.bind_cpu_input(name, values)
+        new = language_pass(batch, self._spec.language, self._graphs.attends)
+        binding = new.bound(graph)
         shape = (new.logit_rows, self._spec.language.vocab_size)
         logits = np.empty(shape, np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))

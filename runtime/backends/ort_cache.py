@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
     CACHE_BYTES,
     CacheState,
     committed_bytes,
+    lazy_zeros,
 )
-from internvl_edge.runtime.backends.rope_table import CacheRope
+from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -69,6 +73,25 @@ class OrtCache:
 
     def clear(self) -> None:
         """Nothing beyond the length is read."""
+
+
+def allocated(language: LanguageSpec, dtype: str, capacity: int, shared: RopeTable) -> OrtCache:
+    """Allocate `2 * layers` buffers, whose pages are committed when first written.
+
+    Args:
+        dtype: of keys and values.
+        shared: rotary tables of the trained base.
+
+    Raises:
+        MemoryError: there is no room for them.
+    """
+    ort = load_onnxruntime()
+    shape = contract.cache_shape(language, capacity)
+    storage = {
+        pair: ort.OrtValue.ortvalue_from_numpy(lazy_zeros(shape, dtype))
+        for pair in contract.cache_pairs(language)
+    }
+    return OrtCache(CacheState(capacity), CacheRope(shared, language, capacity), storage)
 
 
 def filled_bytes(arrays: list[NDArray[Any]], state: CacheState) -> int:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.kernels.attention.library import PLACE_FIELDS
-from internvl_edge.runtime.backends import Slice
+from internvl_edge.runtime.backends import Slice, attention_nodes, several, single
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES
 from internvl_edge.runtime.backends.ort_cache import OrtCache
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+#: Sequences that our own attention takes in one pass.
+MOST_SLICES = 1024
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,31 @@ class Pass:
     logit_rows: int
     cache: OrtCache | None = None
 
+    def bound(self, graph: ort.InferenceSession) -> ort.IOBinding:
+        """Return a binding of all inputs of a graph, and of the cache as output."""
+        binding = graph.io_binding() if self.cache is None else self.cache.binding(graph)
+        for name, values in self.feeds.items():
+            binding.bind_cpu_input(name, values)
+        return binding
+
+
+def language_pass(batch: Sequence[Slice], spec: LanguageSpec, attends: bool) -> Pass:
+    """Return the pass over new rows of some sequences, each with an `OrtCache`.
+
+    Args:
+        attends: whether attention is our own kernel's, which takes several.
+
+    Raises:
+        LimitError: there are more than are taken, or none.
+    """
+    if not attends:
+        return alone(single(batch))
+    return joined(several(batch, MOST_SLICES), attention_nodes.takes_total(spec))
+
 
 def alone(new: Slice) -> Pass:
     """Return the pass of one sequence, whose cache the graph binds."""
-    cache = new.cache
-    assert isinstance(cache, OrtCache)
+    cache = _cache(new)
     start = cache.state.length
     total = start + len(new.rows)
     cos, sin = cache.rope.tables(start, total, new.rope_theta)
@@ -55,13 +82,13 @@ def joined(batch: Sequence[Slice], takes_total: bool) -> Pass:
     Args:
         takes_total: see `attention_nodes.takes_total`.
     """
-    caches = [one.cache for one in batch]
+    caches = [_cache(one) for one in batch]
     places = np.empty((len(batch), PLACE_FIELDS + len(caches[0].addresses)), np.int64)
-    cos, sin, logit_rows, first = [], [], [], 0
-    for place, one in zip(places, batch, strict=True):
-        cache, count = one.cache, len(one.rows)
-        assert isinstance(cache, OrtCache)
-        start = cache.state.length
+    cos: list[NDArray[np.floating]] = []
+    sin: list[NDArray[np.floating]] = []
+    logit_rows, first = [], 0
+    for place, one, cache in zip(places, batch, caches, strict=True):
+        start, count = cache.state.length, len(one.rows)
         place[:PLACE_FIELDS] = first, count, start, cache.state.capacity
         place[PLACE_FIELDS:] = cache.addresses
         tables = cache.rope.tables(start, start + count, one.rope_theta)
@@ -79,6 +106,11 @@ def joined(batch: Sequence[Slice], takes_total: bool) -> Pass:
     if takes_total:
         feeds[contract.TOTAL_LENGTH] = np.array(first, np.int32)
     return Pass(feeds, len(feeds[contract.LOGIT_ROWS]))
+
+
+def _cache(new: Slice) -> OrtCache:
+    assert isinstance(new.cache, OrtCache)
+    return new.cache
 
 
 def _stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -32,7 +32,8 @@ from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import Slice, attention, int8_cache
 from internvl_edge.runtime.backends.attention import AttentionKernel, attention_kernel
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
-from internvl_edge.runtime.backends.onnxruntime import MOST_SLICES, OnnxRuntimeBackend
+from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from internvl_edge.runtime.backends.ort_passes import MOST_SLICES
 from internvl_edge.runtime.backends.own_kernels import bundle_attention
 
 IDS = [1, 5, 9, 200, 17, 3]
