@@ -28,8 +28,8 @@ struct Sequence {
 };
 
 struct Pass {
-  const void *query, *key, *value;  // rows of heads, the kind given
-  const void *cos, *sin;            // (rows, head / 2), or null: they are rotated already
+  const void *query, *key, *value;         // rows of heads, the kind given
+  const void *cos, *sin;                   // (rows, head / 2), or null: they are rotated already
   const float *key_scales, *value_scales;  // (kv_heads, head), of caches of int8
   void* out;                               // (rows, heads, head)
   const int64_t* sequences;                // (count, fields)

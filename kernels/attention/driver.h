@@ -139,7 +139,8 @@ class Work {
   // How one sequence is cut: lines into tiles, or keys into runs.
   struct Cut {
     Cut(const Work& work, const Sequence& s)
-        : lines(s.rows * work.p_.group()), tiles(ceil_div(lines, work.path_.lines)),
+        : lines(s.rows * work.p_.group()),
+          tiles(ceil_div(lines, work.path_.lines)),
           runs(tiles > 1 ? 1 : ceil_div(s.total(), kRunKeys)) {}
     int64_t lines, tiles, runs;
   };

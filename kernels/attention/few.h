@@ -8,9 +8,7 @@ inline bool is_few(const Pass& p, int64_t lines) {
 }
 
 // Lines that go through the cache together, of at most kMostFew: as many as have room in registers.
-inline int64_t few_at_a_time(int64_t lines) {
-  return lines <= kFewLines ? lines : (lines + 1) / 2;
-}
+inline int64_t few_at_a_time(int64_t lines) { return lines <= kFewLines ? lines : (lines + 1) / 2; }
 
 // Scores of R lines with keys, four at a time.
 template <Kind kKind, int R>
@@ -52,7 +50,8 @@ IVE_TARGET void add_few(const float* weights, const char* values, int64_t head, 
     for (int64_t key = 0; key < count; ++key, row += apart) {
       Vec value[kFewVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kFewVectors; ++v) value[v] = take<kKind>(row + v * kLanes * bytes_of(kKind));
+      for (int v = 0; v < kFewVectors; ++v)
+        value[v] = take<kKind>(row + v * kLanes * bytes_of(kKind));
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const Vec weight = all(weights[r * kScoreApart + key]);
@@ -80,7 +79,7 @@ Few few_of(int64_t lines) {
 }
 
 inline Few few_of(Kind kind, int64_t lines) {
-  return kind == kFloat ? few_of<kFloat>(lines)
+  return kind == kFloat  ? few_of<kFloat>(lines)
          : kind == kHalf ? few_of<kHalf>(lines)
                          : few_of<kInt8>(lines);
 }

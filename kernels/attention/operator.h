@@ -14,15 +14,14 @@ class Operator {
   // Queries, keys and values apart, or all in the first; sequences, see `Field`; rotary angles of
   // each row, or none; scales of keys and values, where the caches are of int8.
   static constexpr ort::Input kInputs[] = {
-      {kType, ort::kRequired},       {kType, ort::kOptional},       {kType, ort::kOptional},
-      {ort::kInt64, ort::kRequired}, {kType, ort::kOptional},       {kType, ort::kOptional},
+      {kType, ort::kRequired},       {kType, ort::kOptional},      {kType, ort::kOptional},
+      {ort::kInt64, ort::kRequired}, {kType, ort::kOptional},      {kType, ort::kOptional},
       {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}};
   static constexpr ort::ElementType kOutputs[] = {kType};
 
   ort::Status* start(const ort::Info* info) {
-    const ort::Attribute attributes[] = {{"num_heads", &heads_},
-                                         {"kv_num_heads", &kv_heads_},
-                                         {"layer", &layer_}};
+    const ort::Attribute attributes[] = {
+        {"num_heads", &heads_}, {"kv_num_heads", &kv_heads_}, {"layer", &layer_}};
     if (ort::Status* status = ort::read_attributes(api, info, attributes)) return status;
     if (kv_heads_ < 1 || heads_ < 1 || heads_ % kv_heads_ != 0 || layer_ < 0) {
       return ort::refuse(api, "kv_num_heads must divide num_heads");
@@ -85,7 +84,8 @@ class Operator {
     }
     p.sequences = static_cast<const int64_t*>(sequences.data);
     p.fields = sequences.last(), p.count = sequences.count() / (p.fields > 0 ? p.fields : 1);
-    if (sequences.dimensions != 2 || p.fields < static_cast<int>(Field::kAddresses) + 2 * layer_ + 2) {
+    if (sequences.dimensions != 2 ||
+        p.fields < static_cast<int>(Field::kAddresses) + 2 * layer_ + 2) {
       return "sequences have no addresses of this layer";
     }
     if (const char* wrong = read_angles(given[kCos], given[kSin], p)) return wrong;

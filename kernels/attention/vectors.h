@@ -6,7 +6,7 @@
 // GCC turns vectors into instructions before it inlines: so templates of a width would not do.
 
 constexpr int kVectors = kColumns / kLanes;
-constexpr int64_t kBlock = 128;    // keys at a time: their weights and values stay near
+constexpr int64_t kBlock = 128;     // keys at a time: their weights and values stay near
 constexpr int64_t kTaskLines = 96;  // lines that share what is read of the cache
 // Floats between lines: known, so that they need one register; no power of two, for the cache.
 constexpr int64_t kQueryApart = kMostHead + 16, kScoreApart = kBlock + 16;
@@ -15,13 +15,9 @@ static_assert(kBlock % kColumns == 0 && kTaskLines % kRows == 0, "tiles fill blo
 typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-IVE_TARGET IVE_INLINE Vec load(const float* from) {
-  return *reinterpret_cast<const Loose*>(from);
-}
+IVE_TARGET IVE_INLINE Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
 
-IVE_TARGET IVE_INLINE void store(float* to, Vec values) {
-  *reinterpret_cast<Loose*>(to) = values;
-}
+IVE_TARGET IVE_INLINE void store(float* to, Vec values) { *reinterpret_cast<Loose*>(to) = values; }
 
 // Adds a (R lines, A floats apart) times b (depth, columns) to c, or puts it there.
 template <int R, int64_t A>
@@ -87,7 +83,8 @@ IVE_TARGET IVE_INLINE float largest_of(Vec values) {
   float lanes[kLanes];
   store(lanes, values);
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+    for (int i = 0; i < step; ++i)
+      lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
   }
   return lanes[0];
 }
@@ -180,7 +177,10 @@ inline int64_t room_of(const Pass& p, int64_t lines) {
 class Attending {
  public:
   IVE_TARGET Attending(const Pass& pass, const Task& task, float* room)
-      : p_(pass), t_(task), s_(pass.sequence(task.sequence)), width_(padded(pass.head)),
+      : p_(pass),
+        t_(task),
+        s_(pass.sequence(task.sequence)),
+        width_(padded(pass.head)),
         few_(is_few(pass, task.lines)) {
     queries_ = room;
     scores_ = queries_ + t_.lines * kQueryApart;
@@ -203,7 +203,9 @@ class Attending {
 
  private:
   int64_t row(int64_t line) const { return (t_.line + line) / p_.group(); }
-  int64_t head(int64_t line) const { return t_.kv_head * p_.group() + (t_.line + line) % p_.group(); }
+  int64_t head(int64_t line) const {
+    return t_.kv_head * p_.group() + (t_.line + line) % p_.group();
+  }
   const char* cached(const char* of, int64_t key) const {
     return value_at(of, p_.cached, (t_.kv_head * s_.capacity + key) * p_.head);
   }
@@ -249,8 +251,8 @@ class Attending {
     }
     transpose(keys, p_.head, static_cast<int>(count), panel_);
     for (int64_t line = 0; line < t_.lines; line += kRows) {
-      products<kQueryApart>(group_of(line), queries_ + line * kQueryApart, panel_, kColumns, p_.head,
-                            scores + line * kScoreApart, kScoreApart, false);
+      products<kQueryApart>(group_of(line), queries_ + line * kQueryApart, panel_, kColumns,
+                            p_.head, scores + line * kScoreApart, kScoreApart, false);
     }
   }
 
@@ -302,7 +304,8 @@ class Attending {
 
  public:
   // Writes a head of a row: a sum by weights over their sum.
-  IVE_TARGET static void give(const Pass& p, int64_t row, int64_t head, float* sums, float weights) {
+  IVE_TARGET static void give(const Pass& p, int64_t row, int64_t head, float* sums,
+                              float weights) {
     const float* scales = p.value_scales;
     if (scales != nullptr) scales += head / p.group() * p.head;
     for (int64_t i = 0; i < p.head; ++i) {
@@ -313,9 +316,7 @@ class Attending {
   }
 
  private:
-  int64_t group_of(int64_t line) const {
-    return t_.lines - line < kRows ? t_.lines - line : kRows;
-  }
+  int64_t group_of(int64_t line) const { return t_.lines - line < kRows ? t_.lines - line : kRows; }
 
   const Pass& p_;
   const Task& t_;
@@ -353,4 +354,4 @@ IVE_TARGET inline void merge(const Pass& p, const Task* tasks, int64_t count) {
   }
 }
 
-constexpr Path kPath = {kName,  kTaskLines, runs_here, append, room_of, attend, merge};
+constexpr Path kPath = {kName, kTaskLines, runs_here, append, room_of, attend, merge};

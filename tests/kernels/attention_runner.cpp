@@ -1,10 +1,10 @@
 // Runs passes of attention from standard input by every path of this CPU, without Python: under an
 // emulator, or a sanitizer. Input, until it ends: kinds of what is given and of the caches, whether
-// there are rotary angles, heads, heads of keys, their size, sequences (int64); of each of these its
-// rows, positions cached, capacity; queries, keys, values, cosines and sines, scales of keys and of
-// values; keys and values of each cache. Output: the names of the paths, a line; then by pass and
-// path what was attended and the caches. Every array ends where its heap block ends; one that is
-// named as an argument, one element too early.
+// there are rotary angles, heads, heads of keys, their size, sequences (int64); of each of these
+// its rows, positions cached, capacity; queries, keys, values, cosines and sines, scales of keys
+// and of values; keys and values of each cache. Output: the names of the paths, a line; then by
+// pass and path what was attended and the caches. Every array ends where its heap block ends; one
+// that is named as an argument, one element too early.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
