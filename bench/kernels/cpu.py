@@ -7,7 +7,8 @@ image, then NumPy's normalisation tile by tile. Kernel and reference run alterna
 busy machine slows both, and medians are compared. Two times are given for a kernel: `whole` from
 the same Pillow image to a new array, as the reference; `kernel` from an array to an existing one,
 whose bytes (input read once, output written once) give the percentage of the copy bandwidth.
-The product of 4-bit weights stands beside ONNX Runtime's: see `bench.kernels.int4`.
+The product of 4-bit weights and attention stand beside ONNX Runtime's: see `bench.kernels.int4` and
+`bench.kernels.attention`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.bench.common.ceilings import copy_bandwidth
+from internvl_edge.bench.kernels import attention as attention_bench
+from internvl_edge.bench.kernels.attention import AttentionRow
 from internvl_edge.bench.kernels.int4 import (
     SHAPE,
     TOLERANCE,
@@ -37,6 +40,7 @@ from internvl_edge.bench.kernels.int4 import (
 )
 from internvl_edge.kernels import ops, reference
 from internvl_edge.kernels.jobs import ShufflePlan
+from internvl_edge.runtime.backends.attention import attention_kernel
 from internvl_edge.runtime.backends.int4 import int4_kernel
 from internvl_edge.runtime.images.preprocess import resize
 
@@ -97,7 +101,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         for case in (*map(_tiling, PICTURES), _shuffle("float16"), _shuffle("int8")):
             case.check()
             rows += _measure(case, counts, copy, runs)
-        int4 = _measure_int4(many, runs)
+        int4, attention = _measure_int4(many, runs), _measure_attention(many, runs)
     except WrongResultError as error:
         print(f"WRONG: {error}")
         return 1
@@ -107,10 +111,33 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         "runs": runs,
         "rows": [asdict(row) | {"limited_by": row.limited_by} for row in rows],
         "int4": {"kernel": str(int4_kernel()), "shape": SHAPE, "rows": list(map(asdict, int4))},
+        "attention": {
+            "kernel": str(attention_kernel()),
+            "shape": attention_bench.SHAPE,
+            "rows": list(map(asdict, attention)),
+        },
     }
-    lines = [_render(report, rows), *render_int4(int4_kernel(), int4, many)]
+    lines = [
+        _render(report, rows),
+        *render_int4(int4_kernel(), int4, many),
+        *attention_bench.render_attention(attention_kernel(), attention, many),
+    ]
     print(json.dumps(report, indent=2) if as_json else "\n".join(lines))
     return 0
+
+
+def _measure_attention(threads: int, runs: int) -> list[AttentionRow]:
+    """Measure attention where our kernel runs."""
+    if attention_kernel().library is None:
+        return []
+    rows = attention_bench.measure_attention(attention_kernel(), threads, runs)
+    for row in rows:
+        if row.difference > attention_bench.TOLERANCE:
+            raise WrongResultError(
+                f"attention, {row.cache}, {row.rows} rows: differs from GroupQueryAttention by"
+                f" {row.difference:.1e} of the largest result"
+            )
+    return rows
 
 
 def _measure_int4(threads: int, runs: int) -> list[Int4Row]:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from host_driver import ELAPSED_MS, open_driver
 
+from internvl_edge.bench.kernels import attention as attention_bench
 from internvl_edge.bench.kernels import cpu as bench
 from internvl_edge.bench.kernels import cuda as cuda_bench
 from internvl_edge.bench.kernels import int4 as int4_bench
 from internvl_edge.cli.main import main
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.device import Driver
+from internvl_edge.runtime.backends.attention import attention_kernel
 from internvl_edge.runtime.backends.int4 import Int4Kernel, int4_kernel
 
 
@@ -25,6 +27,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "FEATURES", (1, 17, 64))
     monkeypatch.setattr(bench, "copy_bandwidth", lambda threads: 1e9 * threads)
     monkeypatch.setattr(int4_bench, "SHAPE", (256, 96))
+    monkeypatch.setattr(attention_bench, "SHAPE", (4, 2, 64))
+    monkeypatch.setattr(attention_bench, "PASSES", ((1, 1, 30), (3, 2, 9)))
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +42,10 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     if int4_kernel().library is not None:
         assert [row["rows"] for row in report["int4"]["rows"]] == list(int4_bench.ROWS)
         assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["int4"]["rows"])
+    if attention_kernel().library is not None:
+        attended = report["attention"]["rows"]
+        assert {row["sequences"] for row in attended} == {1, 3}
+        assert all(row["gflops"] > 0 < row["speedup"] for row in attended)
     assert main(["bench", "kernels", "--threads", "1"]) == 0
     assert "results checked" in capsys.readouterr().out
 
@@ -63,6 +71,16 @@ def test_a_wrong_product_is_not_reported(
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)
     assert main(["bench", "kernels", "--threads", "1"]) == 1
     assert "WRONG: INT4 product, 1 rows: differs from MatMulNBits by" in capsys.readouterr().out
+
+
+def test_wrong_attention_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if attention_kernel().library is None:
+        pytest.skip("no attention kernel here")
+    monkeypatch.setattr(attention_bench, "TOLERANCE", 0.0)
+    assert main(["bench", "kernels", "--threads", "1"]) == 1
+    assert "WRONG: attention, fp32, 1 rows: differs from Group" in capsys.readouterr().out
 
 
 def test_without_the_kernel_the_reason_stands_there(

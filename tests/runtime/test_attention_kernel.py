@@ -9,23 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from checkpoints import GOLDEN
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import CachePrecision, Tensor
+from internvl_edge.bundle.contract import CachePrecision
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.formats.plan import CacheScales, QuantPlan
-from internvl_edge.export.graphs.dialects import CacheNames
-from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
-from internvl_edge.export.graphs.graph import GraphBuilder
+from internvl_edge.export.formats.plan import CacheScales
+from internvl_edge.export.graphs.dialects.probes import attention_graph
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL
@@ -60,26 +57,11 @@ def attention_spec(heads: int, kv_heads: int, head: int) -> LanguageSpec:
     )
 
 
-def write_attention(spec: LanguageSpec, cache: CachePrecision, folder: Path) -> bytes:
-    """Write a graph of one attention, as export does, and return it with its weights."""
+def attention_model(spec: LanguageSpec, cache: CachePrecision) -> bytes:
     random = np.random.default_rng(1)
     shape = spec.num_key_value_heads, spec.head_dim
-    scales = [random.uniform(0.01, 0.03, shape).astype(np.float32) for _ in range(2)]
-    plan = QuantPlan(cache={0: CacheScales(*scales)}) if cache == "int8" else QuantPlan()
-    graph = GraphBuilder("attention")
-    width = spec.query_size + 2 * spec.key_value_size
-    qkv = graph.input(Tensor("qkv", "float32", ("rows", width)))
-    for tensor in contract.language_inputs(spec, "fp32", cache):
-        if tensor.name not in (contract.EMBEDDINGS, contract.LOGIT_ROWS):
-            graph.input(tensor)
-    names = CacheNames(0, contract.past_key(0), contract.past_value(0))
-    attended, key, value = OnnxRuntimeDialect(graph, plan).cached_attention(qkv, names, spec, "a")
-    graph.output(attended, Tensor("attended", "float32", ("rows", spec.query_size)))
-    outputs = {t.name: t for t in contract.language_outputs(spec, cache)}
-    graph.output(key, outputs[contract.present_key(0)])
-    graph.output(value, outputs[contract.present_value(0)])
-    graph.save(folder, lambda _: None)
-    return bytes(onnx.load(str(folder / "attention.onnx")).SerializeToString())
+    key, value = (random.uniform(0.01, 0.03, shape).astype(np.float32) for _ in range(2))
+    return bytes(attention_graph(spec, cache, CacheScales(key, value)).SerializeToString())
 
 
 def opened(model: bytes, library: Path | None = None) -> ort.InferenceSession:
@@ -100,12 +82,11 @@ def test_a_session_gives_what_groupqueryattention_gives(
     head: int,
     cache: CachePrecision,
     kernel: AttentionKernel,
-    tmp_path: Path,
 ) -> None:
     if cache == "int8" and not int8_cache.takes_int8_cache():
         pytest.skip("this onnxruntime has no int8 cache")
     spec = attention_spec(*heads, head)
-    model = write_attention(spec, cache, tmp_path)
+    model = attention_model(spec, cache)
     changed = give_attention(model)
     assert changed is not None
     theirs, ours = opened(model), opened(changed, kernel.library)
@@ -123,7 +104,7 @@ def test_a_session_gives_what_groupqueryattention_gives(
             pair = [one / np.array(30, dtype) for one in pair]
         qkv = random.standard_normal((new, width)).astype(np.float32)
         feeds = {
-            "qkv": qkv,
+            int8_cache.QKV: qkv,
             contract.ROPE_COS: tables[0],
             contract.ROPE_SIN: tables[1],
             contract.LAST_POSITION: np.array([total - 1], np.int32),
@@ -137,7 +118,7 @@ def test_a_session_gives_what_groupqueryattention_gives(
         caches.append(pair), grown.append((key[:, :, :total], value[:, :, :total]))
         first += new
     feeds = {
-        "qkv": np.concatenate(rows),
+        int8_cache.QKV: np.concatenate(rows),
         contract.ROPE_COS: np.concatenate([tables[0][one] for one in given]),
         contract.ROPE_SIN: np.concatenate([tables[1][one] for one in given]),
         SEQUENCES: np.array(places, np.int64),

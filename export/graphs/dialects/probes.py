@@ -17,7 +17,8 @@ import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import Tensor
+from internvl_edge.bundle.contract import CachePrecision, Tensor
+from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import BlockFormat, Blocks
@@ -59,21 +60,34 @@ def probe(product: Product) -> onnx.ModelProto:
 
 def cache_probe() -> onnx.ModelProto:
     """Build the graph of one attention over an int8 cache whose scales are one."""
-    spec = int8_cache.SPEC
+    return attention_graph(int8_cache.SPEC, "int8")
+
+
+def attention_graph(
+    spec: LanguageSpec, cache: CachePrecision, scales: CacheScales | None = None
+) -> onnx.ModelProto:
+    """Build the graph of one attention: float32 queries, keys and values to what is attended.
+
+    Args:
+        cache: precision of keys and values.
+        scales: of an int8 cache; None: all are one.
+    """
     ones = np.ones((spec.num_key_value_heads, spec.head_dim), np.float32)
+    plan = QuantPlan(cache={0: scales or CacheScales(ones, ones)} if cache == "int8" else {})
     graph = GraphBuilder("probe")
-    dialect = OnnxRuntimeDialect(graph, QuantPlan(cache={0: CacheScales(ones, ones)}))
     width = spec.query_size + 2 * spec.key_value_size
     qkv = graph.input(Tensor(int8_cache.QKV, "float32", ("rows", width)))
-    for tensor in contract.language_inputs(spec, "fp32", "int8"):
+    for tensor in contract.language_inputs(spec, "fp32", cache):
         if tensor.name not in (contract.EMBEDDINGS, contract.LOGIT_ROWS):
             graph.input(tensor)
     names = CacheNames(0, contract.past_key(0), contract.past_value(0))
-    attended, key, value = dialect.cached_attention(qkv, names, spec, "attend")
+    attended, key, value = OnnxRuntimeDialect(graph, plan).cached_attention(
+        qkv, names, spec, "attend"
+    )
     graph.output(attended, Tensor(int8_cache.ATTENDED, "float32", ("rows", spec.query_size)))
     shape = (1, spec.num_key_value_heads, "context", spec.head_dim)
-    graph.output(key, Tensor(int8_cache.KEY, "int8", shape))
-    graph.output(value, Tensor(int8_cache.VALUE, "int8", shape))
+    graph.output(key, Tensor(int8_cache.KEY, contract.CACHE_DTYPE[cache], shape))
+    graph.output(value, Tensor(int8_cache.VALUE, contract.CACHE_DTYPE[cache], shape))
     return _whole(graph)
 
 
