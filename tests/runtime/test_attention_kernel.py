@@ -4,6 +4,7 @@ one pass; without it, GroupQueryAttention itself."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from calibrating import few_items
 from checkpoints import GOLDEN
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import CachePrecision
+from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision, VisionPrecision
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.specs import LanguageSpec
@@ -26,12 +28,12 @@ from internvl_edge.export.graphs.dialects.probes import attention_graph
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import Slice, attention, int8_cache
+from internvl_edge.runtime.backends import Slice, attention, int8_cache, sessions
 from internvl_edge.runtime.backends.attention import AttentionKernel, attention_kernel
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from internvl_edge.runtime.backends.ort_passes import MOST_SLICES
-from internvl_edge.runtime.backends.own_kernels import bundle_attention
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, bundle_attention
 
 IDS = [1, 5, 9, 200, 17, 3]
 #: Cached positions, new rows, and positions that stay free.
@@ -171,7 +173,7 @@ def passes(
         batch = [
             Slice(
                 cache,
-                random.standard_normal((count, spec.hidden_size)).astype(np.float32),
+                random.standard_normal((count, spec.hidden_size)).astype(backend._rows_dtype),
                 spec.rope_theta * (1 + i),
                 np.array([count - 1]),
             )
@@ -192,6 +194,49 @@ def test_a_batch_is_each_alone(backend: OnnxRuntimeBackend) -> None:
     for got, wanted in zip(*(passes(backend, counts, one) for one in (True, False)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
         assert got.argmax() == wanted.argmax()
+
+
+@pytest.mark.parametrize(
+    ("language", "kv", "error"),
+    [("fp32", "int8", 1e-5), ("fp16", "fp16", 5e-3), ("int8", "fp16", 5e-3), ("int4", "fp32", 0.1)],
+)
+def test_a_batch_is_each_alone_but_for_rounding(
+    language: LanguagePrecision,
+    kv: CachePrecision,
+    error: float,
+    kernel: AttentionKernel,
+    tmp_path: Path,
+) -> None:
+    """Of integer weights inputs are rounded to int8, and some the other way: attention is the same
+    bits, but products of few rows add in another order."""
+    if kv == "int8" and not int8_cache.takes_int8_cache():
+        pytest.skip("this onnxruntime has no int8 cache")
+    vision: VisionPrecision = "fp16" if language == "fp16" else "fp32"
+    with few_items():
+        bundle = export_bundle(
+            GOLDEN / "model", tmp_path / "bundle", vision=vision, language=language, kv=kv
+        )
+    backend = OnnxRuntimeBackend(open_bundle(bundle), 2)
+    counts = [(17, 3, 0), (1, 20, 30), (1, 1, 1), (4, 1, 1)]
+    got, wanted = (np.stack(passes(backend, counts, one)) for one in (True, False))
+    assert np.linalg.norm(got - wanted) <= error * np.linalg.norm(wanted)
+
+
+def test_greedy_answers_are_those_of_groupqueryattention(
+    float_bundle: Path, kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers() -> list[list[int]]:
+        model = InternVL.load(float_bundle, device="cpu", threads=2, reuse_bytes=0)
+        assert (model.engine.backend.most_slices > 1) == (not answered)
+        return [
+            model.generate(prompt, max_new_tokens=24, ignore_eos=True).token_ids
+            for prompt in ("Hello", "What is in the picture?", IDS * 30)
+        ]
+
+    answered: list[list[int]] = []
+    answered += answers()
+    monkeypatch.setattr(sessions, "bundle_kernels", lambda bundle: NO_KERNELS)
+    assert answers() == answered
 
 
 def test_only_the_rows_asked_for_have_logits(backend: OnnxRuntimeBackend) -> None:
@@ -277,7 +322,10 @@ def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert attention_kernel.__wrapped__().name.startswith("no library (")
 
 
-def test_prepared_bundles_attend_with_it_too(float_bundle: Path, kernel: AttentionKernel) -> None:
+def test_prepared_bundles_attend_with_it_too(
+    float_bundle: Path, tmp_path: Path, kernel: AttentionKernel
+) -> None:
+    float_bundle = Path(shutil.copytree(float_bundle, tmp_path / "bundle"))
     wanted = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
     prepare_bundle(float_bundle, overwrite=True)
     backend = OnnxRuntimeBackend(open_bundle(float_bundle), 1)
