@@ -146,6 +146,42 @@ def check_cached(got: NDArray[np.generic], wanted: NDArray[np.generic]) -> None:
         assert np.count_nonzero(difference) <= max(1, 1e-3 * difference.size)
 
 
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ([[0, 2, 0, 9]], "not all rows of the pass"),
+        ([[0, 2, 0, 9], [1, 1, 0, 9]], "not one after the other"),
+        ([[0, 3, 7, 9]], "no room for its rows"),
+        ([[0, 3, -1, 9]], "no room for its rows"),
+    ],
+)
+def test_places_that_make_no_sense_are_refused(
+    places: list[list[int]], said: str, kernel: AttentionKernel
+) -> None:
+    """Before anything is written where they say."""
+    model = give_attention(attention_model(attention_spec(2, 1, 64), "fp32"))
+    assert model is not None
+    cache = [np.zeros((1, 1, 9, 64), np.float32) for _ in range(2)]
+    feeds = {
+        int8_cache.QKV: np.ones((3, 4 * 64), np.float32),
+        contract.ROPE_COS: np.ones((3, 32), np.float32),
+        contract.ROPE_SIN: np.zeros((3, 32), np.float32),
+    }
+
+    def run(given: list[list[int]], addresses: list[int]) -> None:
+        rows = [[*place, *addresses] for place in given]
+        opened(model, kernel.library).run(None, feeds | {SEQUENCES: np.array(rows, np.int64)})
+
+    with pytest.raises(Exception, match=said):
+        run(places, attention.addresses(cache))
+    with pytest.raises(Exception, match="a cache has no address"):
+        run([[0, 3, 0, 9]], [0, 0])
+    assert not np.any(cache)
+    run([[0, 3, 0, 9]], attention.addresses(cache))
+    assert np.all(cache[0][:, :, :3])
+    assert not np.any(cache[0][:, :, 3:])
+
+
 @pytest.fixture(scope="module")
 def float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float") / "bundle"
