@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.extras import example_room
-from internvl_edge.bundle.rope import rope_base
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import ImageError, InternVL
 from internvl_edge.runtime.backends import onnxruntime as onnxruntime_backend
@@ -96,9 +95,8 @@ def test_a_prefix_that_ends_inside_an_image_is_that_image_so_far(
     cache = model.engine.backend.new_cache(len(ids))
     tiled = [model.tile_with_identity(picture(0), None)]
     sequence = model.answering.sequence(ids, tiled)
-    base = rope_base(model.spec.language, len(ids))
     images, cut = sequence.image_rows(0), 3 + rows // 2
-    model.engine._forward(cache, sequence, images, 0, cut, base, np.array([0]))
+    model.engine.run([model.engine.chunk(cache, sequence, images, cut)])
     model.answering.prefixes.keep(cache)
     for seed, shared in ((0, cut), (1, 0)):
         stream = model.stream(ids, [picture(seed)], max_new_tokens=5)
