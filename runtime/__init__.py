@@ -43,14 +43,17 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.boxes import Box
 from internvl_edge.runtime.decoding.generation import TokenStream
+from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.progress import Progress
 from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
 from internvl_edge.runtime.images.video import frames_prompt, video_frames
 from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.streams import AsyncStream
 
 __all__ = [
+    "AsyncStream",
     "Box",
     "BundleError",
     "BusyError",
@@ -76,6 +79,7 @@ __all__ = [
     "OptionsError",
     "OutputError",
     "Picture",
+    "Policy",
     "PrecisionError",
     "PrepareError",
     "PreparedWarning",

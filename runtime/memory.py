@@ -171,6 +171,13 @@ def position_bytes(manifest: Manifest) -> int:
     return 2 * language.num_hidden_layers * math.prod(contract.cache_shape(language, 1)) * item
 
 
+def claim_bytes(manifest: Manifest, tokens: int, tiles: int) -> int:
+    """Bytes that a request takes for itself: its positions in the KV cache and its images. What
+    passes take, requests take in turns."""
+    plan = plan_memory(manifest, tokens=tokens, tiles=tiles, prepared=True, low_memory=False)
+    return plan.kv_cache + plan.images
+
+
 @dataclass(frozen=True)
 class MemoryGuard:
     """Refuses what would not fit before anything is computed.
@@ -209,12 +216,6 @@ class MemoryGuard:
         """
         plan = self._answer(tokens, tiles)
         self._check(plan, tokens, "this prompt", promised)
-
-    def claim_bytes(self, tokens: int, tiles: int) -> int:
-        """Bytes that a request takes for itself: its positions in the KV cache and its images. What
-        passes take, requests take in turns."""
-        plan = self._answer(tokens, tiles)
-        return plan.kv_cache + plan.images
 
     def _answer(self, tokens: int, tiles: int) -> MemoryPlan:
         """Plan an answer beside what is loaded."""

@@ -45,7 +45,7 @@ from internvl_edge.runtime.images.folder import (
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Tiler, check_tiles, tile_on_host, tiles_on_host
 from internvl_edge.runtime.images.sources import ImageLike, Images
-from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.memory import MemoryGuard, claim_bytes
 from internvl_edge.runtime.messages import Messages
 from internvl_edge.runtime.process import HomeProcess, NotCopied
 from internvl_edge.runtime.streams import AsyncStream
@@ -96,7 +96,7 @@ class InternVL(NotCopied):
             encoder,
             None if one_graph else VisionLane(encoder),
             prefixes,
-            Reservations(memory, shared.memory_bytes),
+            Reservations(partial(claim_bytes, bundle.manifest), memory, shared.memory_bytes),
             shared,
             finite,
             max_context,
@@ -125,6 +125,7 @@ class InternVL(NotCopied):
         image_folder_days: float = FOLDER_DAYS,
         low_memory: bool = False,
         build_engines: EngineBuilder | None = None,
+        policy: Policy | None = None,
     ) -> InternVL:
         """Load a bundle.
 
@@ -146,6 +147,7 @@ class InternVL(NotCopied):
             low_memory: on the CPU, hold one of the two graphs at a time.
             build_engines: builds TensorRT engines where the bundle has none that fit this machine:
                 `internvl_edge.export.tensorrt.engines.build_for_machine`.
+            policy: how requests that are asked together share the model.
 
         Raises:
             BundleError: not a bundle, or a damaged one.
@@ -184,6 +186,7 @@ class InternVL(NotCopied):
             reuse_bytes=kept,
             image_folder=folder,
             memory=opened.memory,
+            policy=policy,
         )
         bundle.verified.check()  # of what was read meanwhile too
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -48,12 +49,15 @@ class Reservations:
     What nobody refers to any more has no claim.
 
     Args:
-        guard: knows what a claim takes and what is free; None: the device refuses.
+        cost: bytes that so many positions and tiles take.
+        guard: refuses what is more than what is free; None: the device does.
         limit: bytes of all claims, as planned; None: what is free.
     """
 
-    def __init__(self, guard: MemoryGuard | None, limit: int | None) -> None:
-        self._guard, self._limit = guard, limit
+    def __init__(
+        self, cost: Callable[[int, int], int], guard: MemoryGuard | None, limit: int | None
+    ) -> None:
+        self._cost, self._guard, self._limit = cost, guard, limit
         self._claims: WeakKeyDictionary[Claimant, Claim] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -98,7 +102,7 @@ class Reservations:
             self._claims.pop(claimant, None)
 
     def _bytes(self, claim: Claim) -> int:
-        return 0 if self._guard is None else self._guard.claim_bytes(claim.positions, claim.tiles)
+        return self._cost(claim.positions, claim.tiles)
 
     def _missing(self, claimant: Claimant, claim: Claim) -> int:
         """Bytes that were promised and not taken yet."""
