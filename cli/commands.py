@@ -58,6 +58,11 @@ BENCH = {
             "profile": Command(
                 "where the time goes, by block and operator", "bench.latency.operators", "export"
             ),
+            "throughput": Command(
+                "many at once: tokens a second and waiting against concurrency",
+                "bench.latency.throughput",
+                "export",
+            ),
             "compare": Command(
                 "two latency results, and what is chance", "bench.latency.compare", "bench"
             ),
