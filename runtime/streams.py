@@ -28,7 +28,8 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
     def __init__(self, background: Background, prepare: Callable[[], Request]) -> None:
         self._background, self._prepare = background, prepare
         self._news: asyncio.Queue[News] | None = None
-        self._give_up: Callable[[], object] | None = None
+        self._ticket: Ticket | None = None
+        self._give_up: weakref.finalize[[Ticket], AsyncStream] | None = None
         self._cancelled = False
         self._reply: Reply | None = None
         self._error: Exception | None = None
@@ -41,8 +42,8 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
     def cancel(self) -> None:
         """Ask for the end of the answer; what there is of it can still be read."""
         self._cancelled = True
-        if self._give_up is not None:
-            self._give_up()
+        if self._ticket is not None:
+            self._ticket.cancel()
 
     async def finish(self) -> Reply:
         """Wait for what is left and return the whole reply."""
@@ -73,6 +74,7 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
             except BaseException:
                 self._news = None
                 raise
+            self._ticket = ticket
             self._give_up = weakref.finalize(self, Ticket.cancel, ticket)
             if self._cancelled:
                 self.cancel()
@@ -81,6 +83,10 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
     def _heard(self, news: News) -> str:
         if isinstance(news, Event):
             return news.piece
+        # Nothing holds on to what has ended: not the ticket, nor what would cancel it.
+        self._ticket = None
+        if self._give_up is not None:
+            self._give_up.detach()
         if isinstance(news, Reply):
             self._reply = news
         else:

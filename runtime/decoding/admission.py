@@ -143,8 +143,7 @@ class Admission:
     def _drop(self, handle: Handle) -> None:
         """Let a request wait again; what it has computed is forgotten, but for its tokens."""
         self.admitted.remove(handle)
-        handle.drop_prompt()
-        handle.cache = None
+        handle.let_go()
         self._answering.reservations.release(handle)
         self._waiting.append(handle)
 

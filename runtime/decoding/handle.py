@@ -118,11 +118,11 @@ class Handle(Claimant):
     def fail(self, error: Exception) -> None:
         """Note what ended it, and let go of what its prompt needed."""
         self.error = error
-        self.drop_prompt()
+        self.let_go()
 
-    def drop_prompt(self) -> None:
-        """Let go of what the prompt needs."""
-        prefill, self.prefill = self.prefill, None
+    def let_go(self) -> None:
+        """Give up the cache, and what the prompt needs."""
+        prefill, self.prefill, self.cache = self.prefill, None, None
         if prefill is not None:
             prefill.close()
 

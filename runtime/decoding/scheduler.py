@@ -162,7 +162,7 @@ class Scheduler:
                     self._answering.prefixes.keep(handle.cache)
                 for image in handle.request.images:
                     image.release()
-            handle.drop_prompt()
+            handle.let_go()
             self._admission.remove(handle)
             handle.reply = handle.replied(finish)  # last: then all of it is done
 

@@ -294,7 +294,7 @@ def test_the_newest_is_dropped_and_its_answer_stays() -> None:
         had = second.cache is not None
         scheduler.step()
         dropped += had and second.cache is None and second.alive
-        assert first.cache is not None
+        assert first.cache is not None or not first.alive
     assert dropped == 1
     for number, handle in enumerate((first, second)):
         assert handle.ids == alone(Question(0, number, (), 100, None))
