@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle.errors import ImageError
+from internvl_edge.bundle.errors import ImageError, UsageError
 from internvl_edge.bundle.files import at_home, check_regular
 from internvl_edge.bundle.prompt import IMAGE_PLACEHOLDER
 from internvl_edge.bundle.quoting import named, quoted, reason
@@ -95,9 +95,15 @@ def frame_indices(
 
 
 def frames_prompt(question: str, frames: int, *, first: int = 1) -> str:
-    """Write a question about frames as the reference does: `Frame1: <image>` and so on."""
-    start = whole("first", first)
-    numbers = range(start, start + whole("frames", frames))
+    """Write a question about frames as the reference does: `Frame1: <image>` and so on.
+
+    Raises:
+        PromptError, UsageError: an argument is none; the message names it.
+    """
+    start, count = whole("first", first), whole("frames", frames)
+    if not 0 <= count <= MAX_FRAMES:
+        raise UsageError(f"is {quoted(count)}, it must be in 0..{MAX_FRAMES}", option="frames")
+    numbers = range(start, start + count)
     lines = [f"Frame{number}: {IMAGE_PLACEHOLDER}\n" for number in numbers]
     return "".join([*lines, text("question", question)])
 

@@ -20,9 +20,11 @@ from internvl_edge.runtime import (
     InternVL,
     InternVLEdgeError,
     LimitError,
+    Picture,
     PromptError,
     Sampling,
     UsageError,
+    frames_prompt,
 )
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (60, 80, 3), np.uint8)
@@ -275,6 +277,8 @@ def calls(model: InternVL, chat: Chat) -> dict[str, tuple[Callable[..., object],
         "logits": (model.logits, ["token_ids", "images", "max_tiles"]),
         "logits_of_tiles": (model.logits_of_tiles, ["token_ids", "tiles"]),
         "Sampling": (Sampling, list(vars(Sampling()))),
+        "Picture": (Picture, ["frame", "upright"]),
+        "frames_prompt": (frames_prompt, ["question", "frames", "first"]),
     }
 
 
@@ -285,6 +289,8 @@ USUAL: dict[str, Any] = {
     "send": {"prompt": "Hello", "max_new_tokens": 1},
     "tile": {"image": PIXELS},
     "encode_images": {"images": [PIXELS]},
+    "Picture": {"source": PIXELS},
+    "frames_prompt": {"question": "What?", "frames": 2},
     "logits": {"token_ids": [3, 4]},
     "logits_of_tiles": {"token_ids": [3, 4], "tiles": np.zeros((0, 56, 56, 3), np.uint8)},
 }
