@@ -168,14 +168,16 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: it is missing, damaged, of a newer format, or contradicts itself.
     """
     source = directory / MANIFEST
-    if directory.is_file():
-        raise BundleError(f"{named(directory)} is a file; a bundle is a folder with a {MANIFEST}")
     try:
         data = read_object(source)
     except FileNotFoundError:
         raise BundleError(
             f"{named(directory)} is not a bundle: it has no {MANIFEST}; write one with"
             " 'internvl-edge export CHECKPOINT -o BUNDLE'"
+        ) from None
+    except NotADirectoryError:
+        raise BundleError(
+            f"{named(directory)} is no folder; a bundle is one with a {MANIFEST}"
         ) from None
     except (OSError, JsonError) as error:
         raise BundleError(f"cannot read {named(source)}: {reason(error)}") from error

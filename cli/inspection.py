@@ -43,8 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--reference and --all-gpus go with inspect --check; add --check")
     if not arguments.path.is_dir():
         raise CheckpointError(
-            f"{named(arguments.path)} is not a checkpoint directory and no bundle: there is no such"
-            " folder"
+            f"{named(arguments.path)} is not a checkpoint directory and no bundle: it is no folder"
         )
     if (arguments.path / MANIFEST).exists():
         report = inspect_bundle(arguments.path)

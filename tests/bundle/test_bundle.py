@@ -180,8 +180,9 @@ def test_no_directory(tmp_path: Path) -> None:
 
 def test_a_file_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "receipt.png").touch()
-    message = refusal(tmp_path / "receipt.png")
-    assert message.endswith("receipt.png is a file; a bundle is a folder with a bundle.json")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "receipt.png", tmp_path / "pipe", Path("/dev/null")):
+        assert refusal(path) == f"{path} is no folder; a bundle is one with a bundle.json"
 
 
 def test_checkpoint_is_no_bundle() -> None:
