@@ -74,6 +74,13 @@ def _add_answers(group: ArgumentGroup) -> None:
         "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum"
     )
     group.add_argument("--seed", type=int, help="draws the same tokens again")
+    group.add_argument(
+        "--speculate",
+        type=int,
+        default=Sampling.speculate,
+        metavar="N",
+        help="most tokens guessed ahead from what is repeated; 0 none (default: %(default)s)",
+    )
     group.add_argument("--stop", action="append", default=[], help="text that ends the answer")
 
 
@@ -90,7 +97,10 @@ def _add_conversation(group: ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask once, or hold a conversation; returns the exit status."""
     sampling = Sampling(
-        temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        speculate=arguments.speculate,
     )
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise PromptError("the prompt is empty; ask something about the image or the text")

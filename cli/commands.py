@@ -63,6 +63,11 @@ BENCH = {
                 "bench.latency.throughput",
                 "export",
             ),
+            "speculation": Command(
+                "what guessing ahead gives: real answers at a bundle's pace",
+                "bench.latency.speculation",
+                "export",
+            ),
             "compare": Command(
                 "two latency results, and what is chance", "bench.latency.compare", "bench"
             ),

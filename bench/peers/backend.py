@@ -63,6 +63,10 @@ class LlamaCppBackend:
     def numerics(self) -> str:
         return self._vision.numerics
 
+    @property
+    def takes_drafts(self) -> bool:
+        return False
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)
 

@@ -72,6 +72,11 @@ class Backend(Protocol):
     def most_slices(self) -> int:
         """Sequences one pass takes; 1 where they are run one by one."""
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether guessed rows may be appended and cut off again: nothing behind a cache's length
+        is ever read, and a few rows take little more time than one."""
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.
 

@@ -91,6 +91,10 @@ class OnnxRuntimeBackend:
         """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
         return self._graphs.int4
 
+    @property
+    def takes_drafts(self) -> bool:
+        return True
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         vision = self._spec.vision

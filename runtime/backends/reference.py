@@ -124,6 +124,10 @@ class ReferenceBackend:
     def most_slices(self) -> int:
         return 1
 
+    @property
+    def takes_drafts(self) -> bool:
+        return False
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})

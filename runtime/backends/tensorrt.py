@@ -158,6 +158,10 @@ class TensorRtBackend:
         self.most_slices = 1
         self._free: list[Storage] = []
 
+    @property
+    def takes_drafts(self) -> bool:
+        return False
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
         vision, language = self._bundle.spec.vision, self._bundle.spec.language

@@ -15,6 +15,7 @@ from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, Request
 from internvl_edge.runtime.decoding.reservations import Claimant
 from internvl_edge.runtime.decoding.sampling import Sampler
+from internvl_edge.runtime.decoding.speculation import Others, Speculator
 
 
 class StopStrings:
@@ -52,6 +53,7 @@ class Handle(Claimant):
         tokenizer: makes text of them.
         limit: most tokens of the answer.
         wake: called when it is cancelled.
+        speculator: guesses tokens ahead; None: nobody does.
 
     Attributes:
         ids: tokens generated so far.
@@ -71,6 +73,7 @@ class Handle(Claimant):
         tokenizer: Tokenizer,
         limit: int,
         wake: Callable[[], object],
+        speculator: Speculator | None = None,
     ) -> None:
         self.request, self.prompt_ids = request, prompt_ids
         self.cache: Cache | None = None
@@ -82,6 +85,7 @@ class Handle(Claimant):
         self.reply: Reply | None = None
         self.error: Exception | None = None
         self._limit = limit
+        self._speculator = speculator
         self._stop_ids = frozenset(() if request.ignore_eos else request.stop_ids)
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, request.form)
@@ -125,6 +129,19 @@ class Handle(Claimant):
         prefill, self.prefill, self.cache = self.prefill, None, None
         if prefill is not None:
             prefill.close()
+
+    def guesses(self, room: int, others: Others) -> list[int]:
+        """Return what to guess behind the last token, at most `room` tokens; see `Speculator`."""
+        if self._speculator is None:
+            return []
+        return self._speculator.draft(self.ids, min(room, self._limit - len(self.ids) - 1), others)
+
+    def verified(self, drafted: int, accepted: int, tokens: int) -> None:
+        """Note how many of the tokens guessed were right, and how many the pass gave in all."""
+        if drafted and self._speculator is not None:
+            self.request.timings.drafted_tokens += drafted
+            self.request.timings.accepted_tokens += accepted
+            self._speculator.resolved(tokens)
 
     def take(self, token: int, logprob: float | None) -> Event:
         """Add a token; say what it made of the text, and whether it is the last."""

@@ -19,6 +19,7 @@ from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.reuse import PrefixStore
 from internvl_edge.runtime.decoding.sampling import Candidates
 from internvl_edge.runtime.decoding.sequence import ImageRows, TokenSequence
+from internvl_edge.runtime.decoding.speculation import Experience
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ class Engine:
         self._spec = spec
         self._embedding = embedding
         self._prefixes = prefixes
+        #: What guessing ahead gives, for all answers.
+        self.experience = Experience(spec.language.vocab_size)
 
     @property
     def tiles_at_once(self) -> int:
@@ -226,6 +229,14 @@ class Engine:
         ids = np.array(tokens, np.int64)
         base = rope_base(self._spec.language, cache.state.length + len(ids))
         return Run(cache, ids, ids, base, np.arange(len(ids)), count)
+
+    def room_to_guess(self, cache: Cache, most: int) -> int:
+        """Return how many tokens, up to `most`, may be guessed behind the next one: as the cache
+        has room for, where all are rotated as they would be one by one."""
+        total = cache.state.length + 1
+        room = max(min(most, cache.state.capacity - total), 0)
+        language = self._spec.language
+        return room if rope_base(language, total) == rope_base(language, total + room) else 0
 
     def logits(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits of every position, `(tokens, vocab)`."""

@@ -33,6 +33,8 @@ class Timings:
         tiles: tiles encoded in this call.
         prompt_tokens: length of the prompt, image rows included.
         cached_tokens: of these, how many were already in the KV cache.
+        drafted_tokens: tokens guessed ahead; see `Sampling.speculate`.
+        accepted_tokens: of these, how many were right.
     """
 
     preprocess_s: float = 0.0
@@ -42,6 +44,8 @@ class Timings:
     tiles: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:

@@ -15,6 +15,8 @@ from internvl_edge.runtime.arguments import number, whole
 
 #: Temperatures below are greedy: dividing by them would leave nothing but the largest logit.
 LEAST_TEMPERATURE = 1e-5
+#: Rows of a pass are few with these, and their logits little memory.
+MOST_SPECULATED = 63
 #: Bound on scores after the penalty, so that a temperature cannot make them infinite.
 _LARGEST_SCORE = 1e300
 
@@ -34,6 +36,8 @@ class Sampling:
         min_p: keep tokens at least this times as likely as the most likely one.
         repetition_penalty: > 1 makes tokens already generated less likely.
         seed: of the random generator; None draws a fresh one.
+        speculate: most tokens guessed ahead at a time, from what prompt and answer repeat; 0 none.
+            The choice among them stays the same; see `speculation`.
     """
 
     temperature: float = 0.0
@@ -42,6 +46,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    speculate: int = 7
 
     @property
     def greedy(self) -> bool:
@@ -81,7 +86,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            typed = whole if field.name in ("top_k", "seed") else number
+            typed = whole if field.name in ("top_k", "seed", "speculate") else number
             value = getattr(self, field.name)
             value = field.default if value is None else typed(field.name, value)
             object.__setattr__(self, field.name, value)
@@ -98,6 +103,12 @@ class Sampling:
             "> 0",
         )
         _check(self.seed is None or self.seed >= 0, "seed", self.seed, ">= 0")
+        _check(
+            0 <= self.speculate <= MOST_SPECULATED,
+            "speculate",
+            self.speculate,
+            f"in 0..{MOST_SPECULATED}",
+        )
 
 
 @dataclass(frozen=True)

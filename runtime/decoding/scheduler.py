@@ -19,6 +19,7 @@ from internvl_edge.runtime.decoding.policy import Pace
 from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Request
 from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, log_probability
+from internvl_edge.runtime.decoding.speculation import Others, Speculator
 
 #: Of a step for images: a signal is looked for in between.
 LONGEST_WAIT_S = 0.5
@@ -103,6 +104,7 @@ class Scheduler:
             # The last token generated is never run, so it needs no place in the cache.
             limit=min(asked, means.max_context - len(ids) + 1),
             wake=self._woken.set,
+            speculator=self._speculator(request, ids),
         )
         self._admission.add(handle)
         return handle
@@ -178,7 +180,7 @@ class Scheduler:
         self._admission.grow()
         running = [handle for handle in self._admission.admitted if handle.prefill is None]
         prompts, encoded = self._of_prompts(self._pace.chunk if running else None)
-        return Work(prompts, [self._of_answer(handle) for handle in running], encoded)
+        return Work(prompts, self._of_answers(running, guessing=not prompts), encoded)
 
     def _of_prompts(self, chunk: int | None) -> tuple[list[Part], bool]:
         """Return the next pieces of prompts, at most so many tokens; or whether tiles were encoded
@@ -216,11 +218,26 @@ class Scheduler:
             return None, bool(encoded)
         return Part(handle, prefill.run(most, self._admission.caches(handle))), False
 
-    def _of_answer(self, handle: Handle) -> Part:
-        request = handle.request
-        wanted = 0 if request.logprobs else request.sampling.candidates
-        assert handle.cache is not None
-        return Part(handle, self._answering.engine.following(handle.cache, handle.ids[-1:], wanted))
+    def _of_answers(self, running: Sequence[Handle], *, guessing: bool) -> list[Part]:
+        """Return what each brings: its last token, and guesses of the next ones."""
+        engine = self._answering.engine
+        together = Others.of(min(len(running), engine.most_runs) - 1)
+        parts = []
+        for handle in running:
+            others = together if engine.most_runs > 1 else Others()
+            guesses = self._guesses(handle, others) if guessing else []
+            request, cache = handle.request, handle.cache
+            wanted = 0 if request.logprobs else request.sampling.candidates
+            assert cache is not None
+            parts.append(Part(handle, engine.following(cache, [handle.ids[-1], *guesses], wanted)))
+        return parts
+
+    def _guesses(self, handle: Handle, others: Others) -> list[int]:
+        cache = handle.cache
+        assert cache is not None
+        room = min(handle.reserved, handle.positions) - cache.state.length - 1
+        found = handle.guesses(room, others)
+        return found[: self._answering.engine.room_to_guess(cache, len(found))] if found else found
 
     def _groups(self, work: Work) -> Iterator[Sequence[Part]]:
         """Split what is run into passes."""
@@ -240,6 +257,9 @@ class Scheduler:
                 self._pass([part])
             return None
         seconds = time.perf_counter() - before
+        if all(part.handle.prefill is None for part in group):
+            rows = sum(len(part.run) for part in group)
+            self._answering.engine.experience.costs.add(rows, seconds)
         for part, candidates in zip(group, found, strict=True):
             try:
                 self._ran(part, candidates, seconds)
@@ -267,19 +287,41 @@ class Scheduler:
     def _choose(self, part: Part, found: Sequence[Candidates]) -> None:
         """Choose tokens for as long as they are those that were run already; forget the others."""
         handle, run = part.handle, part.run
-        events: list[Event] = []
+        ids, tokens, accepted = run.ids.tolist(), 0, 0
         for row, candidates in zip(run.logit_rows.tolist(), found, strict=True):
-            token = handle.sampler(candidates)
-            asked = handle.request.logprobs
-            logprob = log_probability(candidates.logits, token) if asked else None
-            events.append(handle.take(token, logprob))
-            if events[-1].finish is not None or row + 1 == len(run) or run.ids[row + 1] != token:
-                wrong = len(run) - row - 1
-                with run.cache.state.lock:
-                    run.cache.state.truncate(run.cache.state.length - wrong)
+            try:
+                event = self._chosen(handle, candidates)
+            except PrecisionError:
+                if not tokens:
+                    raise
+                self._cut(run, row)  # it is computed again, and told when its turn comes
                 break
-        for event in events:
+            tokens += 1
+            hit = ids[row + 1 : row + 2] == [event.token]
+            accepted += hit
+            if event.finish is not None or not hit:
+                self._cut(run, row + 1)
+                self._record(handle, event)
+                break
             self._record(handle, event)
+        handle.verified(len(run.logit_rows) - 1, accepted, tokens)
+
+    def _chosen(self, handle: Handle, candidates: Candidates) -> Event:
+        """Choose a token, and add it to the answer."""
+        token = handle.sampler(candidates)
+        asked = handle.request.logprobs
+        return handle.take(token, log_probability(candidates.logits, token) if asked else None)
+
+    def _cut(self, run: Run, rows: int) -> None:
+        """Leave of a run that many rows in its cache."""
+        with run.cache.state.lock:
+            run.cache.state.truncate(run.cache.state.length - (len(run) - rows))
+
+    def _speculator(self, request: Request, ids: list[int]) -> Speculator | None:
+        means, most = self._answering, request.sampling.speculate
+        if not most or not means.engine.backend.takes_drafts:
+            return None
+        return Speculator(ids, means.inputs.context_id, most, means.engine.experience)
 
     def _record(self, handle: Handle, event: Event) -> None:
         self._events.append(event)

@@ -1,0 +1,89 @@
+"""What decode passes of so many rows take, as measured."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator
+
+#: Passes of one number of rows whose median counts.
+_RECENT = 5
+#: Passes after which what was measured before is forgotten: the machine may be in another state.
+_FORGOTTEN = 256
+#: Share of a pass of one row that each further row adds, where none was measured.
+_GROWTH = 0.05
+#: Share of the passes' time that guessing itself may take, and what a pass counts after each later
+#: one: of a small model's passes, Python's search for guesses is a part that shows.
+_GUESSING, _DECAY = 0.01, 0.98
+
+
+class _Measured:
+    """Passes of one number of rows: the last ones, their median, and when the last one was."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.seconds, self.when = 0.0, 0
+
+    def add(self, seconds: float, now: int) -> None:
+        if now - self.when > _FORGOTTEN:
+            self._recent.clear()
+        self._recent.append(seconds)
+        self.seconds, self.when = sorted(self._recent)[len(self._recent) // 2], now
+
+
+class PassCosts:
+    """Seconds that a decode pass takes, by its rows: of the machine at hand, as it now is."""
+
+    def __init__(self) -> None:
+        self._measured: dict[int, _Measured] = {}
+        self._rows: list[int] = []  # that were measured, in order
+        self._passes = 0
+        self._passing = self._guessing = 0.0  # seconds lately
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Note that a pass of `rows` took so long."""
+        self._passes += 1
+        self._passing = _DECAY * self._passing + seconds
+        self._guessing *= _DECAY
+        found = self._measured.get(rows)
+        if found is None:
+            found = self._measured[rows] = _Measured()
+            insort(self._rows, rows)
+        found.add(seconds, self._passes)
+
+    def add_guessing(self, seconds: float) -> None:
+        """Note that it took so long to find what to guess."""
+        self._guessing += seconds
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether finding what to guess was a small part of the time lately."""
+        return self._guessing <= _GUESSING * self._passing
+
+    def seconds(self, rows: int) -> float:
+        """Return what a pass of `rows` takes; from its neighbours where none was measured.
+
+        0 where nothing was.
+        """
+        own = self._measured.get(rows)
+        if own is not None and self._passes - own.when <= _FORGOTTEN:
+            return own.seconds
+        return self._between(rows)
+
+    def _between(self, rows: int) -> float:
+        place = bisect_left(self._rows, rows)
+        below = self._nearest(reversed(self._rows[:place]))
+        above = self._nearest(iter(self._rows[place:]))
+        if below is None:
+            return 0.0 if above is None else above[1]
+        if above is None:
+            return below[1] * (1 + _GROWTH * (rows - below[0]))
+        share = (rows - below[0]) / (above[0] - below[0])
+        return below[1] + share * (above[1] - below[1])
+
+    def _nearest(self, order: Iterator[int]) -> tuple[int, float] | None:
+        """Return the first of some numbers of rows that was measured lately, and its seconds."""
+        for rows in order:
+            if self._passes - self._measured[rows].when <= _FORGOTTEN:
+                return rows, self._measured[rows].seconds
+        return None
