@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.intervals import Comparison, Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
@@ -133,7 +134,7 @@ def evaluate(model: InternVL, questions: Sequence[Question]) -> list[float]:
         chat = model.chat()
         for turn, (prompt, answer) in enumerate(question.turns):
             images = [question.image] if turn == 0 else []
-            reply = chat.send(prompt, images, max_new_tokens=LONGEST_ANSWER)
+            reply = chat.send(prompt, images, max_new_tokens=LONGEST_ANSWER, sampling=ONE_BY_ONE)
             scores.append(float(reply.text == answer))
     return scores
 

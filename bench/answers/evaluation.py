@@ -14,6 +14,7 @@ from pathlib import Path
 
 from internvl_edge.bench.answers.datasets import Dataset, Question, load_dataset
 from internvl_edge.bench.answers.journal import Answer, Journal
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.intervals import Comparison, Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
@@ -162,6 +163,7 @@ def ask(model: InternVL, question: Question, options: RunOptions) -> Answer:
             question.images,
             max_new_tokens=options.max_new_tokens or question.scoring.max_new_tokens,
             max_tiles=options.max_tiles,
+            sampling=ONE_BY_ONE,
         )
     except (ImageError, PromptError, LimitError) as error:
         return Answer(question.id, "", 0.0, str(error))

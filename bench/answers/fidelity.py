@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.answers.accuracy import held_out
 from internvl_edge.bench.answers.datasets import load_dataset
 from internvl_edge.bench.answers.evaluation import Engine
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.intervals import Estimate
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
@@ -193,7 +194,11 @@ def answered(
     prompt = parent.encode_conversation([(question, None)], tiled, None)
     if answers == "greedy":
         reply = parent.generate(
-            prompt, item.images, max_new_tokens=max_new_tokens, max_tiles=max_tiles
+            prompt,
+            item.images,
+            max_new_tokens=max_new_tokens,
+            max_tiles=max_tiles,
+            sampling=ONE_BY_ONE,
         )
         slot = parent.context_id
         text = list(itertools.takewhile(lambda token: token != slot, reply.token_ids))

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.peers.layout import TRANSFORMERS, peer_kind
@@ -178,7 +179,7 @@ def _answer(
     # Ids below this are special or bytes; which words are read does not matter.
     random = np.random.default_rng(0).integers(260, bundle.spec.language.vocab_size, prompt)
     ids = [int(token) for token in random if token != model.context_id]
-    answer = model.generate(ids, max_new_tokens=new_tokens).token_ids[:-1]
+    answer = model.generate(ids, max_new_tokens=new_tokens, sampling=ONE_BY_ONE).token_ids[:-1]
     if model.context_id in answer:  # which stands for an image when it is read again
         answer = answer[: answer.index(model.context_id)]
     logits = model.logits([*ids, *answer])

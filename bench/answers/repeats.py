@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.examples.tiny_ocr.data import ALL_LINES, HELD_OUT, Scene, scene
-from internvl_edge.runtime import InternVL, Sampling
+from internvl_edge.runtime import InternVL
 
 #: Fields of the pictures whose lines the model was trained to read.
 MOST_FIELDS = 4
@@ -61,7 +62,7 @@ def _conversation(model: InternVL, drawn: Scene, questions: list[str]) -> list[A
     tiled = [model.tile_with_identity(drawn.image, None)]
     for question in questions:
         images = [] if chat.history else [drawn.image]
-        reply = chat.send(question, images, max_new_tokens=LONGEST, sampling=Sampling(speculate=0))
+        reply = chat.send(question, images, max_new_tokens=LONGEST, sampling=ONE_BY_ONE)
         # The question as the history has it: with the picture's marker.
         turns: list[tuple[str, str | None]] = [*chat.history[:-1], (chat.history[-1][0], None)]
         ids = model.encode_conversation(turns, tiled, None)

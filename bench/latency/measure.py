@@ -24,6 +24,7 @@ from time import perf_counter
 
 from PIL import Image
 
+from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.summaries import Summary, repeat, summarise
 from internvl_edge.bench.kernels.cpu import photo
 from internvl_edge.bench.latency.energy import Meter, Reading
@@ -144,7 +145,9 @@ def converse(
     chat = model.chat(max_tiles=max_tiles)
     images = [] if image is None else [image]
     with nullcontext() if meter is None else meter.measure() as energy:
-        timings = chat.send(prompt, images, max_new_tokens=new_tokens, ignore_eos=True).timings
+        timings = chat.send(
+            prompt, images, max_new_tokens=new_tokens, ignore_eos=True, sampling=ONE_BY_ONE
+        ).timings
     if image is not None:
         seconds["vision"] = timings.vision_s
         seconds["vision_per_tile"] = timings.vision_s / timings.tiles
