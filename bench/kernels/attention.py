@@ -176,7 +176,7 @@ class _Pair:
             contract.ROPE_SIN: np.tile(given.sin[given.cached :], (count, 1)),
             SEQUENCES: np.array(places, np.int64),
         }
-        return lambda: self.ours.run([int8_cache.ATTENDED], feeds)  # type: ignore[no-any-return]
+        return lambda: self.ours.run([int8_cache.ATTENDED], feeds)
 
 
 @dataclass(frozen=True)
