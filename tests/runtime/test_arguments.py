@@ -265,7 +265,7 @@ ODD: list[Any] = [
 def calls(model: InternVL, chat: Chat) -> dict[str, tuple[Callable[..., object], list[str]]]:
     """Public calls, and the arguments that are tried of each."""
     asked = ["prompt", "images", "max_new_tokens", "sampling", "stop", "ignore_eos"]
-    asked += ["skip_special_tokens", "clean_up"]
+    asked += ["skip_special_tokens", "clean_up", "priority"]
     told = [*asked, "max_tiles", "system_message", "messages"]
     return {
         "generate": (model.generate, told),
