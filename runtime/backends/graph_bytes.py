@@ -240,6 +240,11 @@ class Model(Message):
         """The domains of operators that it imports."""
         return [one.text(_OPSET_DOMAIN) for one in self.messages(_MODEL_OPSET, Message)]
 
+    def mentions(self, text: str) -> bool:
+        """Whether a text is anywhere but among the domains that are imported."""
+        sought = text.encode()
+        return any(sought in one.content() for one in self.fields if one.number != _MODEL_OPSET)
+
     def import_domain(self, name: str) -> None:
         """Import version 1 of a domain."""
         opset = Message([*_texts(_OPSET_DOMAIN, [name]), Field(_OPSET_VERSION, _VARINT, 1)])

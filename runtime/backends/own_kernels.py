@@ -22,7 +22,7 @@ from internvl_edge.runtime.backends.int4 import (
     Int4Kernel,
     bundle_kernel,
 )
-from internvl_edge.runtime.backends.own_nodes import give_products
+from internvl_edge.runtime.backends.own_nodes import give_products, has_own_nodes
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class OwnKernels:
         if self.library is None:
             return str(graph)
         model = given = read_bytes(graph, GRAPH_BYTES)
+        if has_own_nodes(model):
+            return str(graph)  # ONNX Runtime says that it does not know them
         if self.int4.library is not None:
             given = give_products(given) or given
         if self.attention.library is not None:

@@ -12,6 +12,18 @@ _TAKEN = {"bits": {4}, "block_size": {32, 64, 128, 256}, "accuracy_level": {4}}
 _ABSENT = slice(3, 5)
 
 
+def has_own_nodes(model: bytes) -> bool:
+    """Whether a stored model may have nodes of our operators already.
+
+    None is written with them. They go where their inputs say, so that only the runtime may make
+    these: what comes with a file is not given the library.
+    """
+    try:
+        return Model.parse(model).mentions(OWN_DOMAIN)
+    except (IndexError, ValueError):
+        return True
+
+
 def give_products(model: bytes) -> bytes | None:
     """Give every 4-bit product of a graph to our operator that it can take.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision, VisionPrecision
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import BundleError, LimitError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.cli.main import main
@@ -33,7 +33,8 @@ from internvl_edge.runtime.backends.attention import AttentionKernel, attention_
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from internvl_edge.runtime.backends.ort_passes import MOST_SLICES
-from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, bundle_attention
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, bundle_attention
+from internvl_edge.runtime.backends.sessions import Provider, open_session
 
 IDS = [1, 5, 9, 200, 17, 3]
 #: Cached positions, new rows, and positions that stay free.
@@ -180,6 +181,17 @@ def test_places_that_make_no_sense_are_refused(
     run([[0, 3, 0, 9]], attention.addresses(cache))
     assert np.all(cache[0][:, :, :3])
     assert not np.any(cache[0][:, :, 3:])
+
+
+def test_nodes_of_ours_that_come_with_a_file_do_not_run(
+    kernel: AttentionKernel, tmp_path: Path
+) -> None:
+    """They would write where the file says."""
+    changed = give_attention(attention_model(attention_spec(2, 1, 64), "fp32"))
+    assert changed is not None
+    (tmp_path / "attention.onnx").write_bytes(changed)
+    with pytest.raises(BundleError, match="internvl_edge"):
+        open_session(tmp_path, "attention.onnx", Provider(own=OwnKernels(attention=kernel)), 1)
 
 
 @pytest.fixture(scope="module")

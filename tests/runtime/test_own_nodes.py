@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.runtime.backends.own_nodes import OWN_DOMAIN, give_products
+from internvl_edge.runtime.backends.own_nodes import OWN_DOMAIN, give_products, has_own_nodes
 
 TAKEN = {"K": 64, "N": 8, "bits": 4, "block_size": 32, "accuracy_level": 4}
 
@@ -60,6 +60,29 @@ def test_only_the_domain_changes(inputs: tuple[str, ...]) -> None:
 )
 def test_what_the_operator_does_not_take_is_left(other: onnx.NodeProto) -> None:
     assert give_products(model(other)) is None
+
+
+def test_nodes_that_came_with_a_file_are_seen() -> None:
+    """Whatever their nesting, and however their lengths are written; imports of a domain are none:
+    ONNX Runtime saves those of all that it knows."""
+    imported = onnx.load_from_string(model(node()))
+    imported.opset_import.append(helper.make_opsetid(OWN_DOMAIN, 1))
+    assert not has_own_nodes(imported.SerializeToString())
+    inner = onnx.load_from_string(model(node(domain=OWN_DOMAIN))).graph
+    branch = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    function = helper.make_function(
+        "any", "f", ["x"], ["y"], [node(domain=OWN_DOMAIN)], [helper.make_opsetid("", 21)]
+    )
+    called = onnx.load_from_string(model(node()))
+    called.functions.append(function)
+    for given_model in (
+        model(node(domain=OWN_DOMAIN)),
+        model(branch),
+        called.SerializeToString(),
+        model(node(domain=OWN_DOMAIN)).replace(b"\x0dinternvl_edge", b"\x8d\x00internvl_edge"),
+        b"no model",
+    ):
+        assert has_own_nodes(given_model)
 
 
 @given(st.data())
