@@ -174,6 +174,17 @@ inline int64_t room_of(const Pass& p, int64_t lines) {
          (whole ? 0 : kBlock * width);
 }
 
+// Writes a head of a row: a sum by weights over their sum.
+IVE_TARGET inline void give(const Pass& p, int64_t row, int64_t head, float* sums, float weights) {
+  const float* scales = p.value_scales;
+  if (scales != nullptr) scales += head / p.group() * p.head;
+  for (int64_t i = 0; i < p.head; ++i) {
+    sums[i] = sums[i] / weights * (scales == nullptr ? 1 : scales[i]);
+  }
+  char* to = static_cast<char*>(p.out) + (row * p.heads + head) * p.head * bytes_of(p.given);
+  narrow(sums, nullptr, p.given, to, p.head);
+}
+
 class Attending {
  public:
   IVE_TARGET Attending(const Pass& pass, const Task& task, float* room)
@@ -302,20 +313,6 @@ class Attending {
     give(p_, s_.first + row(line), head(line), sums, running.sum);
   }
 
- public:
-  // Writes a head of a row: a sum by weights over their sum.
-  IVE_TARGET static void give(const Pass& p, int64_t row, int64_t head, float* sums,
-                              float weights) {
-    const float* scales = p.value_scales;
-    if (scales != nullptr) scales += head / p.group() * p.head;
-    for (int64_t i = 0; i < p.head; ++i) {
-      sums[i] = sums[i] / weights * (scales == nullptr ? 1 : scales[i]);
-    }
-    char* to = static_cast<char*>(p.out) + (row * p.heads + head) * p.head * bytes_of(p.given);
-    narrow(sums, nullptr, p.given, to, p.head);
-  }
-
- private:
   int64_t group_of(int64_t line) const { return t_.lines - line < kRows ? t_.lines - line : kRows; }
 
   const Pass& p_;
@@ -336,21 +333,21 @@ IVE_TARGET inline void merge(const Pass& p, const Task* tasks, int64_t count) {
   const Task& t = tasks[0];
   for (int64_t line = 0; line < t.lines; ++line) {
     float sums[kMostHead] = {};
-    Running all_of_it;
+    Running joined;
     for (int64_t i = 0; i < count; ++i) {
       const float* from = tasks[i].partial + line * partial_floats(p);
       const float top = from[p.head];
-      if (top > all_of_it.largest) all_of_it.largest = top;
+      if (top > joined.largest) joined.largest = top;
     }
     for (int64_t i = 0; i < count; ++i) {
       const float* from = tasks[i].partial + line * partial_floats(p);
-      const float factor = power(from[p.head] - all_of_it.largest);
-      all_of_it.sum += factor * from[p.head + 1];
+      const float factor = power(from[p.head] - joined.largest);
+      joined.sum += factor * from[p.head + 1];
       for (int64_t k = 0; k < p.head; ++k) sums[k] += factor * from[k];
     }
     const int64_t index = t.line + line, group = p.group();
-    Attending::give(p, p.sequence(t.sequence).first + index / group,
-                    t.kv_head * group + index % group, sums, all_of_it.sum);
+    give(p, p.sequence(t.sequence).first + index / group, t.kv_head * group + index % group, sums,
+         joined.sum);
   }
 }
 
