@@ -20,7 +20,7 @@ from internvl_edge.export.calibration.ranges import sqnr_db
 from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.inspection import inspect_checkpoint
 from internvl_edge.export.tensorrt.oracle import compare_bundles, run_bundle
-from internvl_edge.runtime import ExportError, InternVL
+from internvl_edge.runtime import CheckpointError, ExportError, InternVL
 
 LOGIT_TOLERANCE = 2e-4
 PREFIX = "language_model."
@@ -50,6 +50,11 @@ DECODERS: dict[str, dict[str, Any]] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "head_dim": 8,
+    },
+    "internlm3": {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "head_dim": 24,
     },
     "phi3": {
         "architectures": ["Phi3ForCausalLM"],
@@ -172,6 +177,30 @@ def test_logits(tmp_path: Path, name: str, heads: tuple[int, int]) -> None:
     compare_logits(tmp_path, decoder_config(DECODERS[name], heads))
 
 
+def test_logits_of_internlm3_with_biases(tmp_path: Path) -> None:
+    """It has none of the output, as Qwen2; transformers' own class of it refuses such a config."""
+    decoder = {"head_dim": None, "qkv_bias": True, "attention_bias": True}
+    config = decoder_config(DECODERS["internlm3"] | decoder, (4, 2))
+    config["llm_config"]["rms_norm_eps"] = 1e-5
+    same = decoder_config(DECODERS["qwen2"], (4, 2))
+    same["llm_config"]["rms_norm_eps"] = 1e-5
+    assert parse_config(config) == parse_config(same)
+    compare_logits(tmp_path, config, reference=same)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bias", True, "'llm_config.bias' is True; supported: False"),
+        ("mlp_bias", True, "'llm_config.mlp_bias' is True; supported: False"),
+        ("attention_bias", True, "'llm_config.attention_bias' is True; supported: False"),
+    ],
+)
+def test_internlm3_refuses_other_biases(key: str, value: object, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        parse_config(decoder_config(DECODERS["internlm3"] | {key: value}, (4, 2)))
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_logits_of_experts(tmp_path: Path, name: str) -> None:
     compare_logits(tmp_path, decoder_config(EXPERTS[name], (4, 2)))
@@ -182,13 +211,15 @@ def test_logits_of_every_rotary_kind(tmp_path: Path, kind: str) -> None:
     compare_logits(tmp_path, decoder_config(DECODERS["llama"] | ROTARY[kind], (4, 2)))
 
 
-def compare_logits(tmp_path: Path, config: dict[str, Any]) -> None:
-    """Compare the logits of every position with transformers' own class."""
+def compare_logits(
+    tmp_path: Path, config: dict[str, Any], reference: dict[str, Any] | None = None
+) -> None:
+    """Compare the logits of every position with transformers' own class, of `reference` if told."""
     checkpoint = write_checkpoint(tmp_path / "model", config, dtype=np.dtype(np.float32))
     bundle = export_bundle(checkpoint, tmp_path / "bundle")
     model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
     ids = np.random.default_rng(0).integers(3, 259, 40).tolist()
-    expected = reference_logits(config, ids)
+    expected = reference_logits(reference or config, ids)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
 
