@@ -21,7 +21,7 @@ setup(
         "internvl_edge.runtime.backends": ["probes/*.onnx"],
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.kernels.attention": ["*.cpp", "*.h"],
-        "internvl_edge.kernels.int4": ["*.cpp", "*.h"],
+        "internvl_edge.kernels.blocks": ["*.cpp", "*.h"],
         "internvl_edge.kernels.operators": ["*.cpp", "*.h", "*.so"],
         "internvl_edge.examples.tiny_ocr": ["bundle/*", "checkpoint/*", "receipt.*"],
     },

@@ -17,7 +17,7 @@ from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.kernels.build import BuildError, cpu_library
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.int4 import int4_kernel
+from internvl_edge.runtime.backends.blocks import block_kernel
 from internvl_edge.runtime.backends.machine import cpu_name
 from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
 from internvl_edge.runtime.backends.products import FORMS, Product, exact_form, wrong_products
@@ -47,7 +47,7 @@ def examine() -> Report:
         "products": _products(),
         "kernels": {
             "tiling": _tiling(),
-            "int4": str(int4_kernel()),
+            "block_products": str(block_kernel()),
             "attention": str(attention_kernel()),
         },
         "devices": {

@@ -14,7 +14,7 @@ from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.backends.int4 import bundle_kernel
+from internvl_edge.runtime.backends.blocks import bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernels import bundle_attention
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
@@ -58,10 +58,10 @@ def _here(path: Path, manifest: Manifest) -> Report:
     products = products_of(manifest)
     bundle = Bundle(path, manifest)
     form = bundle_form(manifest).name if products else "none"
-    int4 = {"int4_products": str(bundle_kernel(bundle))} if "int4" in products else {}
+    blocks = {"block_products": str(bundle_kernel(bundle))} if "int4" in products else {}
     return {
         "integer_products": f"{', '.join(products)}: {form}" if products else form,
-        **int4,
+        **blocks,
         "attention": str(bundle_attention(bundle)),
         "onnxruntime": load_onnxruntime().__version__,
         "cpu_features": " ".join(cpu_features()),
@@ -74,7 +74,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
     spec = manifest.spec
     most = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
     bundle = Bundle(path, manifest)
-    prepared, int4 = is_prepared(bundle), bundle_kernel(bundle).library is not None
+    prepared, mapped = is_prepared(bundle), bundle_kernel(bundle).library is not None
 
     def total(tiles: int, *, low_memory: bool) -> int:
         tokens = tiles * spec.vision.tokens_per_tile + TEXT_TOKENS
@@ -84,10 +84,10 @@ def _memory(path: Path, manifest: Manifest) -> Report:
             tiles=tiles,
             prepared=prepared,
             low_memory=low_memory,
-            int4=int4,
+            mapped=mapped,
         ).total
 
-    copied = "copied when loaded, 4-bit ones mapped" if int4 else "copied when loaded"
+    copied = "copied when loaded, 4-bit ones mapped" if mapped else "copied when loaded"
     return {
         "weights": "mapped from prepared files" if prepared else copied,
         "one_tile_bytes": total(1, low_memory=False),

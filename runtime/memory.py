@@ -92,7 +92,7 @@ def plan_memory(
     tiles: int,
     prepared: bool,
     low_memory: bool,
-    int4: bool = False,
+    mapped: bool = False,
 ) -> MemoryPlan:
     """Plan the memory that running a bundle takes.
 
@@ -102,7 +102,7 @@ def plan_memory(
         tiles: of all images in one prompt.
         prepared: whether the weights are mapped; see `runtime.backends.prepared`.
         low_memory: hold one graph at a time.
-        int4: whether 4-bit weights are mapped as they are; see `runtime.backends.int4`.
+        mapped: whether weights in blocks are mapped as they are; see `runtime.backends.blocks`.
     """
     spec = manifest.spec
     vision, language = spec.vision, spec.language
@@ -114,9 +114,9 @@ def plan_memory(
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
     return MemoryPlan(
         sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
-        packing=_packing(manifest, int4) if prepared else 0,
+        packing=_packing(manifest, mapped) if prepared else 0,
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
-        language_weights=_language_weights(manifest, prepared, int4),
+        language_weights=_language_weights(manifest, prepared, mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
         language=DOUBLING * LANGUAGE_WIDE * chunk * language.intermediate_size * 4,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
@@ -125,8 +125,8 @@ def plan_memory(
     )
 
 
-def _language_weights(manifest: Manifest, prepared: bool, int4: bool) -> int:
-    if int4 and manifest.parts:
+def _language_weights(manifest: Manifest, prepared: bool, mapped: bool) -> int:
+    if mapped and manifest.parts:
         return sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
     return 0 if prepared else _weights(manifest, LANGUAGE_FILES)
 
@@ -139,7 +139,7 @@ def _copied(manifest: Manifest, part: str) -> int:
     return int(PACKED_GROWTH * entry.bytes * others / max(1, sum(entry.precision.values())))
 
 
-def _packing(manifest: Manifest, int4: bool) -> int:
+def _packing(manifest: Manifest, mapped: bool) -> int:
     """Return the bytes of what packing gives while both graphs open, to find the stored form by:
     of the largest matrix of each that is packed."""
     vision, language = (
@@ -149,7 +149,7 @@ def _packing(manifest: Manifest, int4: bool) -> int:
             (manifest.spec.language, manifest.language),
         )
     )
-    if int4:
+    if mapped:
         return int(PACKED_GROWTH * vision) + _copied(manifest, "head")
     return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
 
@@ -186,13 +186,13 @@ class MemoryGuard:
         manifest: of the bundle.
         prepared: whether its weights are mapped.
         low_memory: whether one graph is held at a time.
-        int4: whether 4-bit weights are mapped as they are.
+        mapped: whether weights in blocks are mapped as they are.
     """
 
     manifest: Manifest
     prepared: bool
     low_memory: bool
-    int4: bool = False
+    mapped: bool = False
 
     def check_load(self) -> None:
         """Raise CapacityError unless the weights, and a prompt with one tile, fit."""
@@ -235,7 +235,7 @@ class MemoryGuard:
             tiles=tiles,
             prepared=self.prepared,
             low_memory=self.low_memory,
-            int4=self.int4,
+            mapped=self.mapped,
         )
 
     def _check(self, plan: MemoryPlan, tokens: int, what: str, promised: int = 0) -> None:

@@ -44,7 +44,7 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.graphs.vision import build_vision
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.backends.int4 import int4_kernel
+from internvl_edge.runtime.backends.blocks import block_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import use_exact_products
 from internvl_edge.runtime.options import add_threads
@@ -239,7 +239,7 @@ def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable
     options.intra_op_num_threads = threads
     # The other run's threads would spin into this one's first milliseconds.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = int4_kernel().give(folder / "unit.onnx", options)
+    model = block_kernel().give(folder / "unit.onnx", options)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     result = session.get_outputs()[0].name  # not the cache, which a language layer also gives
     return lambda feed: list(session.run([result], feed))

@@ -7,7 +7,7 @@ image, then NumPy's normalisation tile by tile. Kernel and reference run alterna
 busy machine slows both, and medians are compared. Two times are given for a kernel: `whole` from
 the same Pillow image to a new array, as the reference; `kernel` from an array to an existing one,
 whose bytes (input read once, output written once) give the percentage of the copy bandwidth.
-The product of 4-bit weights and attention stand beside ONNX Runtime's: see `bench.kernels.int4` and
+The product of 4-bit weights and attention stand beside ONNX Runtime's: see `bench.kernels.blocks` and
 `bench.kernels.attention`.
 """
 
@@ -31,17 +31,17 @@ from PIL import Image
 from internvl_edge.bench.common.ceilings import copy_bandwidth
 from internvl_edge.bench.kernels import attention as attention_bench
 from internvl_edge.bench.kernels.attention import AttentionRow
-from internvl_edge.bench.kernels.int4 import (
+from internvl_edge.bench.kernels.blocks import (
     SHAPE,
     TOLERANCE,
-    Int4Row,
-    measure_int4,
-    render_int4,
+    BlockRow,
+    measure_blocks,
+    render_blocks,
 )
 from internvl_edge.kernels import ops, reference
 from internvl_edge.kernels.jobs import ShufflePlan
 from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.int4 import int4_kernel
+from internvl_edge.runtime.backends.blocks import block_kernel
 from internvl_edge.runtime.images.preprocess import resize
 
 SIDE = 448
@@ -101,7 +101,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         for case in (*map(_tiling, PICTURES), _shuffle("float16"), _shuffle("int8")):
             case.check()
             rows += _measure(case, counts, copy, runs)
-        int4, attention = _measure_int4(many, runs), _measure_attention(many, runs)
+        blocks, attention = _measure_blocks(many, runs), _measure_attention(many, runs)
     except WrongResultError as error:
         print(f"WRONG: {error}")
         return 1
@@ -110,7 +110,11 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         "copy_gigabytes_per_s": {str(n): round(rate / 1e9, 1) for n, rate in copy.items()},
         "runs": runs,
         "rows": [asdict(row) | {"limited_by": row.limited_by} for row in rows],
-        "int4": {"kernel": str(int4_kernel()), "shape": SHAPE, "rows": list(map(asdict, int4))},
+        "blocks": {
+            "kernel": str(block_kernel()),
+            "shape": SHAPE,
+            "rows": list(map(asdict, blocks)),
+        },
         "attention": {
             "kernel": str(attention_kernel()),
             "shape": attention_bench.SHAPE,
@@ -119,7 +123,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
     }
     lines = [
         _render(report, rows),
-        *render_int4(int4_kernel(), int4, many),
+        *render_blocks(block_kernel(), blocks, many),
         *attention_bench.render_attention(attention_kernel(), attention, many),
     ]
     print(json.dumps(report, indent=2) if as_json else "\n".join(lines))
@@ -140,11 +144,11 @@ def _measure_attention(threads: int, runs: int) -> list[AttentionRow]:
     return rows
 
 
-def _measure_int4(threads: int, runs: int) -> list[Int4Row]:
+def _measure_blocks(threads: int, runs: int) -> list[BlockRow]:
     """Measure the INT4 product where our kernel runs."""
-    if int4_kernel().library is None:
+    if block_kernel().library is None:
         return []
-    rows = measure_int4(int4_kernel(), threads, runs)
+    rows = measure_blocks(block_kernel(), threads, runs)
     for row in rows:
         if not row.difference < TOLERANCE:
             raise WrongResultError(

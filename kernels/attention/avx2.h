@@ -1,7 +1,7 @@
 // Tasks for x86 with AVX2, fused multiply-adds and conversions of half precision.
 #pragma once
 
-#include "../int4/avx2.h"
+#include "../blocks/avx2.h"
 #include "path.h"
 
 namespace ive::attention::avx2 {
@@ -9,10 +9,10 @@ namespace ive::attention::avx2 {
 #define IVE_TARGET __attribute__((target("avx2,fma,f16c")))
 
 typedef float Vec __attribute__((vector_size(32)));
-constexpr int kLanes = 8, kRows = 6, kFewLines = 4, kColumns = int4::avx2::kColumns;
+constexpr int kLanes = 8, kRows = 6, kFewLines = 4, kColumns = blocks::avx2::kColumns;
 constexpr const char* kName = "AVX2";
 
-inline bool runs_here() { return int4::avx2::runs_here() && __builtin_cpu_supports("f16c"); }
+inline bool runs_here() { return blocks::avx2::runs_here() && __builtin_cpu_supports("f16c"); }
 
 IVE_TARGET IVE_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
 
@@ -65,7 +65,7 @@ IVE_TARGET inline void narrow(const float* from, const float* scales, Kind kind,
 }
 
 IVE_TARGET inline void transpose(const float* from, int64_t count, int given, float* to) {
-  int4::avx2::transpose(
+  blocks::avx2::transpose(
       {reinterpret_cast<const uint8_t*>(from), count * int64_t{sizeof(float)}, given, count},
       reinterpret_cast<uint8_t*>(to));
 }

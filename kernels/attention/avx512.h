@@ -1,7 +1,7 @@
 // Tasks for x86 with AVX-512.
 #pragma once
 
-#include "../int4/avx512.h"
+#include "../blocks/avx512.h"
 #include "path.h"
 
 namespace ive::attention::avx512 {
@@ -9,10 +9,10 @@ namespace ive::attention::avx512 {
 #define IVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
 
 typedef float Vec __attribute__((vector_size(64)));
-constexpr int kLanes = 16, kRows = 12, kFewLines = 6, kColumns = int4::avx512::kColumns;
+constexpr int kLanes = 16, kRows = 12, kFewLines = 6, kColumns = blocks::avx512::kColumns;
 constexpr const char* kName = "AVX-512";
 
-inline bool runs_here() { return int4::avx512::runs_here(); }
+inline bool runs_here() { return blocks::avx512::runs_here(); }
 
 IVE_TARGET IVE_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
 
@@ -65,7 +65,7 @@ IVE_TARGET inline void narrow(const float* from, const float* scales, Kind kind,
 }
 
 IVE_TARGET inline void transpose(const float* from, int64_t count, int given, float* to) {
-  int4::avx512::transpose(
+  blocks::avx512::transpose(
       {reinterpret_cast<const uint8_t*>(from), count * int64_t{sizeof(float)}, given, count},
       reinterpret_cast<uint8_t*>(to));
 }

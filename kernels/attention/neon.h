@@ -1,7 +1,7 @@
 // Tasks for aarch64.
 #pragma once
 
-#include "../int4/neon.h"
+#include "../blocks/neon.h"
 #include "path.h"
 
 namespace ive::attention::neon {
@@ -9,7 +9,7 @@ namespace ive::attention::neon {
 #define IVE_TARGET
 
 typedef float Vec __attribute__((vector_size(16)));
-constexpr int kLanes = 4, kRows = 6, kFewLines = 4, kColumns = int4::neon::kColumns;
+constexpr int kLanes = 4, kRows = 6, kFewLines = 4, kColumns = blocks::neon::kColumns;
 constexpr const char* kName = "NEON";
 
 inline bool runs_here() { return true; }
@@ -53,7 +53,7 @@ inline void narrow(const float* from, const float* scales, Kind kind, char* to, 
 }
 
 inline void transpose(const float* from, int64_t count, int given, float* to) {
-  int4::neon::transpose(
+  blocks::neon::transpose(
       {reinterpret_cast<const uint8_t*>(from), count * int64_t{sizeof(float)}, given, count},
       reinterpret_cast<uint8_t*>(to));
 }

@@ -1,6 +1,6 @@
 // The operators of the library, as ONNX Runtime takes them.
 #include "../attention/operator.h"
-#include "../int4/operator.h"
+#include "../blocks/operator.h"
 #include "exported.h"
 
 namespace ort = ive::ort;
@@ -8,7 +8,8 @@ namespace ort = ive::ort;
 // Called by ONNX Runtime for every session whose options name this library.
 IVE_EXPORT ort::Status* RegisterCustomOps(ort::Options* options, const ort::ApiBase* base) {
   static const ort::CustomOp kOperators[] = {
-      ort::describe<ive::int4::Operator>(), ort::describe<ive::attention::Operator<ort::kFloat>>(),
+      ort::describe<ive::blocks::Operator>(),
+      ort::describe<ive::attention::Operator<ort::kFloat>>(),
       ort::describe<ive::attention::Operator<ort::kFloat16>>()};
   const ort::Api api = base->get(ort::kVersion);
   const auto create =

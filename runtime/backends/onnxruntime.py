@@ -62,8 +62,8 @@ class OnnxRuntimeBackend:
         self._description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
         )
-        if self._graphs.int4:
-            self._description += ", own INT4 kernel"
+        if self._graphs.mapped:
+            self._description += ", own kernel for weights in blocks"
         if self._graphs.attends:
             self._description += ", own attention"
         if note:
@@ -87,9 +87,9 @@ class OnnxRuntimeBackend:
         return self._graphs.prepared
 
     @property
-    def int4(self) -> bool:
+    def mapped(self) -> bool:
         """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
-        return self._graphs.int4
+        return self._graphs.mapped
 
     @property
     def takes_drafts(self) -> bool:

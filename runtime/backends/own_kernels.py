@@ -15,11 +15,11 @@ from internvl_edge.runtime.backends.attention import (
     attention_kernel,
 )
 from internvl_edge.runtime.backends.attention_nodes import give_attention
-from internvl_edge.runtime.backends.int4 import (
+from internvl_edge.runtime.backends.blocks import (
     GRAPH_BYTES,
     NO_KERNEL,
     WEIGHTS_FOLDER,
-    Int4Kernel,
+    BlockKernel,
     bundle_kernel,
 )
 from internvl_edge.runtime.backends.own_nodes import give_products, has_own_nodes
@@ -29,13 +29,13 @@ from internvl_edge.runtime.backends.own_nodes import give_products, has_own_node
 class OwnKernels:
     """Kernels that compute a graph's 4-bit products and its attention; none by default."""
 
-    int4: Int4Kernel = NO_KERNEL
+    blocks: BlockKernel = NO_KERNEL
     attention: AttentionKernel = NO_ATTENTION
 
     @property
     def library(self) -> Path | None:
         """The library of operators; None where neither is used."""
-        return self.int4.library or self.attention.library
+        return self.blocks.library or self.attention.library
 
     def give(self, graph: Path, options: Any) -> str | bytes:
         """Let the kernels compute what they can of a graph.
@@ -55,7 +55,7 @@ class OwnKernels:
         model = given = read_bytes(graph, GRAPH_BYTES)
         if has_own_nodes(model):
             return str(graph)  # ONNX Runtime says that it does not know them
-        if self.int4.library is not None:
+        if self.blocks.library is not None:
             given = give_products(given) or given
         if self.attention.library is not None:
             given = give_attention(given) or given

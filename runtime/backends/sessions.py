@@ -127,7 +127,7 @@ class CpuGraphs:
             bundle.manifest,
             prepared=False,
             low_memory=one_at_a_time,
-            int4=self.int4,
+            mapped=self.mapped,
         )
         self._form = bundle_form(bundle.manifest)
         self._prepared = self._find_prepared()
@@ -143,9 +143,9 @@ class CpuGraphs:
         return self._prepared is not None
 
     @property
-    def int4(self) -> bool:
+    def mapped(self) -> bool:
         """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
-        return self._own.int4.library is not None
+        return self._own.blocks.library is not None
 
     @property
     def attends(self) -> bool:
@@ -198,7 +198,7 @@ class CpuGraphs:
     def _part(self, graph: str) -> _Part:
         """Return what is opened of a graph."""
         own = self._own if graph == contract.LANGUAGE_GRAPH else NO_KERNELS
-        if self._prepared is None or own.int4.library is not None:
+        if self._prepared is None or own.blocks.library is not None:
             return _Part(self._bundle.verified, graph, Provider(form=self._form, own=own))
         return _Part(self._prepared, graph, Provider(optimise="none", form=self._form, own=own))
 

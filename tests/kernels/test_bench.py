@@ -11,14 +11,14 @@ import pytest
 from host_driver import ELAPSED_MS, open_driver
 
 from internvl_edge.bench.kernels import attention as attention_bench
+from internvl_edge.bench.kernels import blocks as blocks_bench
 from internvl_edge.bench.kernels import cpu as bench
 from internvl_edge.bench.kernels import cuda as cuda_bench
-from internvl_edge.bench.kernels import int4 as int4_bench
 from internvl_edge.cli.main import main
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.device import Driver
 from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.int4 import Int4Kernel, int4_kernel
+from internvl_edge.runtime.backends.blocks import BlockKernel, block_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PICTURES", (((90, 60), (2, 1)),))
     monkeypatch.setattr(bench, "FEATURES", (1, 17, 64))
     monkeypatch.setattr(bench, "copy_bandwidth", lambda threads: 1e9 * threads)
-    monkeypatch.setattr(int4_bench, "SHAPE", (256, 96))
+    monkeypatch.setattr(blocks_bench, "SHAPE", (256, 96))
     monkeypatch.setattr(attention_bench, "SHAPE", (4, 2, 64))
     monkeypatch.setattr(attention_bench, "PASSES", ((1, 1, 30), (3, 2, 9)))
 
@@ -39,9 +39,9 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     tiling = report["rows"][0]
     assert tiling["megabytes"] == round((90 * 60 * 3 + 3 * 3 * 448 * 448 * 4) / 1e6, 1)
     assert min(row["kernel_ms"] for row in report["rows"]) > 0
-    if int4_kernel().library is not None:
-        assert [row["rows"] for row in report["int4"]["rows"]] == list(int4_bench.ROWS)
-        assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["int4"]["rows"])
+    if block_kernel().library is not None:
+        assert [row["rows"] for row in report["blocks"]["rows"]] == list(blocks_bench.ROWS)
+        assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["blocks"]["rows"])
     if attention_kernel().library is not None:
         attended = report["attention"]["rows"]
         assert {row["sequences"] for row in attended} == {1, 3}
@@ -66,7 +66,7 @@ def test_a_wrong_result_is_not_timed(
 def test_a_wrong_product_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if int4_kernel().library is None:
+    if block_kernel().library is None:
         pytest.skip("no INT4 kernel here")
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)
     assert main(["bench", "kernels", "--threads", "1"]) == 1
@@ -86,7 +86,7 @@ def test_wrong_attention_is_not_reported(
 def test_without_the_kernel_the_reason_stands_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "int4_kernel", lambda: Int4Kernel(None, "no library (why)"))
+    monkeypatch.setattr(bench, "block_kernel", lambda: BlockKernel(None, "no library (why)"))
     assert main(["bench", "kernels", "--threads", "1"]) == 0
     assert "onnxruntime's MatMulNBits: no library (why)" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@
 
 #include "product.h"
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 // More rows than these are tiles, on every path.
 constexpr int kFewRows = 4;
@@ -51,4 +51,4 @@ struct FewRows {
   }
 };
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from block_cases import KINDS, Case, case, cases, check, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int4_cases import KINDS, Case, case, cases, check, integers
 
 from internvl_edge.export.formats.quantize import BlockFormat, dequantize_blocks, quantize_blocks
 from internvl_edge.kernels import build
-from internvl_edge.kernels.int4 import reference
-from internvl_edge.kernels.int4.library import BLOCKS, Int4Library
+from internvl_edge.kernels.blocks import reference
+from internvl_edge.kernels.blocks.library import BLOCKS, BlockLibrary
 
 
 @pytest.fixture(scope="module")
-def library() -> Int4Library:
+def library() -> BlockLibrary:
     try:
-        return Int4Library(build.operator_library())
+        return BlockLibrary(build.operator_library())
     except build.BuildError as reason:
         pytest.skip(f"no C++ compiler here: {reason}")
 
 
-def results(library: Int4Library, given: Case) -> list[np.ndarray]:
+def results(library: BlockLibrary, given: Case) -> list[np.ndarray]:
     arrays = given.x, given.values, given.scales, given.bias
     return [library.multiply(*arrays, path=path) for path in library.paths]
 
 
 @settings(max_examples=150)
 @given(drawn=cases())
-def test_integers_are_numpys_on_every_path(library: Int4Library, drawn: Case) -> None:
+def test_integers_are_numpys_on_every_path(library: BlockLibrary, drawn: Case) -> None:
     whole, sums = integers(drawn)
     for y in results(library, whole):
         np.testing.assert_array_equal(y, sums)
@@ -37,13 +37,13 @@ def test_integers_are_numpys_on_every_path(library: Int4Library, drawn: Case) ->
 
 @settings(max_examples=150)
 @given(drawn=cases())
-def test_floats_are_the_sum_over_these_integers(library: Int4Library, drawn: Case) -> None:
+def test_floats_are_the_sum_over_these_integers(library: BlockLibrary, drawn: Case) -> None:
     check(results(library, drawn), drawn)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_with_every_number_of_rows(library: Int4Library, kind: str, block: int) -> None:
+def test_every_kind_with_every_number_of_rows(library: BlockLibrary, kind: str, block: int) -> None:
     for rows in (*range(1, 14), 24, 50):
         given = case(rows, 2 * block + 1, 33, block, kind, seed=rows)
         check(results(library, given), given)
@@ -52,14 +52,14 @@ def test_every_kind_with_every_number_of_rows(library: Int4Library, kind: str, b
 @pytest.mark.parametrize("rows", [1, 3, 13])
 @pytest.mark.parametrize(("inputs", "columns"), [(5000, 300), (10240, 97), (1000, 1030)])
 def test_more_inputs_and_columns_than_one_task_takes(
-    library: Int4Library, rows: int, inputs: int, columns: int
+    library: BlockLibrary, rows: int, inputs: int, columns: int
 ) -> None:
     given = case(rows, inputs, columns, 128, seed=1)
     check(results(library, given), given)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_row(library: Int4Library, wrong: float) -> None:
+def test_what_is_not_finite_stays_in_its_row(library: BlockLibrary, wrong: float) -> None:
     given = case(5, 96, 40, 32)
     wanted = reference.multiply(given.x, given.values, given.scales, given.bias)
     given.x[2, 50] = wrong
@@ -74,7 +74,7 @@ def test_what_is_not_finite_stays_in_its_row(library: Int4Library, wrong: float)
     ratios=st.lists(st.floats(-1, 1, width=32), min_size=32, max_size=32),
 )
 def test_any_float_is_rounded_as_numpy_rounds(
-    library: Int4Library, scale: float, ratios: list[float]
+    library: BlockLibrary, scale: float, ratios: list[float]
 ) -> None:
     """From the smallest there is, which counts as zero, to the largest."""
     x = np.array([ratios], np.float32) * np.float32(scale)
@@ -88,7 +88,7 @@ def test_any_float_is_rounded_as_numpy_rounds(
         weight[0, 0, place // 2] = 0x88
 
 
-def test_a_weight_means_what_export_quantised(library: Int4Library) -> None:
+def test_a_weight_means_what_export_quantised(library: BlockLibrary) -> None:
     random = np.random.default_rng(0)
     weight = random.standard_normal((48, 200)).astype(np.float32)
     form = BlockFormat(4, 64)
@@ -100,7 +100,7 @@ def test_a_weight_means_what_export_quantised(library: Int4Library) -> None:
         assert np.linalg.norm(y - wanted) / np.linalg.norm(wanted) < 0.01
 
 
-def test_shapes_that_do_not_fit_are_refused(library: Int4Library) -> None:
+def test_shapes_that_do_not_fit_are_refused(library: BlockLibrary) -> None:
     given = case(2, 64, 8, 32)
     with pytest.raises(ValueError, match="no weight of 65 inputs"):
         library.multiply(np.zeros((2, 65), np.float32), given.values, given.scales, path="plain")

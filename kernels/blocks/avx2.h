@@ -4,7 +4,7 @@
 #include "tiles.h"
 #include "x86.h"
 
-namespace ive::int4::avx2 {
+namespace ive::blocks::avx2 {
 
 #define IVE_AVX2 __attribute__((target("avx2,fma")))
 
@@ -167,4 +167,4 @@ inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, co
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 
-}  // namespace ive::int4::avx2
+}  // namespace ive::blocks::avx2

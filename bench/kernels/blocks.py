@@ -22,7 +22,7 @@ from internvl_edge.export.formats.quantize import BlockFormat, Blocks, block_byt
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
-from internvl_edge.runtime.backends.int4 import NO_KERNEL, Int4Kernel
+from internvl_edge.runtime.backends.blocks import NO_KERNEL, BlockKernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import AS_STORED, Form, exact_form
 
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Int4Row:
+class BlockRow:
     """One number of rows; times are medians in milliseconds.
 
     Attributes:
@@ -58,7 +58,7 @@ class Int4Row:
     difference: float
 
 
-def measure_int4(kernel: Int4Kernel, threads: int, runs: int) -> list[Int4Row]:
+def measure_blocks(kernel: BlockKernel, threads: int, runs: int) -> list[BlockRow]:
     """Time the products for every number of rows.
 
     Args:
@@ -76,7 +76,7 @@ def measure_int4(kernel: Int4Kernel, threads: int, runs: int) -> list[Int4Row]:
         return [_measure(sessions, rows, runs) for rows in ROWS]
 
 
-def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> Int4Row:
+def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> BlockRow:
     random = np.random.default_rng(rows)
     inputs, outputs = SHAPE
     x: NDArray[Any] = random.standard_normal((rows, inputs)).astype(np.float32)
@@ -91,7 +91,7 @@ def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> Int4Row:
             times[name].append(time.perf_counter() - started)
     median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
     theirs, ours = results["matmulnbits"], results["kernel"]
-    return Int4Row(
+    return BlockRow(
         rows=rows,
         matmulnbits_ms=round(median["matmulnbits"] * 1e3, 3),
         kernel_ms=round(median["kernel"] * 1e3, 3),
@@ -137,7 +137,7 @@ def _write_integers(folder: Path) -> Path:
     return folder / "int8.onnx"
 
 
-def _open(graph: Path, threads: int, form: Form, kernel: Int4Kernel = NO_KERNEL) -> Any:
+def _open(graph: Path, threads: int, form: Form, kernel: BlockKernel = NO_KERNEL) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -149,7 +149,7 @@ def _open(graph: Path, threads: int, form: Form, kernel: Int4Kernel = NO_KERNEL)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def render_int4(kernel: Int4Kernel, rows: Sequence[Int4Row], threads: int) -> list[str]:
+def render_blocks(kernel: BlockKernel, rows: Sequence[BlockRow], threads: int) -> list[str]:
     """Return the lines of a report."""
     inputs, outputs = SHAPE
     head = f"INT4 product {inputs} -> {outputs}, block {BLOCK}, {threads} threads: {kernel}"

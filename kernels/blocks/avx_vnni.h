@@ -8,7 +8,7 @@
 
 #include "avx2_few.h"
 
-namespace ive::int4::avx_vnni {
+namespace ive::blocks::avx_vnni {
 
 #define IVE_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
 
@@ -82,6 +82,6 @@ constexpr Path kPath = {
     "AVX-VNNI",      kRows,         kColumns,        runs_here,          avx2::round_inputs,
     avx2::transpose, multiply_rows, avx2::round_few, avx2::multiply_few, 3};
 
-}  // namespace ive::int4::avx_vnni
+}  // namespace ive::blocks::avx_vnni
 
 #endif

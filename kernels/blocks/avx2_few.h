@@ -4,7 +4,7 @@
 #include "avx2.h"
 #include "few.h"
 
-namespace ive::int4::avx2 {
+namespace ive::blocks::avx2 {
 
 // Bytes read at a time: a block of 32 inputs has half of them.
 constexpr int64_t kPart = 32;
@@ -111,4 +111,4 @@ inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64
 constexpr Path kPath = {"AVX2",    kRows,         kColumns,  runs_here,    round_inputs,
                         transpose, multiply_rows, round_few, multiply_few, kFewRows};
 
-}  // namespace ive::int4::avx2
+}  // namespace ive::blocks::avx2

@@ -11,9 +11,9 @@
 
 #include "driver.h"
 
-using ive::int4::Multiplication;
-using ive::int4::Path;
-using ive::int4::Product;
+using ive::blocks::Multiplication;
+using ive::blocks::Path;
+using ive::blocks::Product;
 
 template <typename T>
 std::unique_ptr<T[]> read(int64_t count, bool too_short = false) {
@@ -49,7 +49,7 @@ void run(const int64_t (&shape)[5], const std::vector<const Path*>& paths,
 int main(int count, char** arguments) {
   const std::string too_short = count > 1 ? arguments[1] : "";
   std::vector<const Path*> paths;
-  for (const Path& path : ive::int4::kPaths) {
+  for (const Path& path : ive::blocks::kPaths) {
     if (!path.runs_here()) continue;
     std::printf("%s%s", paths.empty() ? "" : ",", path.name);
     paths.push_back(&path);

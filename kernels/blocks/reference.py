@@ -53,7 +53,7 @@ def multiply(
     scales: NDArray[np.float32],
     bias: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
-    """Multiply as `Int4Library.multiply` does, blocks added in float64."""
+    """Multiply as `BlockLibrary.multiply` does, blocks added in float64."""
     rounded, x_scales = round_inputs(x, 2 * values.shape[2])
     sums = integer_sums(rounded, values)
     both: NDArray[Any] = x_scales.astype(np.float64)[:, np.newaxis] * scales

@@ -14,7 +14,7 @@ BLOCKS = (32, 64, 128, 256)
 
 
 class Product(ctypes.Structure):
-    """`ive::int4::Product`."""
+    """`ive::blocks::Product`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "values", "scales", "bias", "y")),
@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
     )
 
 
-class Int4Library:
+class BlockLibrary:
     """A build of the library.
 
     Args:
@@ -34,9 +34,9 @@ class Int4Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        self._library.ive_int4_path.restype = ctypes.c_char_p
-        self._library.ive_int4_path.argtypes = [ctypes.c_int32]
-        self._library.ive_int4_multiply.argtypes = [ctypes.POINTER(Product), ctypes.c_int32]
+        self._library.ive_blocks_path.restype = ctypes.c_char_p
+        self._library.ive_blocks_path.argtypes = [ctypes.c_int32]
+        self._library.ive_blocks_multiply.argtypes = [ctypes.POINTER(Product), ctypes.c_int32]
 
     @property
     def paths(self) -> list[str]:
@@ -45,7 +45,7 @@ class Int4Library:
 
     def _paths(self) -> Iterator[str]:
         index = 0
-        while (name := self._library.ive_int4_path(index)) is not None:
+        while (name := self._library.ive_blocks_path(index)) is not None:
             yield name.decode()
             index += 1
 
@@ -89,6 +89,6 @@ class Int4Library:
         y = np.empty((rows, columns), np.float32)
         addresses = [None if a is None else a.ctypes.data for a in (*held, y)]
         product = Product(*addresses, rows, inputs, columns, block)
-        if self._library.ive_int4_multiply(ctypes.byref(product), self.paths.index(path)):
+        if self._library.ive_blocks_multiply(ctypes.byref(product), self.paths.index(path)):
             raise MemoryError(f"no memory for {rows} rounded rows")
         return y

@@ -4,7 +4,7 @@
 #include "../operators/operator.h"
 #include "driver.h"
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 class Operator {
  public:
@@ -80,4 +80,4 @@ class Operator {
   int64_t inputs_ = 0, columns_ = 0, block_ = 0;
 };
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -4,7 +4,7 @@
 #include "few.h"
 #include "neon.h"
 
-namespace ive::int4::neon {
+namespace ive::blocks::neon {
 
 // Bytes read at a time: those of the smallest block.
 constexpr int64_t kPart = 16;
@@ -78,4 +78,4 @@ inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64
 constexpr Path kPath = {"NEON dot products", kRows,         kColumns,  runs_here,    round_inputs,
                         transpose,           multiply_rows, round_few, multiply_few, kFewRows};
 
-}  // namespace ive::int4::neon
+}  // namespace ive::blocks::neon

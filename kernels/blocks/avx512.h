@@ -4,7 +4,7 @@
 #include "tiles.h"
 #include "x86.h"
 
-namespace ive::int4::avx512 {
+namespace ive::blocks::avx512 {
 
 #define IVE_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 
@@ -146,4 +146,4 @@ IVE_AVX512 inline void multiply_rows(int rows, const Inputs& inputs, const Panel
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 
-}  // namespace ive::int4::avx512
+}  // namespace ive::blocks::avx512

@@ -4,7 +4,7 @@
 #include "avx512.h"
 #include "few.h"
 
-namespace ive::int4::avx512 {
+namespace ive::blocks::avx512 {
 
 IVE_AVX512 inline void round_few(const Product& p, const FewRows& x, int64_t row) {
   x.round(p, row);
@@ -94,4 +94,4 @@ inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64
 constexpr Path kPath = {"AVX512-VNNI", kRows,         kColumns,  runs_here,    round_inputs,
                         transpose,     multiply_rows, round_few, multiply_few, kFewRows};
 
-}  // namespace ive::int4::avx512
+}  // namespace ive::blocks::avx512

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from internvl_edge.export.formats.quantize import unpack
-from internvl_edge.kernels.int4 import reference
-from internvl_edge.kernels.int4.library import BLOCKS
+from internvl_edge.kernels.blocks import reference
+from internvl_edge.kernels.blocks.library import BLOCKS
 
-#: `ive::int4::kFewRows`: each path adds the blocks of so few in an order of its own.
+#: `ive::blocks::kFewRows`: each path adds the blocks of so few in an order of its own.
 FEW_ROWS = 4
 #: Of integers that float32 sums without rounding: |8 * 127| * INPUTS < 2**24.
 EXACT_INPUTS = 16000
@@ -20,7 +20,7 @@ EXACT_INPUTS = 16000
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of a product; see `Int4Library.multiply`."""
+    """The arguments of a product; see `BlockLibrary.multiply`."""
 
     x: NDArray[np.float32]
     values: NDArray[np.uint8]

@@ -16,7 +16,7 @@
 #include "neon_few.h"
 #endif
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 // The fastest first.
 constexpr Path kPaths[] = {
@@ -181,4 +181,4 @@ class Multiplication {
   std::unique_ptr<int32_t[]> starts_;
 };
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from block_cases import KINDS, Case, case, check, error, integers
 from elsewhere import ARM, SANITIZED, compiled, emulator
-from int4_cases import KINDS, Case, case, check, error, integers
 
-from internvl_edge.kernels.int4.library import BLOCKS
+from internvl_edge.kernels.blocks.library import BLOCKS
 
-RUNNER = Path(__file__).with_name("int4_runner.cpp")
+RUNNER = Path(__file__).with_name("block_runner.cpp")
 
 #: Of awkward rows, inputs and columns, on both sides of tiles and spans.
 SHAPES = (
@@ -70,7 +70,7 @@ def check_all(products: list[Case], results: list[list[np.ndarray]]) -> None:
 def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("this machine is no x86-64")
-    program = compiled("g++", RUNNER, "int4", tmp_path)
+    program = compiled("g++", RUNNER, "blocks", tmp_path)
     products = given_products()
     paths, results = run([emulator("qemu-x86_64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
@@ -83,7 +83,7 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     [("neoverse-n1", ["NEON dot products", "plain"]), ("cortex-a53", ["plain"])],
 )
 def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
-    program = compiled(ARM, RUNNER, "int4", tmp_path)
+    program = compiled(ARM, RUNNER, "blocks", tmp_path)
     products = given_products()
     paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], products)
     assert paths == wanted
@@ -93,7 +93,7 @@ def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sanitized")
-    return compiled("g++", RUNNER, "int4", folder, *SANITIZED)
+    return compiled("g++", RUNNER, "blocks", folder, *SANITIZED)
 
 
 @pytest.mark.slow(seconds=20)

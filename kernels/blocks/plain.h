@@ -5,7 +5,7 @@
 
 #include "product.h"
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 inline void plain_row(const Product& p, int64_t row) {
   const int64_t blocks = p.blocks(), half = p.block / 2;
@@ -29,4 +29,4 @@ inline void plain_row(const Product& p, int64_t row) {
   for (int64_t n = 0; p.bias != nullptr && n < p.columns; ++n) y[n] += p.bias[n];
 }
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -8,7 +8,7 @@
 
 #include "tiles.h"
 
-namespace ive::int4::neon {
+namespace ive::blocks::neon {
 
 #define IVE_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 
@@ -121,4 +121,4 @@ inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, co
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 
-}  // namespace ive::int4::neon
+}  // namespace ive::blocks::neon

@@ -16,7 +16,7 @@
 
 #define IVE_INLINE inline __attribute__((always_inline))
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 constexpr int64_t kMaxBlock = 256;
 constexpr int32_t kMiddle = 8;
@@ -80,4 +80,4 @@ IVE_INLINE const float* whole_block(const float* x, int64_t given, int64_t block
   return room;
 }
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -29,11 +29,11 @@ from internvl_edge.export.formats.quantize import BlockFormat
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.kernels.blocks.library import BLOCKS
 from internvl_edge.kernels.build import BuildError
-from internvl_edge.kernels.int4.library import BLOCKS
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import int4, sessions
-from internvl_edge.runtime.backends.int4 import Int4Kernel, bundle_kernel, int4_kernel
+from internvl_edge.runtime.backends import blocks, sessions
+from internvl_edge.runtime.backends.blocks import BlockKernel, block_kernel, bundle_kernel
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.backends.products import probe_file
 from internvl_edge.runtime.memory import PACKED_GROWTH, plan_memory
@@ -50,8 +50,8 @@ def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernel() -> Int4Kernel:
-    if (found := int4_kernel()).library is None:
+def kernel() -> BlockKernel:
+    if (found := block_kernel()).library is None:
         pytest.skip(found.name)
     return found
 
@@ -81,7 +81,7 @@ def write_product(folder: Path, inputs: int, columns: int, block: int, bias: boo
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_session_gives_what_matmulnbits_gives(
-    block: int, bias: bool, kernel: Int4Kernel, tmp_path: Path
+    block: int, bias: bool, kernel: BlockKernel, tmp_path: Path
 ) -> None:
     path = write_product(tmp_path, 640, 203, block, bias)
     options = ort.SessionOptions()
@@ -97,7 +97,7 @@ def test_a_session_gives_what_matmulnbits_gives(
 
 
 def test_a_bundle_answers_as_on_matmulnbits(
-    int4_bundle: Path, kernel: Int4Kernel, monkeypatch: pytest.MonkeyPatch
+    int4_bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for inputs that round the other way, where values differ in their last bits."""
     ours = logits(int4_bundle)
@@ -107,7 +107,7 @@ def test_a_bundle_answers_as_on_matmulnbits(
     assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
 
 
-def test_many_threads_answer_alike(int4_bundle: Path, kernel: Int4Kernel) -> None:
+def test_many_threads_answer_alike(int4_bundle: Path, kernel: BlockKernel) -> None:
     ids = (IDS * 40)[:200]
     models = [InternVL.load(int4_bundle, device="cpu", threads=n, reuse_bytes=0) for n in (1, 3)]
     one, three = (model.logits(ids) for model in models)
@@ -121,17 +121,17 @@ def test_the_same_file_runs_without_a_library(
         raise BuildError("no C++ compiler found\nand more")
 
     wanted = logits(int4_bundle)
-    monkeypatch.setattr(int4, "operator_library", no_compiler)
-    monkeypatch.setattr(int4, "int4_kernel", int4_kernel.__wrapped__)
+    monkeypatch.setattr(blocks, "operator_library", no_compiler)
+    monkeypatch.setattr(blocks, "block_kernel", block_kernel.__wrapped__)
     found = bundle_kernel(open_bundle(int4_bundle))
     assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
     model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
-    assert "own INT4 kernel" not in model.engine.backend.description
+    assert "own kernel" not in model.engine.backend.description
     assert np.linalg.norm(model.logits(IDS) - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
 def test_a_kernel_that_is_wrong_is_not_used(
-    kernel: Int4Kernel, monkeypatch: pytest.MonkeyPatch
+    kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(ort.InferenceSession):  # type: ignore[misc]
         def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -140,7 +140,7 @@ def test_a_kernel_that_is_wrong_is_not_used(
             return [first, *others]
 
     monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
-    found = int4_kernel.__wrapped__()
+    found = block_kernel.__wrapped__()
     assert found.library is None
     assert "does not run it, or not exactly" in found.name
 
@@ -151,20 +151,20 @@ def test_a_cpu_without_instructions_for_it_leaves_it(monkeypatch: pytest.MonkeyP
 
         def __init__(self, path: Path) -> None: ...
 
-    monkeypatch.setattr(int4, "Int4Library", Plain)
-    monkeypatch.setattr(int4, "operator_library", lambda: Path("any"))
-    assert int4_kernel.__wrapped__().library is None
+    monkeypatch.setattr(blocks, "BlockLibrary", Plain)
+    monkeypatch.setattr(blocks, "operator_library", lambda: Path("any"))
+    assert block_kernel.__wrapped__().library is None
 
 
 def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(int4, "operator_library", lambda: tmp_path / "damaged.so")
-    assert int4_kernel.__wrapped__().name.startswith("no library (")
+    monkeypatch.setattr(blocks, "operator_library", lambda: tmp_path / "damaged.so")
+    assert block_kernel.__wrapped__().name.startswith("no library (")
 
 
 @pytest.mark.parametrize("attribute", ["K", "N", "block_size"])
 def test_a_node_that_its_weight_does_not_fit_is_refused(
-    attribute: str, kernel: Int4Kernel, tmp_path: Path
+    attribute: str, kernel: BlockKernel, tmp_path: Path
 ) -> None:
     model = onnx.load(str(probe_file("int4")))
     for node in model.graph.node:
@@ -179,7 +179,7 @@ def test_a_node_that_its_weight_does_not_fit_is_refused(
         opened.run(None, {"x": np.zeros((3, 256), np.float32)})
 
 
-def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: Int4Kernel) -> None:
+def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: BlockKernel) -> None:
     with few_items():
         bundle = export_bundle(
             GOLDEN / "model",
@@ -192,30 +192,30 @@ def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: Int4Kernel) -
     assert np.isfinite(logits(bundle)).all()
 
 
-def test_prepared_bundles_run_on_it_too(int4_bundle: Path, kernel: Int4Kernel) -> None:
+def test_prepared_bundles_run_on_it_too(int4_bundle: Path, kernel: BlockKernel) -> None:
     wanted = logits(int4_bundle)
     prepare_bundle(int4_bundle, overwrite=True)
     model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
     assert model.engine.backend.prepared
-    assert model.engine.backend.int4
+    assert model.engine.backend.mapped
     np.testing.assert_array_equal(model.logits(IDS), wanted)
 
 
 def test_inspect_and_doctor_say_it(
-    int4_bundle: Path, kernel: Int4Kernel, capsys: pytest.CaptureFixture[str]
+    int4_bundle: Path, kernel: BlockKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "--json", str(int4_bundle)]) == 0
-    assert json.loads(capsys.readouterr().out)["here"]["int4_products"] == kernel.name
+    assert json.loads(capsys.readouterr().out)["here"]["block_products"] == kernel.name
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kernels"]["int4"] == kernel.name
+    assert json.loads(capsys.readouterr().out)["kernels"]["block_products"] == kernel.name
 
 
 def test_only_what_is_copied_is_planned(int4_bundle: Path) -> None:
     manifest = open_bundle(int4_bundle).manifest
 
-    def copied(given: Manifest, int4: bool) -> int:
+    def copied(given: Manifest, mapped: bool) -> int:
         return plan_memory(
-            given, tokens=64, tiles=1, prepared=False, low_memory=False, int4=int4
+            given, tokens=64, tiles=1, prepared=False, low_memory=False, mapped=mapped
         ).language_weights
 
     head = manifest.parts["head"]
@@ -250,7 +250,7 @@ print(anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read memory from")
-def test_weights_are_mapped_and_not_copied(tmp_path: Path, kernel: Int4Kernel) -> None:
+def test_weights_are_mapped_and_not_copied(tmp_path: Path, kernel: BlockKernel) -> None:
     config = small_config(hidden=1024, vision_hidden=64, heads=8, kv_heads=2)
     with few_items():
         bundle = export_bundle(

@@ -4,7 +4,7 @@
 #include "few.h"
 #include "product.h"
 
-namespace ive::int4 {
+namespace ive::blocks {
 
 // Rounded inputs of a few rows, `rows` of the path's even where fewer are used:
 //   values: per run of 8 inputs four bytes of each row, of places 0, 2, 4, 6; then 1, 3, 5, 7
@@ -89,4 +89,4 @@ IVE_INLINE int32_t four(const int8_t* bytes) {
   return value;
 }
 
-}  // namespace ive::int4
+}  // namespace ive::blocks

@@ -15,8 +15,8 @@ from typing import Any
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.kernels.blocks.library import BlockLibrary
 from internvl_edge.kernels.build import BuildError, operator_library
-from internvl_edge.kernels.int4.library import Int4Library
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_nodes import give_products
 from internvl_edge.runtime.backends.products import gives_integers, probe_file
@@ -28,7 +28,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
-class Int4Kernel:
+class BlockKernel:
     """The kernel that multiplies 4-bit weights on this machine.
 
     Attributes:
@@ -63,41 +63,41 @@ class Int4Kernel:
         return changed
 
 
-NO_KERNEL = Int4Kernel(None, "not used")
+NO_KERNEL = BlockKernel(None, "not used")
 
 
-def bundle_kernel(bundle: Bundle) -> Int4Kernel:
+def bundle_kernel(bundle: Bundle) -> BlockKernel:
     """Return the kernel that computes a bundle's language graph on the CPU."""
     if bundle.manifest.dialect != "onnxruntime" or bundle.manifest.language != "int4":
         return NO_KERNEL
-    kernel = int4_kernel()
+    kernel = block_kernel()
     try:
         graph = read_bytes(bundle.file(LANGUAGE_GRAPH), GRAPH_BYTES)
     except OSError:  # said when it is opened
         return NO_KERNEL
     if kernel.library is not None and give_products(graph) is None:
-        return Int4Kernel(None, "the bundle has zero points, or blocks of another size")
+        return BlockKernel(None, "the bundle has zero points, or blocks of another size")
     return kernel
 
 
 @functools.cache
-def int4_kernel() -> Int4Kernel:
+def block_kernel() -> BlockKernel:
     """Return the kernel of this machine: built on first use, and tried before it is trusted."""
     try:
         library = operator_library()
-        fastest = Int4Library(library).paths[0]
+        fastest = BlockLibrary(library).paths[0]
     except (BuildError, OSError) as error:
-        return Int4Kernel(None, f"no library ({str(error).splitlines()[0]})")
+        return BlockKernel(None, f"no library ({str(error).splitlines()[0]})")
     if fastest == "plain":
-        return Int4Kernel(None, "this CPU has no instructions for it")
-    kernel = Int4Kernel(library, fastest)
+        return BlockKernel(None, "this CPU has no instructions for it")
+    kernel = BlockKernel(library, fastest)
     if not gives_integers(lambda: _open_probe(kernel), "int4"):
         version = load_onnxruntime().__version__
-        return Int4Kernel(None, f"onnxruntime {version} does not run it, or not exactly")
+        return BlockKernel(None, f"onnxruntime {version} does not run it, or not exactly")
     return kernel
 
 
-def _open_probe(kernel: Int4Kernel) -> Any:
+def _open_probe(kernel: BlockKernel) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -2,21 +2,21 @@
 #include "../operators/exported.h"
 #include "driver.h"
 
-using ive::int4::Multiplication;
-using ive::int4::Path;
-using ive::int4::Product;
+using ive::blocks::Multiplication;
+using ive::blocks::Path;
+using ive::blocks::Product;
 
 // Names of the paths that run on this CPU, the fastest first; null past the last.
-IVE_EXPORT const char* ive_int4_path(int32_t index) {
-  for (const Path& path : ive::int4::kPaths) {
+IVE_EXPORT const char* ive_blocks_path(int32_t index) {
+  for (const Path& path : ive::blocks::kPaths) {
     if (path.runs_here() && index-- == 0) return path.name;
   }
   return nullptr;
 }
 
 // One product on this thread by the path of that index; 0, or 1 where there is no memory.
-IVE_EXPORT int32_t ive_int4_multiply(const Product* product, int32_t index) {
-  for (const Path& path : ive::int4::kPaths) {
+IVE_EXPORT int32_t ive_blocks_multiply(const Product* product, int32_t index) {
+  for (const Path& path : ive::blocks::kPaths) {
     if (!path.runs_here() || index-- != 0) continue;
     Multiplication work(*product, path);
     if (!work.allocate()) return 1;
