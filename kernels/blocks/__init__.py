@@ -1,1 +1,1 @@
-"""The product of float rows and 4-bit weights in C++, with its operator for ONNX Runtime."""
+"""The product of float rows and weights in blocks, with its operator for ONNX Runtime."""

@@ -14,9 +14,11 @@ constexpr int64_t kRun = 32;
 
 inline bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-IVE_AVX2 inline void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                                  float* scales, int32_t* starts) {
-  round_row<kRows>(x, inputs, block, values, scales, starts);
+// Weights of 8 bits are signed here, see `Signed`.
+template <int kBits>
+IVE_AVX2 void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
+                           float* scales, int32_t* starts) {
+  round_row<kRows, kBits, kBits == 4>(x, inputs, block, values, scales, starts);
 }
 
 // 8 columns of 8 times four bytes.
@@ -65,10 +67,49 @@ IVE_AVX2 IVE_INLINE __m256i load(const T* values) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
 }
 
-// Adds the products of one block, by pairs in int16, which no product of 4 bits saturates.
+// Weights of 8 bits as sizes, at most 128, and signs, which the inputs take over: so a sum of two
+// products, at most 2 * 128 * 127, does not saturate.
+struct Signed {
+  __m256i sizes, signs;
+
+  IVE_AVX2 IVE_INLINE explicit Signed(__m256i values)
+      : signs(_mm256_xor_si256(values, _mm256_set1_epi8(-128))) {
+    sizes = _mm256_abs_epi8(signs);
+  }
+
+  // The sums of the products of four bytes.
+  IVE_AVX2 IVE_INLINE __m256i fours(__m256i inputs) const {
+    const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(inputs, signs));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+};
+
+// Adds the products of one block with weights of 8 bits.
 template <int R>
-IVE_AVX2 IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
-                             const uint8_t* ahead, int64_t block) {
+IVE_AVX2 IVE_INLINE void add_bytes(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
+                                   const uint8_t* ahead, int64_t block) {
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < block; k += 4) {
+    fetch(ahead);
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const Signed weights(load(w + 32 * c));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m256i fours = weights.fours(_mm256_set1_epi32(four(x + 4 * r)));
+        sums[r][c] = _mm256_add_epi32(sums[r][c], fours);
+      }
+    }
+    x += 4 * kRows;
+    w += 64;
+    ahead += 64;
+  }
+}
+
+// Adds the products of one block with weights of 4 bits, by pairs in int16, which none saturates.
+template <int R>
+IVE_AVX2 IVE_INLINE void add_nibbles(__m256i (&sums)[R][2], const int8_t* x, const uint8_t* w,
+                                     const uint8_t* ahead, int64_t block) {
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   for (int64_t run = 0; run < block; run += kRun) {
     __m256i pairs[R][2];
@@ -144,26 +185,33 @@ IVE_AVX2 IVE_INLINE void store(const __m256 (&results)[R][2], float* y, int64_t 
   }
 }
 
-template <int R>
+template <int R, int kBits>
 IVE_AVX2 void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                        int64_t apart) {
   __m256 results[R][2];
   begin(results, y, apart, span.first);
   for (int64_t b = 0; b < span.blocks; ++b) {
-    const int64_t before = b * span.block;
+    const int64_t inputs_before = b * span.block * kRows;
+    const int64_t before = b * span.block * kBits / 8 * kColumns;
     __m256i sums[R][2];
     start(sums, inputs.starts + b * kRows);
-    add(sums, inputs.values + before * kRows, panel.values + before / 2 * kColumns,
-        panel.ahead + before / 2 * kColumns, span.block);
+    const int8_t* x = inputs.values + inputs_before;
+    if (kBits == 8) {
+      add_bytes(sums, x, panel.values + before, panel.ahead + before, span.block);
+    } else {
+      add_nibbles(sums, x, panel.values + before, panel.ahead + before, span.block);
+    }
     finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
   }
   store(results, y, apart);
 }
 
-inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span,
-                          float* y, int64_t apart) {
+template <int kBits>
+void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
+                   int64_t apart) {
   constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
+      multiply<1, kBits>, multiply<2, kBits>, multiply<3, kBits>,
+      multiply<4, kBits>, multiply<5, kBits>, multiply<6, kBits>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 

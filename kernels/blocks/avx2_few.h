@@ -6,10 +6,13 @@
 
 namespace ive::blocks::avx2 {
 
-// Bytes read at a time: a block of 32 inputs has half of them.
+// Bytes read at a time: a block of 32 inputs has as many, or half of them.
 constexpr int64_t kPart = 32;
 
-IVE_AVX2 inline void round_few(const Product& p, const FewRows& x, int64_t row) { x.round(p, row); }
+template <int kBits>
+IVE_AVX2 void round_few(const Product& p, const FewRows& x, int64_t row) {
+  x.round<kBits, kBits == 4>(p, row);
+}
 
 // The scales of the blocks in a part, each for the sums it belongs to; `kWide` blocks have whole
 // parts.
@@ -32,13 +35,34 @@ IVE_AVX2 IVE_INLINE float total(__m256 values) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+// Weights in a part, of 4 bits: values in even places and in odd ones.
+struct Nibbles {
+  __m256i even, odd;
+
+  IVE_AVX2 IVE_INLINE explicit Nibbles(__m256i values)
+      : even(_mm256_and_si256(values, _mm256_set1_epi8(15))),
+        odd(_mm256_and_si256(_mm256_srli_epi16(values, 4), _mm256_set1_epi8(15))) {}
+};
+
+// The sums of the products of every four bytes of a part with those of row `r` from `at` on.
+IVE_AVX2 IVE_INLINE __m256i fours(const Nibbles& weights, const FewRows& x, int r, int64_t at) {
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(weights.even, load(x.part(r, 0) + at)),
+                       _mm256_maddubs_epi16(weights.odd, load(x.part(r, 1) + at)));
+  const __m256i start = load(x.starts.get() + (r * x.bytes + at) / 4);
+  return _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), start);
+}
+
+IVE_AVX2 IVE_INLINE __m256i fours(const Signed& weights, const FewRows& x, int r, int64_t at) {
+  return weights.fours(load(x.part(r, 0) + at));
+}
+
 // C columns from `n` on: they share what is loaded of the rows.
-template <int R, int C, bool kWide>
+template <int R, int C, typename Weights, bool kWide>
 IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n) {
-  const int64_t bytes = p.column_bytes(), step = kWide ? p.block / 2 : kPart;
+  const int64_t bytes = p.column_bytes(), step = kWide ? p.block_bytes() : kPart;
   const uint8_t* w = p.values + n * bytes;
   const float* scales = p.scales + n * x.blocks;
-  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 results[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) results[r][c] = _mm256_setzero_ps();
@@ -50,25 +74,13 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
       for (int c = 0; c < C; ++c) sums[r][c] = _mm256_setzero_si256();
     }
     for (int64_t at = block; at < block + step; at += kPart) {
-      __m256i even[C], odd[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        const __m256i v = load_part<kWide>(w + c * bytes + at, bytes - at);
+        const Weights weights(load_part<kWide>(w + c * bytes + at, bytes - at));
         if (C > 1) fetch(w + (C + c) * bytes + at);
-        even[c] = _mm256_and_si256(v, low);
-        odd[c] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-      }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const int64_t place = r * x.bytes + at;
-        const __m256i start = load(x.starts.get() + place / 4);
-        const __m256i evens = load(x.even.get() + place), odds = load(x.odd.get() + place);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even[c], evens),
-                                                 _mm256_maddubs_epi16(odd[c], odds));
-          const __m256i fours = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), start);
-          sums[r][c] = _mm256_add_epi32(sums[r][c], fours);
+        for (int r = 0; r < R; ++r) {
+          sums[r][c] = _mm256_add_epi32(sums[r][c], fours(weights, x, r, at));
         }
       }
     }
@@ -91,24 +103,41 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
   }
 }
 
-template <int R, bool kWide>
+template <int R, typename Weights, bool kWide>
 IVE_AVX2 void multiply_range(const Product& p, const FewRows& x, int64_t from, int64_t to) {
   constexpr int kTogether = R == 1 ? 4 : 2;
   int64_t n = from;
-  for (; n + kTogether <= to; n += kTogether) multiply_columns<R, kTogether, kWide>(p, x, n);
-  for (; n < to; ++n) multiply_columns<R, 1, kWide>(p, x, n);
+  for (; n + kTogether <= to; n += kTogether) {
+    multiply_columns<R, kTogether, Weights, kWide>(p, x, n);
+  }
+  for (; n < to; ++n) multiply_columns<R, 1, Weights, kWide>(p, x, n);
 }
 
-inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[2][kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      {multiply_range<1, false>, multiply_range<2, false>, multiply_range<3, false>,
-       multiply_range<4, false>},
-      {multiply_range<1, true>, multiply_range<2, true>, multiply_range<3, true>,
-       multiply_range<4, true>}};
-  kMultiply[p.block >= 2 * kPart][p.rows - 1](p, x, from, to);
+template <typename Weights, bool kWide>
+void multiply_parts(const Product& p, const FewRows& x, int64_t from, int64_t to) {
+  constexpr void (*kMultiply[kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
+      multiply_range<1, Weights, kWide>, multiply_range<2, Weights, kWide>,
+      multiply_range<3, Weights, kWide>, multiply_range<4, Weights, kWide>};
+  kMultiply[p.rows - 1](p, x, from, to);
 }
 
-constexpr Path kPath = {"AVX2",    kRows,         kColumns,  runs_here,    round_inputs,
-                        transpose, multiply_rows, round_few, multiply_few, kFewRows};
+template <int kBits>
+void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
+  if (kBits == 8) return multiply_parts<Signed, true>(p, x, from, to);
+  if (p.block_bytes() >= kPart) return multiply_parts<Nibbles, true>(p, x, from, to);
+  multiply_parts<Nibbles, false>(p, x, from, to);
+}
+
+template <int kBits>
+constexpr Path kPath = {"AVX2",
+                        kRows,
+                        kColumns,
+                        runs_here,
+                        round_inputs<kBits>,
+                        transpose,
+                        multiply_rows<kBits>,
+                        round_few<kBits>,
+                        multiply_few<kBits>,
+                        kFewRows};
 
 }  // namespace ive::blocks::avx2

@@ -16,9 +16,10 @@ inline bool runs_here() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-IVE_AVX512 inline void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                                    float* scales, int32_t* starts) {
-  round_row<kRows>(x, inputs, block, values, scales, starts);
+template <int kBits>
+IVE_AVX512 void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
+                             float* scales, int32_t* starts) {
+  round_row<kRows, kBits, true>(x, inputs, block, values, scales, starts);
 }
 
 // 16 columns of 16 times four bytes.
@@ -70,13 +71,28 @@ IVE_AVX512 IVE_INLINE void dot(__m512i& sum, __m512i weights, __m512i inputs) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
 }
 
-// R rows of a tile. With few rows, sums of even and odd places are kept apart: one sum alone would
-// wait for itself.
-template <int R>
+// Weights of 8 inputs for the 32 columns: the four that are multiplied first, and the others.
+struct Eight {
+  __m512i first[2], second[2];
+};
+
+template <int kBits>
+IVE_AVX512 IVE_INLINE Eight load_eight(const uint8_t* w) {
+  const __m512i v0 = _mm512_loadu_si512(w), v1 = _mm512_loadu_si512(w + 64);
+  if (kBits == 8) return {{v0, v1}, {_mm512_loadu_si512(w + 128), _mm512_loadu_si512(w + 192)}};
+  const __m512i low = _mm512_set1_epi8(15);
+  return {{_mm512_and_si512(v0, low), _mm512_and_si512(v1, low)},
+          {_mm512_and_si512(_mm512_srli_epi16(v0, 4), low),
+           _mm512_and_si512(_mm512_srli_epi16(v1, 4), low)}};
+}
+
+// R rows of a tile. With few rows, sums of the first and the second four of 8 inputs are kept
+// apart: one sum alone would wait for itself.
+template <int R, int kBits>
 IVE_AVX512 void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                          int64_t apart) {
   constexpr int kSets = R <= 6 ? 2 : 1;
-  const __m512i low = _mm512_set1_epi8(15);
+  constexpr int64_t kEight = kColumns * kBits;  // bytes
   const int8_t* x = inputs.values;
   const uint8_t* w = panel.values;
   __m512 results[R][2];
@@ -97,27 +113,24 @@ IVE_AVX512 void multiply(const Inputs& inputs, const Panel& panel, const Span& s
     }
     for (int64_t k = 0; k < span.block; k += 8) {
       const uint8_t* ahead = panel.ahead + (w - panel.values);
-      fetch(ahead);
-      fetch(ahead + 64);
-      const __m512i v0 = _mm512_loadu_si512(w), v1 = _mm512_loadu_si512(w + 64);
-      const __m512i even0 = _mm512_and_si512(v0, low), even1 = _mm512_and_si512(v1, low);
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kEight; line += 64) fetch(ahead + line);
+      const Eight weights = load_eight<kBits>(w);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const __m512i four_inputs = _mm512_set1_epi32(four(x + 4 * r));
-        dot(sums[r][0][0], even0, four_inputs);
-        dot(sums[r][1][0], even1, four_inputs);
+        dot(sums[r][0][0], weights.first[0], four_inputs);
+        dot(sums[r][1][0], weights.first[1], four_inputs);
       }
       x += 4 * kRows;
-      const __m512i odd0 = _mm512_and_si512(_mm512_srli_epi16(v0, 4), low);
-      const __m512i odd1 = _mm512_and_si512(_mm512_srli_epi16(v1, 4), low);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const __m512i four_inputs = _mm512_set1_epi32(four(x + 4 * r));
-        dot(sums[r][0][kSets - 1], odd0, four_inputs);
-        dot(sums[r][1][kSets - 1], odd1, four_inputs);
+        dot(sums[r][0][kSets - 1], weights.second[0], four_inputs);
+        dot(sums[r][1][kSets - 1], weights.second[1], four_inputs);
       }
       x += 4 * kRows;
-      w += 128;
+      w += kEight;
     }
     const float* scales = panel.scales + b * kColumns;
     const __m512 scales0 = _mm512_loadu_ps(scales), scales1 = _mm512_loadu_ps(scales + 16);
@@ -138,11 +151,13 @@ IVE_AVX512 void multiply(const Inputs& inputs, const Panel& panel, const Span& s
   }
 }
 
-IVE_AVX512 inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel,
-                                     const Span& span, float* y, int64_t apart) {
+template <int kBits>
+void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
+                   int64_t apart) {
   constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
-      multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+      multiply<1, kBits>, multiply<2, kBits>,  multiply<3, kBits>,  multiply<4, kBits>,
+      multiply<5, kBits>, multiply<6, kBits>,  multiply<7, kBits>,  multiply<8, kBits>,
+      multiply<9, kBits>, multiply<10, kBits>, multiply<11, kBits>, multiply<12, kBits>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 

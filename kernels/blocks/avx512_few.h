@@ -6,8 +6,9 @@
 
 namespace ive::blocks::avx512 {
 
-IVE_AVX512 inline void round_few(const Product& p, const FewRows& x, int64_t row) {
-  x.round(p, row);
+template <int kBits>
+IVE_AVX512 void round_few(const Product& p, const FewRows& x, int64_t row) {
+  x.round<kBits, true>(p, row);
 }
 
 // The scales of the blocks in a chunk, each for the sums it belongs to; `kBlocks` of them, or one
@@ -23,10 +24,10 @@ IVE_AVX512 IVE_INLINE __m512 chunk_scales(const float* scales, int64_t left) {
 
 // C columns from `n` on. More than one share what is loaded of the rows; one alone is read in the
 // order in which it lies.
-template <int R, int C, int kBlocks>
+template <int R, int C, int kBits, int kBlocks>
 IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n) {
   const int64_t bytes = p.column_bytes();
-  const int shift = __builtin_ctzll(p.block / 2);
+  const int shift = __builtin_ctzll(p.block_bytes());
   const uint8_t* w = p.values + n * bytes;
   const float* scales = p.scales + n * x.blocks;
   const __m512i low = _mm512_set1_epi8(15);
@@ -38,7 +39,7 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
     const int64_t left = (bytes - at) / 4, b = at >> shift;
     const auto mask =
         static_cast<__mmask16>(kBlocks == 1 || left >= 16 ? 0xffff : (1u << left) - 1);
-    __m512i even[C], odd[C];
+    __m512i parts[C][kParts<kBits>];
     __m512 w_scales[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -47,23 +48,21 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
         fetch(w + (C + c) * bytes + at);
         fetch(scales + (C + c) * x.blocks + b);
       }
-      even[c] = _mm512_and_si512(v, low);
-      odd[c] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+      parts[c][0] = kBits == 8 ? v : _mm512_and_si512(v, low);
+      if (kBits == 4) parts[c][kParts<kBits> - 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
       w_scales[c] = chunk_scales<kBlocks>(scales + c * x.blocks + b, x.blocks - b);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const int64_t place = r * x.bytes + at;
       const __m512 x_scales =
           chunk_scales<kBlocks>(x.scales.get() + r * x.blocks + b, x.blocks - b);
-      const __m512i start = _mm512_loadu_si512(x.starts.get() + place / 4);
-      const __m512i evens = _mm512_loadu_si512(x.even.get() + place);
-      const __m512i odds = _mm512_loadu_si512(x.odd.get() + place);
+      const __m512i start = _mm512_loadu_si512(x.starts.get() + (r * x.bytes + at) / 4);
+      __m512i given[kParts<kBits>];
+      for (int i = 0; i < kParts<kBits>; ++i) given[i] = _mm512_loadu_si512(x.part(r, i) + at);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         __m512i sum = start;
-        dot(sum, even[c], evens);
-        dot(sum, odd[c], odds);
+        for (int i = 0; i < kParts<kBits>; ++i) dot(sum, parts[c][i], given[i]);
         const __m512 both = _mm512_mul_ps(w_scales[c], x_scales);
         results[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, results[r][c]);
       }
@@ -74,24 +73,42 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
   }
 }
 
-template <int R, int kBlocks>
+template <int R, int kBits, int kBlocks>
 IVE_AVX512 void multiply_range(const Product& p, const FewRows& x, int64_t from, int64_t to) {
   constexpr int kTogether = 4;
   int64_t n = from;
-  for (; n + kTogether <= to; n += kTogether) multiply_columns<R, kTogether, kBlocks>(p, x, n);
-  for (; n < to; ++n) multiply_columns<R, 1, kBlocks>(p, x, n);
+  for (; n + kTogether <= to; n += kTogether) {
+    multiply_columns<R, kTogether, kBits, kBlocks>(p, x, n);
+  }
+  for (; n < to; ++n) multiply_columns<R, 1, kBits, kBlocks>(p, x, n);
 }
 
-inline void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[3][kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      {multiply_range<1, 1>, multiply_range<2, 1>, multiply_range<3, 1>, multiply_range<4, 1>},
-      {multiply_range<1, 2>, multiply_range<2, 2>, multiply_range<3, 2>, multiply_range<4, 2>},
-      {multiply_range<1, 4>, multiply_range<2, 4>, multiply_range<3, 4>, multiply_range<4, 4>}};
-  const int kind = p.block >= 2 * kChunk ? 0 : p.block == kChunk ? 1 : 2;
-  kMultiply[kind][p.rows - 1](p, x, from, to);
+template <int kBits, int kBlocks>
+void multiply_blocks(const Product& p, const FewRows& x, int64_t from, int64_t to) {
+  constexpr void (*kMultiply[kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
+      multiply_range<1, kBits, kBlocks>, multiply_range<2, kBits, kBlocks>,
+      multiply_range<3, kBits, kBlocks>, multiply_range<4, kBits, kBlocks>};
+  kMultiply[p.rows - 1](p, x, from, to);
 }
 
-constexpr Path kPath = {"AVX512-VNNI", kRows,         kColumns,  runs_here,    round_inputs,
-                        transpose,     multiply_rows, round_few, multiply_few, kFewRows};
+template <int kBits>
+void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
+  const int64_t bytes = p.block_bytes();
+  if (bytes >= kChunk) return multiply_blocks<kBits, 1>(p, x, from, to);
+  if (bytes == kChunk / 2) return multiply_blocks<kBits, 2>(p, x, from, to);
+  if (kBits == 4) return multiply_blocks<4, 4>(p, x, from, to);
+}
+
+template <int kBits>
+constexpr Path kPath = {"AVX512-VNNI",
+                        kRows,
+                        kColumns,
+                        runs_here,
+                        round_inputs<kBits>,
+                        transpose,
+                        multiply_rows<kBits>,
+                        round_few<kBits>,
+                        multiply_few<kBits>,
+                        kFewRows};
 
 }  // namespace ive::blocks::avx512

@@ -18,29 +18,41 @@
 
 namespace ive::blocks {
 
-// The fastest first.
-constexpr Path kPaths[] = {
+// For weights of so many bits, the fastest first; the same paths for all.
+template <int kBits>
+constexpr Path kPathsOf[] = {
 #if defined(__x86_64__)
-    avx512::kPath,
+    avx512::kPath<kBits>,
 #ifdef IVE_HAS_AVX_VNNI
-    avx_vnni::kPath,
+    avx_vnni::kPath<kBits>,
 #endif
-    avx2::kPath,
+    avx2::kPath<kBits>,
 #elif defined(__aarch64__)
-    neon::kPath,
+    neon::kPath<kBits>,
 #endif
     // As it is defined: it has no tiles.
     {"plain", 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, 0}};
 
-inline const Path& best_path() {
-  for (const Path& path : kPaths) {
-    if (path.runs_here()) return path;
-  }
-  return kPaths[std::size(kPaths) - 1];
+struct Paths {
+  const Path *first, *last;
+
+  const Path* begin() const { return first; }
+  const Path* end() const { return last; }
+};
+
+inline Paths paths(int64_t bits) {
+  if (bits == 4) return {std::begin(kPathsOf<4>), std::end(kPathsOf<4>)};
+  return {std::begin(kPathsOf<8>), std::end(kPathsOf<8>)};
 }
 
-// Inputs of a span: what is transposed of a task's weights at a time stays near for all rows.
-constexpr int64_t kSpanInputs = 2048;
+inline const Path& best_path(int64_t bits) {
+  const Paths all = paths(bits);
+  return *std::find_if(all.first, all.last - 1, [](const Path& path) { return path.runs_here(); });
+}
+
+// Bytes of a column's span: what is transposed of a task's weights at a time stays near for all
+// rows.
+constexpr int64_t kSpanBytes = 1024;
 constexpr int64_t kTaskColumns = 32;
 
 class Multiplication {
@@ -79,7 +91,7 @@ class Multiplication {
   }
 
   void multiply(int64_t task) const {
-    if (path_.rows == 0) return plain_row(p_, task);
+    if (path_.rows == 0) return p_.bits == 4 ? plain_row<4>(p_, task) : plain_row<8>(p_, task);
     const int64_t from = task * kTaskColumns, to = std::min(from + kTaskColumns, p_.columns);
     if (few_) {
       path_.multiply_few(p_, few_rows_, from, to);
@@ -93,25 +105,25 @@ class Multiplication {
 
  private:
   void multiply_tiles(int64_t from, int64_t to) const {
-    alignas(64) uint8_t values[kTaskColumns * kSpanInputs / 2];
-    alignas(64) float scales[kTaskColumns * kSpanInputs / kLeastBlock];
-    const int64_t step = std::max<int64_t>(1, kSpanInputs / p_.block);
+    alignas(64) uint8_t values[kTaskColumns * kSpanBytes];
+    alignas(64) float scales[kTaskColumns * kSpanBytes / kLeastBlockBytes];
+    const int64_t step = kSpanBytes / p_.block_bytes();
     for (int64_t block = 0; block < blocks_; block += step) {
       const Span span{std::min(step, blocks_ - block), p_.block, block == 0};
       for (int64_t n = from; n < to; n += path_.columns) {
         const int64_t place = (n - from) * step;
-        load(n, block, span, {values + place * p_.block / 2, scales + place});
+        load(n, block, span, {values + place * p_.block_bytes(), scales + place});
       }
       for (int64_t tile = 0; tile < row_tiles_; ++tile) {
         for (int64_t n = from; n < to; n += path_.columns) {
           const int64_t place = (n - from) * step;
-          multiply_tile(tile, n, block, span, {values + place * p_.block / 2, scales + place});
+          multiply_tile(tile, n, block, span, {values + place * p_.block_bytes(), scales + place});
         }
       }
     }
   }
 
-  static constexpr int64_t kLeastBlock = 32;
+  static constexpr int64_t kLeastBlockBytes = 16;
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -127,8 +139,8 @@ class Multiplication {
   // Transposes the weights of a panel from column `n` on, and fetches the next panel's scales.
   void load(int64_t n, int64_t block, const Span& span, const Room& room) const {
     const float* scales = p_.scales + n * blocks_ + block;
-    path_.transpose({p_.values + n * p_.column_bytes() + block * p_.block / 2, p_.column_bytes(),
-                     given(n), span.blocks * p_.block / 8},
+    path_.transpose({p_.values + n * p_.column_bytes() + block * p_.block_bytes(),
+                     p_.column_bytes(), given(n), span.blocks * p_.block_bytes() / 4},
                     room.values);
     path_.transpose({bytes(scales), 4 * blocks_, given(n), span.blocks},
                     reinterpret_cast<uint8_t*>(room.scales));
@@ -142,7 +154,7 @@ class Multiplication {
   // The share of this span in the next panel, in the order in which that lies.
   const uint8_t* ahead(int64_t n, int64_t block) const {
     const int64_t next = (n + path_.columns) * blocks_ + block * path_.columns;
-    return p_.values + next * p_.block / 2;
+    return p_.values + next * p_.block_bytes();
   }
 
   void multiply_tile(int64_t tile, int64_t n, int64_t block, const Span& span,

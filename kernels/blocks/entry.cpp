@@ -8,7 +8,7 @@ using ive::blocks::Product;
 
 // Names of the paths that run on this CPU, the fastest first; null past the last.
 IVE_EXPORT const char* ive_blocks_path(int32_t index) {
-  for (const Path& path : ive::blocks::kPaths) {
+  for (const Path& path : ive::blocks::paths(4)) {
     if (path.runs_here() && index-- == 0) return path.name;
   }
   return nullptr;
@@ -16,7 +16,7 @@ IVE_EXPORT const char* ive_blocks_path(int32_t index) {
 
 // One product on this thread by the path of that index; 0, or 1 where there is no memory.
 IVE_EXPORT int32_t ive_blocks_multiply(const Product* product, int32_t index) {
-  for (const Path& path : ive::blocks::kPaths) {
+  for (const Path& path : ive::blocks::paths(product->bits)) {
     if (!path.runs_here() || index-- != 0) continue;
     Multiplication work(*product, path);
     if (!work.allocate()) return 1;

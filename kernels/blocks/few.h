@@ -14,39 +14,51 @@ constexpr int kFewRows = 4;
 // What the widest path reads at a time, in bytes.
 constexpr int64_t kChunk = 64;
 
-// Rounded rows. Of each, `bytes` of the values in even places and in odd ones: as many as of a
-// column's weights, filled up with zeros to whole chunks. To every four bytes of both belongs a
-// start: -8 times their sum. To every block belongs a scale.
+// Rounded rows. Of each, for every value that a byte of the weight holds, a part of `bytes` inputs:
+// as many as a column's weight has, filled up with zeros to whole chunks. To every four bytes of
+// all parts belongs a start: minus the weight's middle times their sum. To every block belongs a
+// scale.
 struct FewRows {
-  int64_t bytes = 0, blocks = 0;
-  std::unique_ptr<int8_t[]> even, odd;
-  std::unique_ptr<int32_t[]> starts;
-  std::unique_ptr<float[]> scales;
+  int64_t parts = 0, bytes = 0, blocks = 0;
+  std::unique_ptr<int8_t[]> values;   // (rows, parts, bytes)
+  std::unique_ptr<int32_t[]> starts;  // (rows, bytes / 4)
+  std::unique_ptr<float[]> scales;    // (rows, blocks)
 
   // False where there is no memory.
   bool allocate(const Product& p) {
+    parts = 8 / p.bits;
     bytes = (p.column_bytes() + kChunk - 1) / kChunk * kChunk;
     blocks = p.blocks();
-    even.reset(new (std::nothrow) int8_t[p.rows * bytes]());
-    odd.reset(new (std::nothrow) int8_t[p.rows * bytes]());
+    values.reset(new (std::nothrow) int8_t[p.rows * parts * bytes]());
     starts.reset(new (std::nothrow) int32_t[p.rows * bytes / 4]());
     scales.reset(new (std::nothrow) float[p.rows * blocks]);
-    return even != nullptr && odd != nullptr && starts != nullptr && scales != nullptr;
+    return values != nullptr && starts != nullptr && scales != nullptr;
   }
 
+  const int8_t* part(int64_t row, int64_t index) const {
+    return values.get() + (row * parts + index) * bytes;
+  }
+
+  // Rounds a row; a path that takes the middle from the weight itself needs no starts.
+  template <int kBits, bool kStarts>
   IVE_INLINE void round(const Product& p, int64_t row) const {
     float room[kMaxBlock];
-    int8_t *evens = even.get() + row * bytes, *odds = odd.get() + row * bytes;
+    int8_t* to = values.get() + row * parts * bytes;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t place = b * p.block / 2;
       const float* x = p.x + row * p.inputs + b * p.block;
       x = whole_block(x, p.inputs - b * p.block, p.block, room);
-      scales[row * blocks + b] = round_block(x, p.block, evens + place, odds + place).scale;
+      scales[row * blocks + b] =
+          round_block<kBits>(x, p.block, to + b * p.block_bytes(), bytes).scale;
     }
+    if (!kStarts) return;
     int32_t* start = starts.get() + row * bytes / 4;
     for (int64_t i = 0; i < bytes / 4; ++i) {
-      const int8_t *e = evens + 4 * i, *o = odds + 4 * i;
-      start[i] = -kMiddle * (e[0] + e[1] + e[2] + e[3] + o[0] + o[1] + o[2] + o[3]);
+      int32_t sum = 0;
+      for (int64_t j = 0; j < kParts<kBits>; ++j) {
+        const int8_t* four = to + j * bytes + 4 * i;
+        sum += four[0] + four[1] + four[2] + four[3];
+      }
+      start[i] = -kMiddle<kBits> * sum;
     }
   }
 };

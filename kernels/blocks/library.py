@@ -1,4 +1,4 @@
-"""The library of the INT4 product: its paths, and one product on the calling thread."""
+"""The library of products of weights in blocks: paths, and one product on the calling thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "values", "scales", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "columns", "block")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "columns", "block", "bits")),
     )
 
 
@@ -56,15 +56,18 @@ class BlockLibrary:
         scales: NDArray[np.float32],
         bias: NDArray[np.float32] | None = None,
         *,
+        bits: int,
         path: str,
     ) -> NDArray[np.float32]:
         """Multiply rows by a weight, as MatMulNBits stores it.
 
         Args:
             x: `(rows, inputs)`.
-            values: `(columns, blocks, block / 2)`, two in a byte, the earlier in the lower half.
+            values: `(columns, blocks, block * bits / 8)`; of two in a byte the earlier in the lower
+                half.
             scales: `(columns, blocks)`.
             bias: `(columns,)`.
+            bits: of a value, 4 or 8.
             path: one of `paths`.
 
         Returns:
@@ -75,8 +78,8 @@ class BlockLibrary:
             MemoryError: the rounded inputs could not be had.
         """
         rows, inputs = x.shape
-        columns, blocks, half = values.shape
-        block = 2 * half
+        columns, blocks, size = values.shape
+        block = size * 8 // bits
         if (
             block not in BLOCKS
             or blocks != -(-inputs // block)
@@ -88,7 +91,7 @@ class BlockLibrary:
         held = [None if a is None else np.ascontiguousarray(a) for a in (x, values, scales, bias)]
         y = np.empty((rows, columns), np.float32)
         addresses = [None if a is None else a.ctypes.data for a in (*held, y)]
-        product = Product(*addresses, rows, inputs, columns, block)
+        product = Product(*addresses, rows, inputs, columns, block, bits)
         if self._library.ive_blocks_multiply(ctypes.byref(product), self.paths.index(path)):
             raise MemoryError(f"no memory for {rows} rounded rows")
         return y

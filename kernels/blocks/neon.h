@@ -23,9 +23,23 @@ inline bool runs_here() {
 #endif
 }
 
-inline void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                         float* scales, int32_t* starts) {
-  round_row<kRows>(x, inputs, block, values, scales, starts);
+// Weights of 8 bits are signed here: theirs is the middle that bytes have.
+template <int kBits>
+void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
+                  int32_t* starts) {
+  round_row<kRows, kBits, kBits == 4>(x, inputs, block, values, scales, starts);
+}
+
+// Loads weights of column or vector `c`; those of 4 bits in two parts, of even and odd places.
+template <int kBits, int kCount>
+IVE_INLINE void load_parts(const uint8_t* bytes, int8x16_t (&parts)[kParts<kBits>][kCount], int c) {
+  const uint8x16_t v = vld1q_u8(bytes);
+  if (kBits == 8) {
+    parts[0][c] = vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
+  } else {
+    parts[0][c] = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+    parts[kParts<kBits> - 1][c] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+  }
 }
 
 IVE_INLINE uint32x4_t load_four(const uint8_t* bytes, int64_t left) {
@@ -67,7 +81,7 @@ IVE_DOT IVE_INLINE void add(int32x4_t (&sums)[R][kVectors], const int8x16_t (&w)
   }
 }
 
-template <int R>
+template <int R, int kBits>
 IVE_DOT void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                       int64_t apart) {
   const int8_t* x = inputs.values;
@@ -84,18 +98,16 @@ IVE_DOT void multiply(const Inputs& inputs, const Panel& panel, const Span& span
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < kVectors; ++c) sums[r][c] = vdupq_n_s32(inputs.starts[b * kRows + r]);
     }
-    for (int64_t k = 0; k < span.block; k += 8) {
+    for (int64_t k = 0; k < span.block; k += 4 * kParts<kBits>) {
       fetch(panel.ahead + (w - panel.values));
-      int8x16_t even[kVectors], odd[kVectors];
+      int8x16_t parts[kParts<kBits>][kVectors];
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        const uint8x16_t v = vld1q_u8(w + 16 * c);
-        even[c] = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
-        odd[c] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+      for (int c = 0; c < kVectors; ++c) load_parts<kBits>(w + 16 * c, parts, c);
+#pragma GCC unroll 2
+      for (int i = 0; i < kParts<kBits>; ++i) {
+        add(sums, parts[i], x);
+        x += 4 * kRows;
       }
-      add(sums, even, x);
-      add(sums, odd, x + 4 * kRows);
-      x += 8 * kRows;
       w += 4 * kColumns;
     }
 #pragma GCC unroll 6
@@ -114,10 +126,12 @@ IVE_DOT void multiply(const Inputs& inputs, const Panel& panel, const Span& span
   }
 }
 
-inline void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span,
-                          float* y, int64_t apart) {
+template <int kBits>
+void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
+                   int64_t apart) {
   constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
+      multiply<1, kBits>, multiply<2, kBits>, multiply<3, kBits>,
+      multiply<4, kBits>, multiply<5, kBits>, multiply<6, kBits>};
   kMultiply[rows - 1](inputs, panel, span, y, apart);
 }
 

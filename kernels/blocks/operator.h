@@ -1,4 +1,4 @@
-// The product as an operator: MatMulNBits with four bits.
+// The product as an operator: MatMulNBits with four or eight bits.
 #pragma once
 
 #include "../operators/operator.h"
@@ -16,13 +16,13 @@ class Operator {
   static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
 
   ort::Status* start(const ort::Info* info) {
-    int64_t bits = 0;
     const ort::Attribute attributes[] = {
-        {"K", &inputs_}, {"N", &columns_}, {"bits", &bits}, {"block_size", &block_}};
+        {"K", &inputs_}, {"N", &columns_}, {"bits", &bits_}, {"block_size", &block_}};
     if (ort::Status* status = ort::read_attributes(api, info, attributes)) return status;
     const bool known = block_ == 32 || block_ == 64 || block_ == 128 || block_ == kMaxBlock;
-    if (bits != 4 || !known || inputs_ < 1 || columns_ < 1) {
-      return ort::refuse(api, "bits must be 4, block_size 32, 64, 128 or 256, K and N at least 1");
+    if ((bits_ != 4 && bits_ != 8) || !known || inputs_ < 1 || columns_ < 1) {
+      return ort::refuse(api,
+                         "bits must be 4 or 8, block_size 32, 64, 128 or 256, K and N at least 1");
     }
     return nullptr;
   }
@@ -34,6 +34,7 @@ class Operator {
     ort::Tensor& x = given[kX];
     Product product{};
     product.inputs = inputs_, product.columns = columns_, product.block = block_;
+    product.bits = bits_;
     product.rows = x.count() / inputs_;
     product.x = static_cast<const float*>(x.data);
     product.values = static_cast<const uint8_t*>(given[kValues].data);
@@ -42,7 +43,7 @@ class Operator {
     x.shape[x.dimensions - 1] = columns_;
     if (ort::Status* status = call.make(0, x, &product.y)) return status;
     if (product.rows == 0) return nullptr;
-    Multiplication work(product, best_path());
+    Multiplication work(product, best_path(bits_));
     if (!work.allocate()) return call.refuse("no memory for the rounded inputs");
     if (product.rows * product.inputs < kSideBySide) {
       for (int64_t row = 0; row < work.roundings(); ++row) work.round(row);
@@ -69,7 +70,8 @@ class Operator {
     const int64_t blocks = (inputs_ + block_ - 1) / block_;
     const ort::Tensor& bias = given[kBias];
     if (given[kX].last() != inputs_) return "x must end with K";
-    if (given[kValues].count() != columns_ * blocks * block_ / 2) return "B is not of N x K";
+    if (given[kValues].count() != columns_ * blocks * block_ * bits_ / 8)
+      return "B is not of N x K";
     if (given[kScales].count() != columns_ * blocks) return "scales are not those of N x K";
     if (given[kZeroPoints].given()) return "zero points are not supported";
     if (given[kGroups].given()) return "g_idx is not supported";
@@ -77,7 +79,7 @@ class Operator {
     return nullptr;
   }
 
-  int64_t inputs_ = 0, columns_ = 0, block_ = 0;
+  int64_t inputs_ = 0, columns_ = 0, block_ = 0, bits_ = 0;
 };
 
 }  // namespace ive::blocks

@@ -1,4 +1,4 @@
-"""The INT4 product in NumPy: the rounding of the inputs, and exact integers."""
+"""The product of weights in blocks in NumPy: the rounding of the inputs, and exact integers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: What a stored value of zero stands for.
-MIDDLE = 8
 #: Blocks whose largest value is smaller count as zero.
 LEAST = np.float32(2.0**-118)
 
@@ -32,18 +30,27 @@ def round_inputs(
     return rounded, np.where(np.isfinite(largest), scales, np.nan).astype(np.float32)
 
 
-def integer_sums(rounded: NDArray[np.int64], values: NDArray[np.uint8]) -> NDArray[np.int64]:
+def integer_weights(values: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
+    """Return what values stand for, `(columns, blocks, block)`; see `integer_sums`."""
+    if bits == 8:
+        return values.astype(np.int64) - 128
+    pairs = np.stack([values & 15, values >> 4], axis=-1)
+    return pairs.reshape(*values.shape[:2], -1).astype(np.int64) - 8
+
+
+def integer_sums(
+    rounded: NDArray[np.int64], values: NDArray[np.uint8], bits: int
+) -> NDArray[np.int64]:
     """Sum products block by block.
 
     Args:
         rounded: `(rows, blocks, block)`.
-        values: `(columns, blocks, block / 2)`.
+        values: `(columns, blocks, block * bits / 8)`.
 
     Returns:
         `(rows, columns, blocks)`.
     """
-    pairs = np.stack([values & 15, values >> 4], axis=-1)
-    weight = pairs.reshape(*values.shape[:2], -1).astype(np.int64) - MIDDLE
+    weight = integer_weights(values, bits)
     return np.asarray(np.einsum("mbk,nbk->mnb", rounded, weight))
 
 
@@ -52,10 +59,12 @@ def multiply(
     values: NDArray[np.uint8],
     scales: NDArray[np.float32],
     bias: NDArray[np.float32] | None = None,
+    *,
+    bits: int,
 ) -> NDArray[np.float64]:
     """Multiply as `BlockLibrary.multiply` does, blocks added in float64."""
-    rounded, x_scales = round_inputs(x, 2 * values.shape[2])
-    sums = integer_sums(rounded, values)
+    rounded, x_scales = round_inputs(x, values.shape[2] * 8 // bits)
+    sums = integer_sums(rounded, values, bits)
     both: NDArray[Any] = x_scales.astype(np.float64)[:, np.newaxis] * scales
     product = (sums * both).sum(axis=-1)
     return np.asarray(product if bias is None else product + bias)

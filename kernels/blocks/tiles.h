@@ -7,8 +7,9 @@
 namespace ive::blocks {
 
 // Rounded inputs of a few rows, `rows` of the path's even where fewer are used:
-//   values: per run of 8 inputs four bytes of each row, of places 0, 2, 4, 6; then 1, 3, 5, 7
-//   scales, starts: per block one of each row; a start is -8 times the sum of the values
+//   values: per run of four inputs four bytes of each row; with weights of 4 bits, per run of 8,
+//     of places 0, 2, 4, 6; then 1, 3, 5, 7
+//   scales, starts: per block one of each row; a start is what the sums of its products begin with
 struct Inputs {
   const int8_t* values;
   const float* scales;
@@ -60,20 +61,24 @@ struct Path {
   int few_rows;  // at most so many, and at most `kFewRows`
 };
 
-template <int kRows>
+// Rounds a row for tiles of kRows. Sums start at minus the weight's middle times that of the
+// inputs, or, where a path takes the middle from the weight itself, at zero.
+template <int kRows, int kBits, bool kStarts>
 IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t* values,
                           float* scales, int32_t* starts) {
   float room[kMaxBlock];
-  int8_t even[kMaxBlock / 2], odd[kMaxBlock / 2];
+  int8_t rounded_values[kMaxBlock];
+  const int64_t apart = block / kParts<kBits>;
   for (int64_t done = 0; done < inputs; done += block) {
     const float* one = whole_block(x + done, inputs - done, block, room);
-    const Rounded rounded = round_block(one, block, even, odd);
+    const Rounded rounded = round_block<kBits>(one, block, rounded_values, apart);
     *scales = rounded.scale;
-    *starts = -kMiddle * rounded.sum;
-    for (int64_t i = 0; i < block / 2; i += 4) {
-      std::memcpy(values, even + i, 4);
-      std::memcpy(values + 4 * kRows, odd + i, 4);
-      values += 8 * kRows;
+    *starts = kStarts ? -kMiddle<kBits> * rounded.sum : 0;
+    for (int64_t i = 0; i < apart; i += 4) {
+      for (int part = 0; part < kParts<kBits>; ++part) {
+        std::memcpy(values, rounded_values + part * apart + i, 4);
+        values += 4 * kRows;
+      }
     }
     scales += kRows;
     starts += kRows;

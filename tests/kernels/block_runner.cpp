@@ -1,5 +1,5 @@
 // Runs products from standard input by every path of this CPU, without Python: under an emulator,
-// or a sanitizer. Input, until it ends: rows, inputs, columns, block, whether there is a bias
+// or a sanitizer. Input, until it ends: rows, inputs, columns, block, bits, whether there is a bias
 // (int64); x, values, scales, bias. Output: the names of the paths, a line; then each path's y of
 // each product. Every array ends where its heap block ends; one that is named as an argument, one
 // element too early.
@@ -7,12 +7,12 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "driver.h"
 
 using ive::blocks::Multiplication;
 using ive::blocks::Path;
+using ive::blocks::paths;
 using ive::blocks::Product;
 
 template <typename T>
@@ -24,21 +24,22 @@ std::unique_ptr<T[]> read(int64_t count, bool too_short = false) {
   return array;
 }
 
-void run(const int64_t (&shape)[5], const std::vector<const Path*>& paths,
-         const std::string& too_short) {
-  const auto [rows, inputs, columns, block, biased] = shape;
+void run(const int64_t (&shape)[6], const std::string& too_short) {
+  const auto [rows, inputs, columns, block, bits, biased] = shape;
   Product product{};
   product.rows = rows, product.inputs = inputs, product.columns = columns, product.block = block;
+  product.bits = bits;
   const auto x = read<float>(rows * inputs, too_short == "x");
   const auto values = read<uint8_t>(columns * product.column_bytes(), too_short == "values");
   const auto scales = read<float>(columns * product.blocks(), too_short == "scales");
   const auto bias = read<float>(biased != 0 ? columns : 0);
   product.x = x.get(), product.values = values.get(), product.scales = scales.get();
   product.bias = biased != 0 ? bias.get() : nullptr;
-  for (const Path* path : paths) {
+  for (const Path& path : paths(bits)) {
+    if (!path.runs_here()) continue;
     const std::unique_ptr<float[]> y(new float[rows * columns]);
     product.y = y.get();
-    Multiplication work(product, *path);
+    Multiplication work(product, path);
     if (!work.allocate()) std::exit(4);
     for (int64_t i = 0; i < work.roundings(); ++i) work.round(i);
     for (int64_t i = 0; i < work.products(); ++i) work.multiply(i);
@@ -48,13 +49,13 @@ void run(const int64_t (&shape)[5], const std::vector<const Path*>& paths,
 
 int main(int count, char** arguments) {
   const std::string too_short = count > 1 ? arguments[1] : "";
-  std::vector<const Path*> paths;
-  for (const Path& path : ive::blocks::kPaths) {
+  const char* between = "";
+  for (const Path& path : paths(4)) {
     if (!path.runs_here()) continue;
-    std::printf("%s%s", paths.empty() ? "" : ",", path.name);
-    paths.push_back(&path);
+    std::printf("%s%s", between, path.name);
+    between = ",";
   }
   std::printf("\n");
-  int64_t shape[5];
-  while (std::fread(shape, sizeof shape, 1, stdin) == 1) run(shape, paths, too_short);
+  int64_t shape[6];
+  while (std::fread(shape, sizeof shape, 1, stdin) == 1) run(shape, too_short);
 }

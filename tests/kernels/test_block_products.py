@@ -1,10 +1,10 @@
-"""The INT4 product on every path that runs here: NumPy's integers, and the same bits on all."""
+"""The product of weights in blocks on every path that runs here: NumPy's integers, and the same bits on all."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from block_cases import KINDS, Case, case, cases, check, integers
+from block_cases import BITS, KINDS, Case, case, cases, check, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def library() -> BlockLibrary:
 
 def results(library: BlockLibrary, given: Case) -> list[np.ndarray]:
     arrays = given.x, given.values, given.scales, given.bias
-    return [library.multiply(*arrays, path=path) for path in library.paths]
+    return [library.multiply(*arrays, bits=given.bits, path=path) for path in library.paths]
 
 
 @settings(max_examples=150)
@@ -41,27 +41,34 @@ def test_floats_are_the_sum_over_these_integers(library: BlockLibrary, drawn: Ca
     check(results(library, drawn), drawn)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_with_every_number_of_rows(library: BlockLibrary, kind: str, block: int) -> None:
+def test_every_kind_with_every_number_of_rows(
+    library: BlockLibrary, kind: str, block: int, bits: int
+) -> None:
     for rows in (*range(1, 14), 24, 50):
-        given = case(rows, 2 * block + 1, 33, block, kind, seed=rows)
+        given = case(rows, 2 * block + 1, 33, block, kind, seed=rows, bits=bits)
         check(results(library, given), given)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 3, 13])
 @pytest.mark.parametrize(("inputs", "columns"), [(5000, 300), (10240, 97), (1000, 1030)])
 def test_more_inputs_and_columns_than_one_task_takes(
-    library: BlockLibrary, rows: int, inputs: int, columns: int
+    library: BlockLibrary, rows: int, inputs: int, columns: int, bits: int
 ) -> None:
-    given = case(rows, inputs, columns, 128, seed=1)
+    given = case(rows, inputs, columns, 128, seed=1, bits=bits)
     check(results(library, given), given)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_row(library: BlockLibrary, wrong: float) -> None:
-    given = case(5, 96, 40, 32)
-    wanted = reference.multiply(given.x, given.values, given.scales, given.bias)
+def test_what_is_not_finite_stays_in_its_row(
+    library: BlockLibrary, wrong: float, bits: int
+) -> None:
+    given = case(5, 96, 40, 32, bits=bits)
+    wanted = reference.multiply(given.x, given.values, given.scales, given.bias, bits=bits)
     given.x[2, 50] = wrong
     for y in results(library, given):
         assert np.isnan(y[2]).all()
@@ -88,24 +95,27 @@ def test_any_float_is_rounded_as_numpy_rounds(
         weight[0, 0, place // 2] = 0x88
 
 
-def test_a_weight_means_what_export_quantised(library: BlockLibrary) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_means_what_export_quantised(library: BlockLibrary, bits: int) -> None:
     random = np.random.default_rng(0)
     weight = random.standard_normal((48, 200)).astype(np.float32)
-    form = BlockFormat(4, 64)
+    form = BlockFormat(bits, 64)
     blocks = quantize_blocks(weight, form)
     x = random.standard_normal((6, 200)).astype(np.float32)
     wanted = x @ dequantize_blocks(blocks, form, 200).T
     for path in library.paths:
-        y = library.multiply(x, blocks.packed, blocks.scales, path=path)
+        y = library.multiply(x, blocks.packed, blocks.scales, bits=bits, path=path)
         assert np.linalg.norm(y - wanted) / np.linalg.norm(wanted) < 0.01
 
 
 def test_shapes_that_do_not_fit_are_refused(library: BlockLibrary) -> None:
     given = case(2, 64, 8, 32)
     with pytest.raises(ValueError, match="no weight of 65 inputs"):
-        library.multiply(np.zeros((2, 65), np.float32), given.values, given.scales, path="plain")
+        library.multiply(
+            np.zeros((2, 65), np.float32), given.values, given.scales, bits=4, path="plain"
+        )
     with pytest.raises(ValueError, match="no weight of 64 inputs"):
-        library.multiply(given.x, given.values, given.scales[:, :1], path="plain")
+        library.multiply(given.x, given.values, given.scales[:, :1], bits=4, path="plain")
     bias = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match=r"the bias is \(3,\), the weight has 8 columns"):
-        library.multiply(given.x, given.values, given.scales, bias, path="plain")
+        library.multiply(given.x, given.values, given.scales, bias, bits=4, path="plain")
