@@ -14,7 +14,7 @@ from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.backends.blocks import bundle_kernel
+from internvl_edge.runtime.backends.blocks import PROBES, bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernels import bundle_attention
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
@@ -58,7 +58,7 @@ def _here(path: Path, manifest: Manifest) -> Report:
     products = products_of(manifest)
     bundle = Bundle(path, manifest)
     form = bundle_form(manifest).name if products else "none"
-    blocks = {"block_products": str(bundle_kernel(bundle))} if "int4" in products else {}
+    blocks = {"block_products": str(bundle_kernel(bundle))} if {*PROBES} & {*products} else {}
     return {
         "integer_products": f"{', '.join(products)}: {form}" if products else form,
         **blocks,
@@ -87,7 +87,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
             mapped=mapped,
         ).total
 
-    copied = "copied when loaded, 4-bit ones mapped" if mapped else "copied when loaded"
+    copied = "copied when loaded, those in blocks mapped" if mapped else "copied when loaded"
     return {
         "weights": "mapped from prepared files" if prepared else copied,
         "one_tile_bytes": total(1, low_memory=False),

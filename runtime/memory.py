@@ -33,6 +33,8 @@ OTHER_COPIES = 2
 PACKED_COPIES = {"fp32": 2, "fp16": 2, "int8": 2, "int4": 1}
 #: Of a weight.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+#: Weights of a decoder that are stored in blocks, as a manifest names them.
+BLOCK_PRECISIONS = ("int4", "int8")
 #: The memory of a pass is taken in blocks, each twice as large as the last: at most half is unused.
 DOUBLING = 2
 #: Values of the MLP's inner width that are there at once: before and after the activation function;
@@ -132,10 +134,12 @@ def _language_weights(manifest: Manifest, prepared: bool, mapped: bool) -> int:
 
 
 def _copied(manifest: Manifest, part: str) -> int:
-    """Bytes of a part whose 4-bit weights are mapped."""
+    """Bytes of a part whose weights in blocks are mapped."""
     if (entry := manifest.parts.get(part)) is None:
         return 0
-    others = sum(count for name, count in entry.precision.items() if not name.startswith("int4"))
+    others = sum(
+        count for name, count in entry.precision.items() if not name.startswith(BLOCK_PRECISIONS)
+    )
     return int(PACKED_GROWTH * entry.bytes * others / max(1, sum(entry.precision.values())))
 
 

@@ -1,4 +1,4 @@
-"""The INT4 product beside ONNX Runtime's MatMulNBits, and how near both come to its INT8 product.
+"""Products of weights in blocks beside ONNX Runtime's MatMulNBits and its INT8 product.
 
 All run in turns in sessions of their own, with the same threads; medians are compared.
 """
@@ -24,21 +24,23 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime.backends.blocks import NO_KERNEL, BlockKernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.products import AS_STORED, Form, exact_form
+from internvl_edge.runtime.backends.products import AS_STORED, Form, Product, exact_form
 
 #: Inputs and outputs: the MLP of InternLM2-20B.
 SHAPE = (6144, 16384)
 BLOCK = 128
 ROWS = (1, 4, 8, 64, 256)
+PRODUCTS: Mapping[int, Product] = {4: "int4", 8: "int8"}
 #: Largest difference from MatMulNBits, which rounds alike, as a share of the largest result.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One number of rows; times are medians in milliseconds.
+    """One width of weights and number of rows; times are medians in milliseconds.
 
     Attributes:
+        bits: of a weight.
         rows: of the inputs.
         matmulnbits_ms, kernel_ms: of ONNX Runtime's product and of ours.
         speedup: of ours over it.
@@ -48,6 +50,7 @@ class BlockRow:
         difference: from MatMulNBits, at most; see `TOLERANCE`.
     """
 
+    bits: int
     rows: int
     matmulnbits_ms: float
     kernel_ms: float
@@ -59,29 +62,33 @@ class BlockRow:
 
 
 def measure_blocks(kernel: BlockKernel, threads: int, runs: int) -> list[BlockRow]:
-    """Time the products for every number of rows.
+    """Time the products of both widths for every number of rows.
 
     Args:
         kernel: with a library.
         threads: of each session.
         runs: of each product; the first, which warms up, is not counted.
     """
+    measured = []
     with scratch_folder() as folder:
-        blocks, integers = _write_blocks(folder), _write_integers(folder)
-        sessions = {
-            "matmulnbits": _open(blocks, threads, exact_form(("int4",))),
-            "kernel": _open(blocks, threads, AS_STORED, kernel),
-            "int8": _open(integers, threads, AS_STORED),
-        }
-        return [_measure(sessions, rows, runs) for rows in ROWS]
+        integers = _write_integers(folder)
+        for bits in PRODUCTS:
+            blocks = _write_blocks(folder, bits)
+            sessions = {
+                "matmulnbits": _open(blocks, threads, exact_form((PRODUCTS[bits],))),
+                "kernel": _open(blocks, threads, AS_STORED, kernel),
+                "integers": _open(integers, threads, AS_STORED),
+            }
+            measured += [_measure(sessions, bits, rows, runs) for rows in ROWS]
+    return measured
 
 
-def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> BlockRow:
+def _measure(sessions: Mapping[str, Any], bits: int, rows: int, runs: int) -> BlockRow:
     random = np.random.default_rng(rows)
     inputs, outputs = SHAPE
     x: NDArray[Any] = random.standard_normal((rows, inputs)).astype(np.float32)
     feeds = dict.fromkeys(sessions, x)
-    feeds["int8"] = random.integers(0, 256, x.shape, np.uint8)
+    feeds["integers"] = random.integers(0, 256, x.shape, np.uint8)
     times: dict[str, list[float]] = {name: [] for name in sessions}
     results: dict[str, NDArray[np.float32]] = {}
     for _ in range(runs + 1):
@@ -92,49 +99,50 @@ def _measure(sessions: Mapping[str, Any], rows: int, runs: int) -> BlockRow:
     median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
     theirs, ours = results["matmulnbits"], results["kernel"]
     return BlockRow(
+        bits=bits,
         rows=rows,
         matmulnbits_ms=round(median["matmulnbits"] * 1e3, 3),
         kernel_ms=round(median["kernel"] * 1e3, 3),
         speedup=round(median["matmulnbits"] / median["kernel"], 2),
         gflops=round(2 * rows * inputs * outputs / median["kernel"] / 1e9, 1),
-        gigabytes_per_s=round(_weight_bytes() / median["kernel"] / 1e9, 1),
-        percent_of_int8=round(100 * median["int8"] / median["kernel"], 1),
+        gigabytes_per_s=round(_weight_bytes(bits) / median["kernel"] / 1e9, 1),
+        percent_of_int8=round(100 * median["integers"] / median["kernel"], 1),
         difference=float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
     )
 
 
-def _weight_bytes() -> int:
+def _weight_bytes(bits: int) -> int:
     inputs, outputs = SHAPE
-    return block_bytes(outputs, inputs, BlockFormat(4, BLOCK))
+    return block_bytes(outputs, inputs, BlockFormat(bits, BLOCK))
 
 
-def _write_blocks(folder: Path) -> Path:
+def _write_blocks(folder: Path, bits: int) -> Path:
     """Write a graph of MatMulNBits, its weight beside it as in a bundle."""
     inputs, outputs = SHAPE
     random = np.random.default_rng(0)
-    form = BlockFormat(4, BLOCK)
+    form = BlockFormat(bits, BLOCK)
     count = form.blocks(inputs)
-    packed = random.integers(0, 256, (outputs, count, BLOCK // 2), np.uint8)
+    packed = random.integers(0, 256, (outputs, count, BLOCK * bits // 8), np.uint8)
     blocks = Blocks(packed, random.random((outputs, count), np.float32), None)
     plan = QuantPlan({"w": LinearPlan("blocks", form=form, packed=blocks)})
-    graph = GraphBuilder("int4")
+    graph = GraphBuilder(f"blocks{bits}")
     x = graph.input(Tensor("x", "float32", ("rows", inputs)))
     shape = Weight("w", "float32", (outputs, inputs), lambda: iter(()))  # of what is packed
     y = OnnxRuntimeDialect(graph, plan).linear(x, shape, None, "product")
     graph.output(y, Tensor("y", "float32", ("rows", outputs)))
     graph.save(folder, lambda _: None)
-    return folder / "int4.onnx"
+    return folder / f"blocks{bits}.onnx"
 
 
 def _write_integers(folder: Path) -> Path:
     """Write a graph of MatMulInteger, unsigned times signed bytes."""
     weight = np.random.default_rng(1).integers(-127, 128, SHAPE, np.int8)
-    graph = GraphBuilder("int8")
+    graph = GraphBuilder("integers")
     x = graph.input(Tensor("x", "uint8", ("rows", SHAPE[0])))
     y = graph.node("MatMulInteger", [x, graph.weight(Weight.held("w", weight))], "product")
     graph.output(y, Tensor("y", "int32", ("rows", SHAPE[1])))
     graph.save(folder, lambda _: None)
-    return folder / "int8.onnx"
+    return folder / "integers.onnx"
 
 
 def _open(graph: Path, threads: int, form: Form, kernel: BlockKernel = NO_KERNEL) -> Any:
@@ -152,12 +160,12 @@ def _open(graph: Path, threads: int, form: Form, kernel: BlockKernel = NO_KERNEL
 def render_blocks(kernel: BlockKernel, rows: Sequence[BlockRow], threads: int) -> list[str]:
     """Return the lines of a report."""
     inputs, outputs = SHAPE
-    head = f"INT4 product {inputs} -> {outputs}, block {BLOCK}, {threads} threads: {kernel}"
+    head = f"Weights in blocks, {inputs} -> {outputs}, block {BLOCK}, {threads} threads: {kernel}"
     return [
         "",
         head,
         *(
-            f"  {row.rows:4} rows  MatMulNBits {row.matmulnbits_ms:9.2f} ms, ours"
+            f"  {row.bits} bits, {row.rows:4} rows  MatMulNBits {row.matmulnbits_ms:9.2f} ms, ours"
             f" {row.kernel_ms:9.2f} ms = {row.speedup:5.2f}x faster, {row.gflops:7.1f} GFLOP/s,"
             f" {row.gigabytes_per_s:5.1f} GB/s, {row.percent_of_int8:5.1f} % of MatMulInteger"
             for row in rows

@@ -7,8 +7,8 @@ image, then NumPy's normalisation tile by tile. Kernel and reference run alterna
 busy machine slows both, and medians are compared. Two times are given for a kernel: `whole` from
 the same Pillow image to a new array, as the reference; `kernel` from an array to an existing one,
 whose bytes (input read once, output written once) give the percentage of the copy bandwidth.
-The product of 4-bit weights and attention stand beside ONNX Runtime's: see `bench.kernels.blocks` and
-`bench.kernels.attention`.
+Products of weights in blocks and attention stand beside ONNX Runtime's: see `bench.kernels.blocks`
+and `bench.kernels.attention`.
 """
 
 from __future__ import annotations
@@ -145,14 +145,15 @@ def _measure_attention(threads: int, runs: int) -> list[AttentionRow]:
 
 
 def _measure_blocks(threads: int, runs: int) -> list[BlockRow]:
-    """Measure the INT4 product where our kernel runs."""
+    """Measure the products of weights in blocks where our kernel runs."""
     if block_kernel().library is None:
         return []
     rows = measure_blocks(block_kernel(), threads, runs)
     for row in rows:
         if not row.difference < TOLERANCE:
             raise WrongResultError(
-                f"INT4 product, {row.rows} rows: differs from MatMulNBits by {row.difference:.1e}"
+                f"INT{row.bits} product, {row.rows} rows: differs from MatMulNBits by"
+                f" {row.difference:.1e}"
             )
     return rows
 

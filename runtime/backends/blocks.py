@@ -1,4 +1,4 @@
-"""The product of 4-bit weights by our own kernel, where it can be had and is exact.
+"""Products of weights in blocks by our own kernel, where it can be had and is exact.
 
 It reads weights as the bundle stores them, for ONNX Runtime's MatMulNBits: they are mapped and
 never copied, by any version of ONNX Runtime, and where the kernel cannot be had, MatMulNBits runs
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from internvl_edge.kernels.blocks.library import BlockLibrary
 from internvl_edge.kernels.build import BuildError, operator_library
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_nodes import give_products
-from internvl_edge.runtime.backends.products import gives_integers, probe_file
+from internvl_edge.runtime.backends.products import Product, gives_integers, probe_file
 
+#: Products of weights in blocks, by which the kernel is tried.
+PROBES: tuple[Product, ...] = ("int4", "int8")
 #: A graph without its weights.
 GRAPH_BYTES = 1 << 30
 #: Where a graph that is given as bytes finds its weights.
@@ -29,7 +32,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 @dataclass(frozen=True)
 class BlockKernel:
-    """The kernel that multiplies 4-bit weights on this machine.
+    """The kernel that multiplies weights in blocks, of 4 and 8 bits, on this machine.
 
     Attributes:
         library: of ONNX Runtime operators; None where there is none.
@@ -68,7 +71,8 @@ NO_KERNEL = BlockKernel(None, "not used")
 
 def bundle_kernel(bundle: Bundle) -> BlockKernel:
     """Return the kernel that computes a bundle's language graph on the CPU."""
-    if bundle.manifest.dialect != "onnxruntime" or bundle.manifest.language != "int4":
+    manifest = bundle.manifest
+    if manifest.dialect != "onnxruntime" or manifest.language not in PROBES:
         return NO_KERNEL
     kernel = block_kernel()
     try:
@@ -91,16 +95,16 @@ def block_kernel() -> BlockKernel:
     if fastest == "plain":
         return BlockKernel(None, "this CPU has no instructions for it")
     kernel = BlockKernel(library, fastest)
-    if not gives_integers(lambda: _open_probe(kernel), "int4"):
+    if not all(gives_integers(partial(_open_probe, kernel, probe), probe) for probe in PROBES):
         version = load_onnxruntime().__version__
         return BlockKernel(None, f"onnxruntime {version} does not run it, or not exactly")
     return kernel
 
 
-def _open_probe(kernel: BlockKernel) -> Any:
+def _open_probe(kernel: BlockKernel, probe: Product) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    model = kernel.give(probe_file("int4"), options)
+    model = kernel.give(probe_file(probe), options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

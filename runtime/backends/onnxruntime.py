@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
 
     @property
     def mapped(self) -> bool:
-        """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
+        """Whether weights in blocks are mapped from the bundle, and computed by our own kernel."""
         return self._graphs.mapped
 
     @property

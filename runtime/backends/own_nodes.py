@@ -7,7 +7,7 @@ from internvl_edge.runtime.backends.graph_bytes import Model, Node
 MICROSOFT_DOMAIN, OWN_DOMAIN = "com.microsoft", "internvl_edge"
 
 #: What the operator takes, of MatMulNBits' attributes; accuracy level 4 rounds inputs to int8.
-_TAKEN = {"bits": {4}, "block_size": {32, 64, 128, 256}, "accuracy_level": {4}}
+_TAKEN = {"bits": {4, 8}, "block_size": {32, 64, 128, 256}, "accuracy_level": {4}}
 #: Inputs that must be absent: zero points, and the order of groups.
 _ABSENT = slice(3, 5)
 
@@ -25,7 +25,7 @@ def has_own_nodes(model: bytes) -> bool:
 
 
 def give_products(model: bytes) -> bytes | None:
-    """Give every 4-bit product of a graph to our operator that it can take.
+    """Give every product of weights in blocks to our operator that it can take.
 
     Args:
         model: a serialised `ModelProto`.

@@ -144,7 +144,7 @@ class CpuGraphs:
 
     @property
     def mapped(self) -> bool:
-        """Whether 4-bit weights are mapped from the bundle, and computed by our own kernel."""
+        """Whether weights in blocks are mapped from the bundle, and computed by our own kernel."""
         return self._own.blocks.library is not None
 
     @property

@@ -40,7 +40,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert tiling["megabytes"] == round((90 * 60 * 3 + 3 * 3 * 448 * 448 * 4) / 1e6, 1)
     assert min(row["kernel_ms"] for row in report["rows"]) > 0
     if block_kernel().library is not None:
-        assert [row["rows"] for row in report["blocks"]["rows"]] == list(blocks_bench.ROWS)
+        assert [row["rows"] for row in report["blocks"]["rows"]] == list(blocks_bench.ROWS) * 2
         assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["blocks"]["rows"])
     if attention_kernel().library is not None:
         attended = report["attention"]["rows"]
@@ -67,7 +67,7 @@ def test_a_wrong_product_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if block_kernel().library is None:
-        pytest.skip("no INT4 kernel here")
+        pytest.skip("no kernel for weights in blocks here")
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)
     assert main(["bench", "kernels", "--threads", "1"]) == 1
     assert "WRONG: INT4 product, 1 rows: differs from MatMulNBits by" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The product of weights in blocks on every path that runs here: NumPy's integers, and the same bits on all."""
+"""Products of weights in blocks on every path that runs here: NumPy's integers, the same bits."""
 
 from __future__ import annotations
 

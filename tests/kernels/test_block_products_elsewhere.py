@@ -1,4 +1,4 @@
-"""The product of weights in blocks on CPUs we do not have, by emulation, and under AddressSanitizer."""
+"""Products of weights in blocks on CPUs we do not have, by emulation; and memory's bounds."""
 
 from __future__ import annotations
 

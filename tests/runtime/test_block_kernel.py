@@ -1,5 +1,5 @@
-"""Bundles of 4-bit weights on our kernel: what MatMulNBits gives, from mapped weights; without it,
-MatMulNBits itself."""
+"""Bundles with weights in blocks on our kernel: what MatMulNBits gives, from mapped weights; where
+it is not, MatMulNBits itself."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ from internvl_edge.kernels.blocks.library import BLOCKS
 from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import blocks, sessions
-from internvl_edge.runtime.backends.blocks import BlockKernel, block_kernel, bundle_kernel
+from internvl_edge.runtime.backends.blocks import (
+    PROBES,
+    BlockKernel,
+    block_kernel,
+    bundle_kernel,
+)
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
-from internvl_edge.runtime.backends.products import probe_file
+from internvl_edge.runtime.backends.products import Product, probe_file
 from internvl_edge.runtime.memory import PACKED_GROWTH, plan_memory
 
 IDS = [1, 5, 9, 200, 17, 3]
 
 
-@pytest.fixture(scope="module")
-def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with few_items():
         return export_bundle(
-            GOLDEN / "model", tmp_path_factory.mktemp("int4") / "bundle", language="int4"
+            GOLDEN / "model", tmp_path_factory.mktemp("blocks") / "bundle", language=request.param
         )
 
 
@@ -64,13 +69,13 @@ def logits(bundle: Path) -> np.ndarray:
     return InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
 
 
-def write_product(folder: Path, inputs: int, columns: int, block: int, bias: bool) -> Path:
+def write_product(folder: Path, inputs: int, columns: int, form: BlockFormat, bias: bool) -> Path:
     """Write a graph of one product, as export does."""
-    random = np.random.default_rng(block)
+    random = np.random.default_rng(form.block)
     weight = random.standard_normal((columns, inputs)).astype(np.float32)
     added = Weight.held("b", random.standard_normal(columns).astype(np.float32)) if bias else None
     graph = GraphBuilder("product")
-    plan = QuantPlan({"w": LinearPlan("blocks", form=BlockFormat(4, block))})
+    plan = QuantPlan({"w": LinearPlan("blocks", form=form)})
     x = graph.input(Tensor("x", "float32", ("rows", inputs)))
     y = OnnxRuntimeDialect(graph, plan).linear(x, Weight.held("w", weight), added, "product")
     graph.output(y, Tensor("y", "float32", ("rows", columns)))
@@ -79,11 +84,12 @@ def write_product(folder: Path, inputs: int, columns: int, block: int, bias: boo
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_session_gives_what_matmulnbits_gives(
-    block: int, bias: bool, kernel: BlockKernel, tmp_path: Path
+    block: int, bits: int, bias: bool, kernel: BlockKernel, tmp_path: Path
 ) -> None:
-    path = write_product(tmp_path, 640, 203, block, bias)
+    path = write_product(tmp_path, 640, 203, BlockFormat(bits, block), bias)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 3
     ours = ort.InferenceSession(kernel.give(path, options), options)
@@ -97,35 +103,35 @@ def test_a_session_gives_what_matmulnbits_gives(
 
 
 def test_a_bundle_answers_as_on_matmulnbits(
-    int4_bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for inputs that round the other way, where values differ in their last bits."""
-    ours = logits(int4_bundle)
+    ours = logits(bundle)
     without_kernel(monkeypatch)
-    theirs = logits(int4_bundle)
+    theirs = logits(bundle)
     assert not np.array_equal(ours, theirs)  # else one of them was not what it is called
     assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
 
 
-def test_many_threads_answer_alike(int4_bundle: Path, kernel: BlockKernel) -> None:
+def test_many_threads_answer_alike(bundle: Path, kernel: BlockKernel) -> None:
     ids = (IDS * 40)[:200]
-    models = [InternVL.load(int4_bundle, device="cpu", threads=n, reuse_bytes=0) for n in (1, 3)]
+    models = [InternVL.load(bundle, device="cpu", threads=n, reuse_bytes=0) for n in (1, 3)]
     one, three = (model.logits(ids) for model in models)
     assert np.linalg.norm(one - three) < 0.03 * np.linalg.norm(one)
 
 
 def test_the_same_file_runs_without_a_library(
-    int4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler() -> Path:
         raise BuildError("no C++ compiler found\nand more")
 
-    wanted = logits(int4_bundle)
+    wanted = logits(bundle)
     monkeypatch.setattr(blocks, "operator_library", no_compiler)
     monkeypatch.setattr(blocks, "block_kernel", block_kernel.__wrapped__)
-    found = bundle_kernel(open_bundle(int4_bundle))
+    found = bundle_kernel(open_bundle(bundle))
     assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
-    model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
+    model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
     assert "own kernel" not in model.engine.backend.description
     assert np.linalg.norm(model.logits(IDS) - wanted) < 0.03 * np.linalg.norm(wanted)
 
@@ -162,11 +168,12 @@ def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert block_kernel.__wrapped__().name.startswith("no library (")
 
 
+@pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("attribute", ["K", "N", "block_size"])
 def test_a_node_that_its_weight_does_not_fit_is_refused(
-    attribute: str, kernel: BlockKernel, tmp_path: Path
+    attribute: str, probe: Product, kernel: BlockKernel, tmp_path: Path
 ) -> None:
-    model = onnx.load(str(probe_file("int4")))
+    model = onnx.load(str(probe_file(probe)))
     for node in model.graph.node:
         for one in node.attribute:
             if one.name == attribute:
@@ -192,39 +199,35 @@ def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: BlockKernel) 
     assert np.isfinite(logits(bundle)).all()
 
 
-def test_prepared_bundles_run_on_it_too(int4_bundle: Path, kernel: BlockKernel) -> None:
-    wanted = logits(int4_bundle)
-    prepare_bundle(int4_bundle, overwrite=True)
-    model = InternVL.load(int4_bundle, device="cpu", threads=1, reuse_bytes=0)
+def test_prepared_bundles_run_on_it_too(bundle: Path, kernel: BlockKernel) -> None:
+    wanted = logits(bundle)
+    prepare_bundle(bundle, overwrite=True)
+    model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
     assert model.engine.backend.prepared
     assert model.engine.backend.mapped
     np.testing.assert_array_equal(model.logits(IDS), wanted)
 
 
 def test_inspect_and_doctor_say_it(
-    int4_bundle: Path, kernel: BlockKernel, capsys: pytest.CaptureFixture[str]
+    bundle: Path, kernel: BlockKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", "--json", str(int4_bundle)]) == 0
+    assert main(["inspect", "--json", str(bundle)]) == 0
     assert json.loads(capsys.readouterr().out)["here"]["block_products"] == kernel.name
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"]["block_products"] == kernel.name
 
 
-def test_only_what_is_copied_is_planned(int4_bundle: Path) -> None:
-    manifest = open_bundle(int4_bundle).manifest
+def test_only_what_is_copied_is_planned(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
 
     def copied(given: Manifest, mapped: bool) -> int:
         return plan_memory(
             given, tokens=64, tiles=1, prepared=False, low_memory=False, mapped=mapped
         ).language_weights
 
-    head = manifest.parts["head"]
-    assert copied(manifest, True) == int(PACKED_GROWTH * head.bytes)
-    small = replace(head, precision={"int4 block 32": 1})
-    all_int4 = replace(manifest, parts={**manifest.parts, "head": small})
-    assert copied(all_int4, True) == 0
-    layers = replace(manifest.parts["decoder_linears"], precision={"int4": 1, "int8": 3})
-    some = replace(all_int4, parts={**all_int4.parts, "decoder_linears": layers})
+    assert copied(manifest, True) == 0
+    layers = replace(manifest.parts["decoder_linears"], precision={"int4 block 32": 1, "fp16": 3})
+    some = replace(manifest, parts={**manifest.parts, "decoder_linears": layers})
     assert copied(some, True) == int(PACKED_GROWTH * layers.bytes * 0.75)
     assert copied(replace(manifest, parts={}), True) == copied(manifest, False) > 0
 
