@@ -22,8 +22,8 @@ IVE_AVX512 IVE_INLINE __m512 chunk_scales(const float* scales, int64_t left) {
   return _mm512_permutexvar_ps(places, _mm512_maskz_loadu_ps(mask, scales));
 }
 
-// C columns from `n` on. More than one share what is loaded of the rows; one alone is read in the
-// order in which it lies.
+// C columns from `n` on. More than one share what is loaded of several rows; those of one row come
+// in the order in which they lie.
 template <int R, int C, int kBits, int kBlocks>
 IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n) {
   const int64_t bytes = p.column_bytes();
@@ -45,8 +45,10 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
     for (int c = 0; c < C; ++c) {
       const __m512i v = _mm512_maskz_loadu_epi32(mask, w + c * bytes + at);
       if (C > 1) {
-        fetch(w + (C + c) * bytes + at);
-        fetch(scales + (C + c) * x.blocks + b);
+        fetch_near(w + (C + c) * bytes + at);
+        fetch_near(scales + (C + c) * x.blocks + b);
+      } else {
+        fetch_near(w + at + kAhead);
       }
       parts[c][0] = kBits == 8 ? v : _mm512_and_si512(v, low);
       if (kBits == 4) parts[c][kParts<kBits> - 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
@@ -75,7 +77,7 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
 
 template <int R, int kBits, int kBlocks>
 IVE_AVX512 void multiply_range(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = R == 1 ? 1 : 4;
   int64_t n = from;
   for (; n + kTogether <= to; n += kTogether) {
     multiply_columns<R, kTogether, kBits, kBlocks>(p, x, n);

@@ -13,6 +13,11 @@ namespace ive::blocks {
 constexpr int kFewRows = 4;
 // What the widest path reads at a time, in bytes.
 constexpr int64_t kChunk = 64;
+// How far ahead of one row's weights is fetched, in bytes.
+constexpr int64_t kAhead = 6144;
+
+// Fetches the line that holds a byte to be read soon.
+IVE_INLINE void fetch_near(const void* byte) { __builtin_prefetch(byte, 0, 3); }
 
 // Rounded rows. Of each, for every value that a byte of the weight holds, a part of `bytes` inputs:
 // as many as a column's weight has, filled up with zeros to whole chunks. To every four bytes of
