@@ -70,6 +70,8 @@ IVE_AVX2 IVE_INLINE __m256i load(const T* values) {
 // Weights of 8 bits as sizes, at most 128, and signs, which the inputs take over: so a sum of two
 // products, at most 2 * 128 * 127, does not saturate.
 struct Signed {
+  // Multiplied together, where there is one row.
+  static constexpr int kColumnsOfOneRow = 1;
   __m256i sizes, signs;
 
   IVE_AVX2 IVE_INLINE explicit Signed(__m256i values)

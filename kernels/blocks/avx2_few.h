@@ -37,6 +37,7 @@ IVE_AVX2 IVE_INLINE float total(__m256 values) {
 
 // Weights in a part, of 4 bits: values in even places and in odd ones.
 struct Nibbles {
+  static constexpr int kColumnsOfOneRow = 4;
   __m256i even, odd;
 
   IVE_AVX2 IVE_INLINE explicit Nibbles(__m256i values)
@@ -77,7 +78,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const Weights weights(load_part<kWide>(w + c * bytes + at, bytes - at));
-        if (C > 1) fetch(w + (C + c) * bytes + at);
+        fetch_near(C > 1 ? w + (C + c) * bytes + at : w + at + kAhead);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           sums[r][c] = _mm256_add_epi32(sums[r][c], fours(weights, x, r, at));
@@ -90,7 +91,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
       const __m256 row_scales = part_scales<kWide>(x.scales.get() + r * x.blocks + b, left);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        if (C > 1 && r == 0) fetch(scales + (C + c) * x.blocks + b);
+        if (C > 1 && r == 0) fetch_near(scales + (C + c) * x.blocks + b);
         const __m256 column_scales = part_scales<kWide>(scales + c * x.blocks + b, left);
         const __m256 both = _mm256_mul_ps(column_scales, row_scales);
         results[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][c]), both, results[r][c]);
@@ -105,7 +106,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
 
 template <int R, typename Weights, bool kWide>
 IVE_AVX2 void multiply_range(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr int kTogether = R == 1 ? 4 : 2;
+  constexpr int kTogether = R == 1 ? Weights::kColumnsOfOneRow : 2;
   int64_t n = from;
   for (; n + kTogether <= to; n += kTogether) {
     multiply_columns<R, kTogether, Weights, kWide>(p, x, n);
