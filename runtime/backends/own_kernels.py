@@ -27,7 +27,7 @@ from internvl_edge.runtime.backends.own_nodes import give_products, has_own_node
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """Kernels that compute a graph's 4-bit products and its attention; none by default."""
+    """Kernels that compute a graph's products of weights in blocks and its attention; none by default."""
 
     blocks: BlockKernel = NO_KERNEL
     attention: AttentionKernel = NO_ATTENTION
