@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from internvl_edge.bundle.contract import (
-    LANGUAGE_FILES,
-    LANGUAGE_GRAPH,
-    VISION_FILES,
-    VISION_GRAPH,
-)
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.errors import OutputError, PrepareError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import named
@@ -24,6 +19,7 @@ from internvl_edge.export.prepare.prepack import packed_bytes, prepack_graph
 from internvl_edge.export.writer import ignore_total
 from internvl_edge.runtime.backends.prepared import (
     MANIFEST,
+    packed_graphs,
     prepared_folder,
     prepared_manifest,
     superseded,
@@ -41,7 +37,8 @@ def prepare_bundle(
 ) -> Path:
     """Write the graphs of a bundle with their matrices packed for this CPU.
 
-    Loading then maps the weights instead of copying them. Writing takes as much memory as opening
+    Loading then maps the weights instead of copying them; a language graph that our own kernel
+    computes from mapped weights is left as it is. Writing takes as much memory as opening
     the larger graph alone.
 
     Args:
@@ -76,16 +73,21 @@ def prepare_bundle(
             "on this machine integer products are exact only with weights that are not packed:"
             " there is nothing to prepare"
         )
-    total = sum(bundle.manifest.files[name].bytes for name in (*VISION_FILES, *LANGUAGE_FILES))
+    sizes = {
+        graph: sum(bundle.manifest.files[name].bytes for name in names)
+        for graph, names in packed_graphs(bundle).items()
+    }
+    total = sum(sizes.values())
     check_space(target, packed_bytes(total))
-    MemoryGuard(bundle.manifest, prepared=False, low_memory=True).check_prepare()
+    mapped = LANGUAGE_GRAPH not in sizes
+    MemoryGuard(bundle.manifest, False, low_memory=True, mapped=mapped).check_prepare()
     advance = (progress or ignore_total)(total)
     with work_folder(target) as work:
         _check_target(target, overwrite)  # another process may have been here meanwhile
         aside = work.fresh(NEW)
-        for graph, sources in ((VISION_GRAPH, VISION_FILES), (LANGUAGE_GRAPH, LANGUAGE_FILES)):
+        for graph, size in sizes.items():
             _prepare_graph(bundle, graph, aside, form)
-            advance(sum(bundle.manifest.files[name].bytes for name in sources))
+            advance(size)
         files = {file.name: file_entry(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(prepared_manifest(bundle, files) + "\n", encoding="utf-8")
         work.publish(aside)

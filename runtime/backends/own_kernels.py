@@ -27,7 +27,7 @@ from internvl_edge.runtime.backends.own_nodes import give_products, has_own_node
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """Kernels that compute a graph's products of weights in blocks and its attention; none by default."""
+    """Kernels of a graph's products of weights in blocks and of its attention; none by default."""
 
     blocks: BlockKernel = NO_KERNEL
     attention: AttentionKernel = NO_ATTENTION

@@ -1,24 +1,32 @@
 """Bundles whose weights are stored as this machine's kernels want them; see `export.prepack`.
 
-A bundle directory may hold `prepared/<machine key>/` with both graphs again, their matrices packed
-for one version of ONNX Runtime on one kind of CPU. Another version or CPU looks for another key, so
+A bundle directory may hold `prepared/<machine key>/` with graphs again, their matrices packed for
+one version of ONNX Runtime on one kind of CPU: both, or, where our own kernel computes the language
+graph from mapped weights, the vision graph. Another version or CPU looks for another key, so
 a stale directory is never used; `internvl-edge prepare` writes the one that fits.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.bundle.contract import (
+    LANGUAGE_FILES,
+    LANGUAGE_GRAPH,
+    VISION_FILES,
+    VISION_GRAPH,
+)
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.json_reader import JsonError
 from internvl_edge.bundle.manifest import Bundle, FileEntry, check_file
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.seal import SEAL, read_sealed, sealed
 from internvl_edge.bundle.verified import VerifiedFiles
+from internvl_edge.runtime.backends.blocks import bundle_kernel
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.products import AS_STORED, bundle_form
 
@@ -39,6 +47,14 @@ def superseded(folder: Path) -> list[Path]:
     cpu = folder.name.split("-", 2)[2]
     others = folder.parent.glob(f"onnxruntime-*-{cpu}")
     return [other for other in others if other != folder and (other / MANIFEST).exists()]
+
+
+def packed_graphs(bundle: Bundle) -> dict[str, tuple[str, ...]]:
+    """Return the files of each graph, by its name, whose weights ONNX Runtime packs here."""
+    graphs: dict[str, tuple[str, ...]] = {VISION_GRAPH: VISION_FILES}
+    if bundle_kernel(bundle).library is None:
+        graphs[LANGUAGE_GRAPH] = LANGUAGE_FILES
+    return graphs
 
 
 def prepared_folder(bundle: Bundle) -> Path:
@@ -66,7 +82,8 @@ def why_none(bundle: Bundle) -> str | None:
     if folder.is_dir():
         return (
             f"prepared weights in {named(folder)} were made from another export, by another version"
-            f" of internvl-edge, or for products that are not exact on this CPU; {PREPARE_AGAIN}"
+            " of internvl-edge, with a kernel that is not here, or for products that are not exact"
+            f" on this CPU; {PREPARE_AGAIN}"
         )
     others = sorted(path.name for path in folder.parent.glob("*") if (path / MANIFEST).exists())
     if not others:
@@ -122,25 +139,31 @@ def _entries(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, FileEntry]:
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}") from None
-    if set(entries) != {*VISION_FILES, *LANGUAGE_FILES}:
+    if set(entries) != set(data["source"]):
         raise BundleError(f"{named(path)} is damaged; {PREPARE_AGAIN}")
     return entries
 
 
 def _is_origin(data: Mapping[str, Any], bundle: Bundle) -> bool:
-    return {key: value for key, value in data.items() if key not in ("files", SEAL)} == _origin(
-        bundle
-    )
+    """Whether packed graphs are what this bundle needs; there may be more of them."""
+    origin, source = _origin(bundle), data.get("source")
+    if not isinstance(source, dict):
+        return False
+    hashes = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+    told = {key: value for key, value in data.items() if key not in ("files", SEAL)}
+    current = source.items() <= hashes.items()
+    return current and set(origin["source"]) <= set(source) and told == origin | {"source": source}
 
 
 def _origin(bundle: Bundle) -> dict[str, Any]:
     """Return what packed graphs depend on besides the machine.
 
-    Hashes of the graphs and of their weights, how they are written, and, where it is not the stored
-    one, the form of the integer products.
+    Hashes of the graphs that are packed and of their weights, how they are written, and, where it
+    is not the stored one, the form of the integer products.
     """
     files = bundle.manifest.files
-    source = {name: files[name].sha256 for name in (*VISION_FILES, *LANGUAGE_FILES)}
+    packed = itertools.chain.from_iterable(packed_graphs(bundle).values())
+    source = {name: files[name].sha256 for name in packed}
     form = bundle_form(bundle.manifest)
     forms = {} if form == AS_STORED else {"products": form.name}
     return {"source": source, "layout": LAYOUT, **forms}

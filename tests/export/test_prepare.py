@@ -28,14 +28,10 @@ from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.prepare import prepack
 from internvl_edge.export.prepare.prepack import packed_bytes, prepack_graph
 from internvl_edge.export.prepare.prepare import prepare_bundle
-from internvl_edge.runtime import (
-    BundleError,
-    ExportError,
-    InternVL,
-    PreparedWarning,
-)
-from internvl_edge.runtime.backends import machine, products
-from internvl_edge.runtime.backends.prepared import find_prepared
+from internvl_edge.runtime import BundleError, ExportError, InternVL, PreparedWarning
+from internvl_edge.runtime.backends import machine, own_kernels, prepared, products
+from internvl_edge.runtime.backends.blocks import NO_KERNEL
+from internvl_edge.runtime.backends.prepared import find_prepared, packed_graphs
 from internvl_edge.runtime.backends.products import UNPACKED, UNSIGNED
 
 #: The external data entry that names a packed form: "key|offset;length;flags".
@@ -112,13 +108,17 @@ def test_the_same_results_bit_for_bit(tmp_path: Path, precision: dict[str, str])
     np.testing.assert_array_equal(packed.logits(IDS), plain.logits(IDS))
 
 
-def test_packed_forms_stand_beside_the_originals(prepared_bundle: Path) -> None:
+def test_packed_forms_stand_beside_the_originals(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is compared when it is loaded is there, as later versions of ONNX Runtime want it."""
-    folder = find_prepared(open_bundle(prepared_bundle))
-    assert folder is not None
+    for module in (prepared, own_kernels):  # else the language graph is not packed
+        monkeypatch.setattr(module, "bundle_kernel", lambda bundle: NO_KERNEL)
+    bundle = Path(shutil.copytree(int4_bundle, tmp_path / "bundle"))
+    folder = prepare_bundle(bundle)
     for graph in (VISION_GRAPH, LANGUAGE_GRAPH):
         name = Path(graph).with_suffix(".data").name
-        original = (prepared_bundle / name).stat().st_size
+        original = (bundle / name).stat().st_size
         written = (folder / name).stat().st_size
         assert 1.5 * original < written <= packed_bytes(original) + PADDING
         forms = packed_initializers(folder / graph)
@@ -139,7 +139,8 @@ def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
             options=QuantOptions(naive=True),
             sensitivity=False,
         )
-    weights = sum((bundle / name).stat().st_size for name in ("language.data", "vision.data"))
+    names = sum(packed_graphs(open_bundle(bundle)).values(), ())
+    weights = sum((bundle / name).stat().st_size for name in names)
     plain = anonymous_bytes(bundle)
     prepare_bundle(bundle)
     # What remains is the sessions themselves, a few MB whatever the model.
@@ -182,7 +183,7 @@ def test_another_version_of_onnxruntime_does_not_take_it_and_replaces_it(
 
 
 def test_a_new_export_does_not_take_it(prepared_bundle: Path, tmp_path: Path) -> None:
-    newer = write_bundle(tmp_path / "newer", vision="int8", language="int8")
+    newer = write_bundle(tmp_path / "newer", vision="fp32", language="int8")
     shutil.copytree(prepared_bundle / "prepared", newer / "prepared")
     assert find_prepared(open_bundle(newer)) is None
 
@@ -192,7 +193,7 @@ def test_damage_is_one_error(prepared_bundle: Path, damage: str) -> None:
     bundle = open_bundle(prepared_bundle)
     folder = find_prepared(bundle)
     assert folder is not None
-    file = folder / "language.data"
+    file = folder / "vision.data"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "altered":
@@ -205,7 +206,7 @@ def test_damage_is_one_error(prepared_bundle: Path, damage: str) -> None:
         (folder / "prepared.json").write_text("{")
     else:
         data = json.loads((folder / "prepared.json").read_text())
-        data["files"] = {LANGUAGE_GRAPH: {"bytes": 1}}
+        data["files"] = {VISION_GRAPH: {"bytes": 1}}
         (folder / "prepared.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="prepare --overwrite"):
         find_prepared(bundle)
@@ -214,7 +215,7 @@ def test_damage_is_one_error(prepared_bundle: Path, damage: str) -> None:
 def damaged(prepared_bundle: Path) -> Path:
     folder = find_prepared(open_bundle(prepared_bundle))
     assert folder is not None
-    file = folder / "language.data"
+    file = folder / "vision.data"
     file.write_bytes(file.read_bytes()[:-1])
     return prepared_bundle
 
@@ -233,7 +234,7 @@ def of_an_older_version(prepared_bundle: Path) -> Path:
     manifest = json.loads((folder / "prepared.json").read_text())
     del manifest["layout"]
     manifest |= {"widest_bytes": 128 << 20, "part_bytes": 4 << 30}
-    for name in ("language.onnx", "language.data"):
+    for name in ("vision.onnx", "vision.data"):
         part = name.replace(".", ".1.")
         shutil.copyfile(folder / name, folder / part)
         manifest["files"][part] = manifest["files"][name]
@@ -245,9 +246,9 @@ def that_do_not_load(prepared_bundle: Path) -> Path:
     """As after a change of ONNX Runtime that its version does not show: whole, and refused."""
     folder = find_prepared(open_bundle(prepared_bundle))
     assert folder is not None
-    (folder / LANGUAGE_GRAPH).write_bytes(b"not a graph")
+    (folder / VISION_GRAPH).write_bytes(b"not a graph")
     manifest = json.loads((folder / "prepared.json").read_text())
-    manifest["files"][LANGUAGE_GRAPH] = vars(file_entry(folder / LANGUAGE_GRAPH))
+    manifest["files"][VISION_GRAPH] = vars(file_entry(folder / VISION_GRAPH))
     (folder / "prepared.json").write_text(json.dumps(manifest))
     return prepared_bundle
 
@@ -325,7 +326,8 @@ def test_an_older_version_is_replaced(prepared_bundle: Path) -> None:
         InternVL.load(bundle, device="cpu", threads=1)
     folder = prepare_bundle(bundle, overwrite=True)
     assert find_prepared(open_bundle(bundle)) == folder
-    assert len(list(folder.iterdir())) == 5  # two graphs, their weights, the manifest
+    packed = packed_graphs(open_bundle(bundle)).values()
+    assert {path.name for path in folder.iterdir()} == {"prepared.json", *sum(packed, ())}
     assert InternVL.load(bundle, device="cpu", threads=1).engine.backend.prepared  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from calibrating import few_items
 from checkpoints import GOLDEN, small_config, write_checkpoint
 from sessions import cpu_session
 
-from internvl_edge.bundle.contract import Tensor
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_FILES, Tensor
 from internvl_edge.bundle.manifest import Manifest, open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
@@ -31,15 +31,17 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.kernels.blocks.library import BLOCKS
 from internvl_edge.kernels.build import BuildError
-from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import blocks, sessions
+from internvl_edge.runtime import InternVL, PreparedWarning
+from internvl_edge.runtime.backends import blocks, own_kernels, prepared, sessions
 from internvl_edge.runtime.backends.blocks import (
+    NO_KERNEL,
     PROBES,
     BlockKernel,
     block_kernel,
     bundle_kernel,
 )
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
+from internvl_edge.runtime.backends.prepared import find_prepared
 from internvl_edge.runtime.backends.products import Product, probe_file
 from internvl_edge.runtime.memory import PACKED_GROWTH, plan_memory
 
@@ -200,12 +202,29 @@ def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: BlockKernel) 
 
 
 def test_prepared_bundles_run_on_it_too(bundle: Path, kernel: BlockKernel) -> None:
+    """Only the vision graph is packed for ONNX Runtime; both are where the kernel is not."""
     wanted = logits(bundle)
-    prepare_bundle(bundle, overwrite=True)
+    folder = prepare_bundle(bundle, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {*VISION_FILES, "prepared.json"}
     model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
     assert model.engine.backend.prepared
     assert model.engine.backend.mapped
     np.testing.assert_array_equal(model.logits(IDS), wanted)
+
+
+def test_what_was_prepared_with_the_kernel_is_not_enough_without(
+    bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_bundle(bundle, overwrite=True)
+    with monkeypatch.context() as patch:
+        for module in (own_kernels, prepared):
+            patch.setattr(module, "bundle_kernel", lambda bundle: NO_KERNEL)
+        with pytest.warns(PreparedWarning, match=r"a kernel that is not here.*prepare --overwrite"):
+            InternVL.load(bundle, device="cpu", threads=1)
+        both = prepare_bundle(bundle, overwrite=True)
+        assert LANGUAGE_GRAPH in {path.name for path in both.iterdir()}
+    assert find_prepared(open_bundle(bundle)) == both  # bundles that were prepared before stay so
+    assert np.isfinite(logits(bundle)).all()
 
 
 def test_inspect_and_doctor_say_it(
