@@ -18,6 +18,21 @@ IMAGE_START = "<img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
 
+#: Around the reasoning of an answer, in InternVL 3.5.
+THINK_START = "<think>"
+THINK_END = "</think>"
+#: The system message that was published to ask for it.
+THINKING_MESSAGE = (
+    "You are an AI assistant that rigorously follows this response protocol:\n\n"
+    "1. First, conduct a detailed analysis of the question. Consider different angles, potential"
+    " solutions, and reason through the problem step-by-step. Enclose this entire thinking process"
+    " within <think> and </think> tags.\n\n"
+    "2. After the thinking section, provide a clear, concise, and direct answer to the user's"
+    " question. Separate the answer from the think section with a newline.\n\n"
+    "Ensure that the thinking process is thorough but remains focused on the query. The final"
+    " answer should be standalone and not reference the thinking section."
+)
+
 _INTERNVL = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
     "英文名叫InternVL, 是一个有用无害的人工智能助手。"

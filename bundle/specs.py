@@ -185,10 +185,15 @@ class TilingSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Template name and, where the checkpoint overrides it, the system message."""
+    """Template name and, where the checkpoint overrides it, the system message.
+
+    Attributes:
+        stop_ids: tokens that end an answer besides the template's.
+    """
 
     template: str
     system_message: str | None
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,9 @@ def _inconsistencies(spec: ModelSpec) -> Iterator[str]:
     yield from _of_vision(spec.vision)
     yield from _of_language(spec.language)
     yield from _of_tiling(spec.tiling)
+    stops, vocab = spec.prompt.stop_ids, spec.language.vocab_size
+    if stops and not 0 <= min(stops) <= max(stops) < vocab:
+        yield f"prompt.stop_ids (eos_token_id) must be in 0..{vocab - 1}, got {quoted(stops)}"
     rows, context = spec.vision.tokens_per_tile, spec.language.max_context
     if rows > context:
         yield f"one tile takes {rows} positions of the decoder, the context has {context}"
@@ -333,6 +341,10 @@ _EXPECTED: dict[Any, str] = {
 }
 
 
+#: Fields whose integers need not be positive.
+_SIGNED = ("select_layer", "stop_ids")
+
+
 def _written(part: Any) -> dict[str, Any]:
     """Return the fields of one part; bundles of before a field had its default."""
     return {
@@ -352,7 +364,7 @@ def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
     if odd := sorted((values.keys() ^ hints.keys()) - (optional - values.keys())):
         raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {quoted(odd)}")
     for name, hint in ((name, hint) for name, hint in hints.items() if name in values):
-        if not _fits(values[name], hint, signed=name == "select_layer"):
+        if not _fits(values[name], hint, signed=name in _SIGNED):
             expected = _EXPECTED.get(hint, hint)
             raise BundleError(
                 f"bundle.json: spec.{part}.{name} is {quoted(values[name])}, expected {expected}"
@@ -367,7 +379,7 @@ def _frozen(value: Any) -> Any:
 def _fits(value: object, hint: Any, *, signed: bool) -> bool:
     if hint in (tuple[float, ...], tuple[int, ...]):
         items = value if isinstance(value, (list, tuple)) else [None]
-        return all(_fits(item, get_args(hint)[0], signed=False) for item in items)
+        return all(_fits(item, get_args(hint)[0], signed=signed) for item in items)
     if hint == (int | None):
         hint = int  # None is the default, which is not written
     if hint in (int, float):

@@ -59,6 +59,9 @@ def _add_shown(group: ArgumentGroup) -> None:
     )
     group.add_argument("--system", help="system message instead of the checkpoint's")
     group.add_argument(
+        "--thinking", action="store_true", help="ask for reasoning first (InternVL 3.5)"
+    )
+    group.add_argument(
         "--control-tokens",
         action="store_true",
         help="let text that spells a control token have it, as the reference does",
@@ -124,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             messages=messages,
             control_tokens=arguments.control_tokens,
             drop_oldest=arguments.drop_oldest,
+            thinking=arguments.thinking,
         )
 
     asking = Asking(

@@ -17,6 +17,7 @@ from internvl_edge.cli.history import History
 from internvl_edge.cli.progress import ProgressLine
 from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
@@ -104,9 +105,7 @@ class Conversation:
                 print_json(as_dict(stream.finish()))
             else:
                 try:
-                    for piece in stream:
-                        progress.clear()
-                        print(piece, end="", flush=True)
+                    self._print(stream, progress)
                 except KeyboardInterrupt:
                     if not sys.stdin.isatty():
                         raise
@@ -116,6 +115,16 @@ class Conversation:
                 told = summary(reply.timings, len(reply.token_ids))
                 print(f"[{reply.finish_reason}] {told}", file=sys.stderr)
         self._pictures = []
+
+    def _print(self, stream: TokenStream, progress: ProgressLine) -> None:
+        """Print an answer as it comes; reasoning goes to standard error, which is no answer."""
+        thought = False
+        for piece in stream:
+            progress.clear()
+            if thought and not piece.thinking:
+                print("\n", file=sys.stderr, flush=True)
+            thought = piece.thinking
+            print(piece, end="", flush=True, file=sys.stderr if thought else sys.stdout)
 
     def hold(self) -> None:
         """Ask every line of standard input.
@@ -229,6 +238,7 @@ def as_dict(reply: Reply) -> dict[str, object]:
     timings = reply.timings
     return {
         "text": reply.text,
+        "thinking": reply.thinking,
         "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason,
         "timings": {

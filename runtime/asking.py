@@ -69,12 +69,15 @@ class PromptOptions(AnswerOptions, total=False):
         system_message: instead of the checkpoint's.
         control_tokens: whether a text that spells one (`<|im_end|>`, `<IMG_CONTEXT>`) has it, as
             the reference does; else it is text, and nobody forges a turn by writing one.
+        thinking: ask for reasoning before the answer, by the published system message unless one
+            is told, and keep it apart: `Reply.thinking`, and pieces that say so.
     """
 
     messages: Messages | None
     max_tiles: int | None
     system_message: str | None
     control_tokens: bool | None
+    thinking: bool | None
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,13 @@ def request(
     options: AnswerOptions,
     started: Started,
     cache: Cache | None = None,
+    *,
+    thinking: bool = False,
 ) -> Request:
     """Return the request for an answer to token ids.
 
     Args:
-        cache: see `Request`.
+        cache, thinking: see `Request`.
 
     Raises:
         PromptError, LimitError: an option is not what it must be; the message names it.
@@ -134,6 +139,7 @@ def request(
             flag("skip_special_tokens", options.get("skip_special_tokens"), default=True),
             flag("clean_up", options.get("clean_up"), default=True),
         ),
+        thinking=thinking,
         cache=cache,
         progress=function_or_none("progress", options.get("progress")),
         timings=started.timings,
@@ -156,14 +162,17 @@ def prompt_request(
     check_names(options, PromptOptions)
     started = Started()
     told = asked(prompt, images, options.get("messages"), options.get("system_message"), inputs)
+    thinking = flag("thinking", options.get("thinking"))
+    system_message = inputs.system_message(told.system_message, thinking=thinking)
     tiled = told.tile(inputs, options.get("max_tiles"))
     started.tiled()
     if isinstance(prompt, str) or prompt is None:
         live = flag("control_tokens", options.get("control_tokens"))
-        ids = inputs.conversation(told.turns, tiled, told.system_message, control_tokens=live)
+        ids = inputs.conversation(told.turns, tiled, system_message, control_tokens=live)
     else:
         ids = token_ids("prompt", prompt)
-    return request(ids, inputs.stop_ids, tiled, cast(AnswerOptions, options), started)
+    answer = cast(AnswerOptions, options)
+    return request(ids, inputs.stop_ids, tiled, answer, started, thinking=thinking)
 
 
 def item_request(

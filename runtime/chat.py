@@ -58,16 +58,20 @@ class Chat(NotCopied):
         messages: Messages | str | os.PathLike[str] | None = None,
         control_tokens: bool = False,
         drop_oldest: bool = False,
+        thinking: bool = False,
+        keep_thinking: bool = True,
     ) -> None:
         said = load(messages) if isinstance(messages, str | os.PathLike) else messages
         told = read_messages(() if said is None else said, answering.inputs, system_message)
         self._answering = answering
-        self._system_message = told.system_message
+        inputs = answering.inputs
+        self._system_message = inputs.system_message(told.system_message, thinking=thinking)
+        self._thinking, self._keep_thinking = thinking, keep_thinking
         self._max_tiles = max_tiles
         self._control_tokens = control_tokens
         self._drop_oldest = drop_oldest
         self._history = told.answered()
-        self._images = told.tile(answering.inputs, max_tiles)
+        self._images = told.tile(inputs, max_tiles)
         for image in self._images:
             image.release()
         self._cache = answering.engine.backend.new_cache(answering.max_context)
@@ -119,8 +123,9 @@ class Chat(NotCopied):
         if self._drop_oldest:  # keep room for an answer
             limit -= min(new_tokens(options), limit // 4)
         ids, needed = self._prompt([*self.history, (question, None)], shown, limit)
+        cache, thinking = self._cache, self._thinking
         stream = self._begin(
-            request(ids, inputs.stop_ids, needed, options, started, cache=self._cache)
+            request(ids, inputs.stop_ids, needed, options, started, cache, thinking=thinking)
         )
         self._active = Turn(len(self.history), question, shown, stream)
         return stream
@@ -184,7 +189,8 @@ class Chat(NotCopied):
         if not turn.stream.failed:
             # The history alone says how many images count: before it is told, these are none's.
             self._images = turn.shown
-            self._history[turn.number :] = [(turn.question, reply.text)]
+            answer = reply.whole if self._keep_thinking else reply.text
+            self._history[turn.number :] = [(turn.question, answer)]
         self._active = None
 
     def _earlier(self) -> list[TiledImage]:

@@ -106,7 +106,7 @@ class InternVL(NotCopied):
 
     @property
     def stop_id(self) -> int:
-        """Token that ends an answer; see `ignore_eos` of `stream`."""
+        """Token that ends an answer by the template; `inputs.stop_ids` has all that do."""
         return self.inputs.stop_ids[0]
 
     @classmethod
@@ -285,6 +285,8 @@ class InternVL(NotCopied):
         messages: Messages | str | os.PathLike[str] | None = None,
         control_tokens: bool = False,
         drop_oldest: bool = False,
+        thinking: bool = False,
+        keep_thinking: bool = True,
     ) -> Chat:
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again.
 
@@ -295,6 +297,9 @@ class InternVL(NotCopied):
                 `Chat.save` wrote; see `read_messages`.
             control_tokens: see `stream`.
             drop_oldest: leave the oldest turns out of a prompt that the context does not hold.
+            thinking: see `stream`.
+            keep_thinking: whether later turns see the reasoning of earlier ones, as in the
+                reference; False keeps the answers alone.
 
         Raises:
             PromptError, ImageError: the messages are not a conversation up to an answer.
@@ -307,6 +312,8 @@ class InternVL(NotCopied):
             max_tiles=max_tiles,
             control_tokens=flag("control_tokens", control_tokens),
             drop_oldest=flag("drop_oldest", drop_oldest),
+            thinking=flag("thinking", thinking),
+            keep_thinking=flag("keep_thinking", keep_thinking, default=True),
         )
 
     def tile(self, image: ImageLike, max_tiles: int | None = None) -> NDArray[np.uint8]:

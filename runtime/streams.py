@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from internvl_edge.runtime.decoding.background import Background, News, Ticket
 from internvl_edge.runtime.decoding.request import Event, Reply, Request
+from internvl_edge.runtime.decoding.thinking import Piece, pieces_of
 from internvl_edge.runtime.process import NotCopied
 
 
-class AsyncStream(NotCopied, AsyncIterator[str]):
+class AsyncStream(NotCopied, AsyncIterator[Piece]):
     """An answer in the making: iterate over its text pieces with `async for`, or await `finish()`.
 
     It begins when it is first read, belongs to one event loop, and is cancelled with the task that
@@ -31,6 +33,7 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
         self._ticket: Ticket | None = None
         self._give_up: weakref.finalize[[Ticket], AsyncStream] | None = None
         self._cancelled = False
+        self._pieces: deque[Piece] = deque()
         self._reply: Reply | None = None
         self._error: Exception | None = None
 
@@ -52,13 +55,14 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
         assert self._reply is not None
         return self._reply
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Piece:
         try:
-            while self._reply is None:
+            while self._reply is None and not self._pieces:
                 if self._error is not None:
                     raise self._error
-                if piece := self._heard(await self._next()):
-                    return piece
+                self._hear(await self._next())
+            if self._pieces:
+                return self._pieces.popleft()
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -80,9 +84,10 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
                 self.cancel()
         return await self._news.get()
 
-    def _heard(self, news: News) -> str:
+    def _hear(self, news: News) -> None:
         if isinstance(news, Event):
-            return news.piece
+            self._pieces.extend(pieces_of([news]))
+            return
         # Nothing holds on to what has ended: not the ticket, nor what would cancel it.
         self._ticket = None
         if self._give_up is not None:
@@ -91,7 +96,6 @@ class AsyncStream(NotCopied, AsyncIterator[str]):
             self._reply = news
         else:
             self._error = news
-        return ""
 
 
 def _teller(

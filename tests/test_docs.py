@@ -267,6 +267,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> InternVL:
     return InternVL.load(folder, device="cpu", threads=1)
 
 
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> InternVL:
+    checkpoint = Path(__file__).with_name("families") / "orig_qwen3" / "model"
+    exported = export_bundle(checkpoint, tmp_path_factory.mktemp("thinker") / "bundle")
+    return InternVL.load(exported, device="cpu", threads=1)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand where every file that the blocks name is."""
@@ -292,14 +299,19 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", [*python_blocks()])
 def test_python_runs(
-    text: str, model: InternVL, pictures: None, monkeypatch: pytest.MonkeyPatch
+    text: str,
+    model: InternVL,
+    thinker: InternVL,
+    pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each block by itself, on the demo's model, whatever bundle and device it names."""
+    """Each block by itself, on the demo's model, whatever bundle and device it names; on one that
+    thinks where the name is of an InternVL 3.5."""
     signature = inspect.signature(InternVL.load)
 
     def load(*arguments: object, **settings: object) -> InternVL:
-        signature.bind(*arguments, **settings)
-        return model
+        named = signature.bind(*arguments, **settings).arguments["path"]
+        return thinker if str(named).startswith("internvl3_5") else model
 
     monkeypatch.setattr(InternVL, "load", load)
     exec(compile(text, "block", "exec"), {})

@@ -14,7 +14,7 @@ from internvl_edge.bundle.specs import (
     VisionSpec,
 )
 from internvl_edge.export.checkpoint import config_keys
-from internvl_edge.export.checkpoint.beside import PREPROCESSOR, PROCESSOR, Beside
+from internvl_edge.export.checkpoint.beside import GENERATION, PREPROCESSOR, PROCESSOR, Beside
 from internvl_edge.export.checkpoint.chat_template import check_template
 from internvl_edge.export.checkpoint.family import Family, family_of_model_type
 from internvl_edge.export.checkpoint.section import Section
@@ -49,17 +49,32 @@ def read_native(top: Section, beside: Beside) -> tuple[ModelSpec, Family]:
     family = family_of_model_type(text)
     check_template(beside)
     vision = _vision(top)
+    stops = _stop_ids(beside, text)
     spec = ModelSpec(
         vision=vision,
         language=family.spec(text),
         tiling=_tiling(beside, vision),
-        prompt=PromptSpec(template=NATIVE_TEMPLATE, system_message=None),
+        prompt=PromptSpec(template=NATIVE_TEMPLATE, system_message=None, stop_ids=stops),
     )
     rows = top.raw("image_seq_length", None)
     if rows not in (None, vision.tokens_per_tile):
         raise top.bad("image_seq_length", rows, str(vision.tokens_per_tile))
     top.finish(config_keys.NATIVE_TOP)
     return spec, family
+
+
+def _stop_ids(beside: Beside, text: Section) -> tuple[int, ...]:
+    """Read the tokens that end an answer: generation_config.json's, else the decoder's."""
+    section = Section(beside.get(GENERATION, {}), "", GENERATION)
+    if section.raw("eos_token_id", None) is None:
+        section = text
+    if (told := section.raw("eos_token_id", None)) is None:
+        return ()
+    ids = told if isinstance(told, list) else [told]
+    vocab = text.positive("vocab_size")
+    if not all(type(one) is int and 0 <= one < vocab for one in ids):
+        raise section.bad("eos_token_id", told, f"token ids in 0..{vocab - 1}, one or a list")
+    return tuple(dict.fromkeys(ids))
 
 
 def _vision(top: Section) -> VisionSpec:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.request import Reply, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
+from internvl_edge.runtime.decoding.thinking import Piece, pieces_of
 from internvl_edge.runtime.process import NotCopied
 
 
-class TokenStream(NotCopied, Iterator[str]):
+class TokenStream(NotCopied, Iterator[Piece]):
     """An answer in the making: iterate over its text pieces, or `finish` it at once.
+
+    Each piece is a string that says whether it is of the reasoning before the answer.
 
     `cancel` may be called from another thread; the answer then ends after the pass under way.
 
@@ -23,12 +27,14 @@ class TokenStream(NotCopied, Iterator[str]):
         self._home = answering.home
         self._scheduler = Scheduler(answering)
         self._handle = self._scheduler.add(request)
+        self._pieces: deque[Piece] = deque()
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         try:
-            while self._handle.alive:
-                if piece := "".join(event.piece for event in self._scheduler.step()):
-                    return piece
+            while self._handle.alive and not self._pieces:
+                self._pieces.extend(pieces_of(self._scheduler.step()))
+            if self._pieces:
+                return self._pieces.popleft()
         except KeyboardInterrupt:
             self._scheduler.end(self._handle)
             raise

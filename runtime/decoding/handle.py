@@ -16,6 +16,7 @@ from internvl_edge.runtime.decoding.request import Event, FinishReason, Reply, R
 from internvl_edge.runtime.decoding.reservations import Claimant
 from internvl_edge.runtime.decoding.sampling import Sampler
 from internvl_edge.runtime.decoding.speculation import Others, Speculator
+from internvl_edge.runtime.decoding.thinking import Thoughts, overlap, part_thoughts
 
 
 class StopStrings:
@@ -33,7 +34,7 @@ class StopStrings:
         if found:
             self.hit, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -90,6 +91,7 @@ class Handle(Claimant):
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, request.form)
         self._stops = StopStrings(request.stop)
+        self._thoughts = Thoughts() if request.thinking else None
         self._shown: list[str] = []
         self._cancelled = threading.Event()
         self._wake = wake
@@ -172,8 +174,10 @@ class Handle(Claimant):
 
     def replied(self, finish: FinishReason) -> Reply:
         """Return the answer as it now stands."""
-        text = "".join(self._shown).strip()
-        return Reply(text, self.ids, finish, self.request.timings, self._boxes())
+        whole = "".join(self._shown).strip()
+        thinking, text = ("", whole) if self._thoughts is None else part_thoughts(whole)
+        timings = self.request.timings
+        return Reply(text, self.ids, finish, timings, self._boxes(), thinking, whole)
 
     def _boxes(self) -> list[Box]:
         if not self.request.images:
@@ -186,12 +190,9 @@ class Handle(Claimant):
     ) -> Event:
         if piece:
             self._shown.append(piece)
-        return Event(self.request, token, piece, logprob, finish)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+        thought = ""
+        if self._thoughts is not None:
+            thought, piece = self._thoughts.push(piece)
+            if finish is not None:
+                thought += self._thoughts.finish()
+        return Event(self.request, token, piece, logprob, finish, thought)

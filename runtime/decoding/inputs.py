@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import ContextError, PromptError, UsageError
-from internvl_edge.bundle.prompt import IMAGE_CONTEXT, expand_images, get_template, place_images
+from internvl_edge.bundle.prompt import (
+    IMAGE_CONTEXT,
+    THINK_END,
+    THINKING_MESSAGE,
+    expand_images,
+    get_template,
+    place_images,
+)
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.segments import joined
 from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
@@ -41,7 +48,7 @@ class Inputs:
 
     Attributes:
         context_id: token id of image slots.
-        stop_ids: token ids that end an answer.
+        stop_ids: token ids that end an answer, the template's first.
     """
 
     def __init__(
@@ -54,7 +61,8 @@ class Inputs:
         self._encoder = encoder
         self._template = get_template(spec.prompt.template)
         self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
-        self.stop_ids = (tokenizer.token_id(self._template.stop),)
+        stop = tokenizer.token_id(self._template.stop)
+        self.stop_ids = (stop, *(one for one in spec.prompt.stop_ids if one != stop))
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""
@@ -108,6 +116,20 @@ class Inputs:
         """
         numbered = self._template.numbers_images
         return place_images(prompt, new_images, earlier_images, numbered=numbered)
+
+    def system_message(self, told: str | None, *, thinking: bool) -> str | None:
+        """Return what a conversation begins with: what asks for reasoning, unless another is told.
+
+        Raises:
+            UsageError: reasoning is asked of a model that has no token to end it with.
+        """
+        if thinking and THINK_END not in self._tokenizer.added:
+            raise UsageError(
+                f"needs the token {THINK_END}, which InternVL 3.5 has and this model lacks;"
+                " leave it out",
+                option="thinking",
+            )
+        return THINKING_MESSAGE if thinking and told is None else told
 
     def conversation(
         self,

@@ -75,6 +75,7 @@ class Request:
         max_new_tokens, sampling, stop, ignore_eos: see `AnswerOptions`.
         form: how its tokens become text.
         logprobs: whether each event has the token's log-probability.
+        thinking: whether reasoning before the answer is told apart from it.
         cache: a conversation's, whose beginning is reused, for one request at a time; None
             allocates one.
         progress: called between the passes of the prompt.
@@ -92,6 +93,7 @@ class Request:
     ignore_eos: bool = False
     form: TextForm = field(default_factory=TextForm)
     logprobs: bool = False
+    thinking: bool = False
     cache: Cache | None = None
     progress: ProgressCallback | None = None
     timings: Timings = field(default_factory=Timings)
@@ -115,6 +117,7 @@ class Event:
         logprob: natural logarithm of the token's probability, before temperature and filters;
             None unless the request asks for it.
         finish: why the answer ended; None while it goes on.
+        thought: likewise text, of the reasoning before the answer; see `Request.thinking`.
     """
 
     request: Request
@@ -122,6 +125,7 @@ class Event:
     piece: str
     logprob: float | None = None
     finish: FinishReason | None = None
+    thought: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ class Reply:
             context), "cancelled".
         timings: see `Timings`.
         boxes: places the answer names, in pixels of the picture shown last; see `read_boxes`.
+        thinking: the reasoning before the answer, where it was asked for; without `</think>` in
+            what was generated, all is reasoning, and `text` is empty.
+        whole: the text as it was generated, reasoning and its marks included.
     """
 
     text: str
@@ -142,3 +149,5 @@ class Reply:
     finish_reason: FinishReason
     timings: Timings
     boxes: list[Box] = field(default_factory=list)
+    thinking: str = ""
+    whole: str = ""

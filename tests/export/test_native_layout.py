@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import scripted
 
 from internvl_edge.bundle.prompt import NATIVE_TEMPLATE
 from internvl_edge.bundle.specs import ModelSpec
@@ -89,7 +90,7 @@ REFUSED = [
     (
         "config.json:text_config.model_type",
         "gpt_oss",
-        "supported: one of llama, phi3, qwen2, qwen3",
+        "supported: one of internlm3, llama, phi3, qwen2, qwen3",
     ),
     ("config.json:text_config.use_sliding_window", True, "use_sliding_window"),
     ("config.json:text_config.layer_types", ["sliding_attention"] * 2, "layer_types"),
@@ -187,6 +188,46 @@ def test_the_template_ends_where_generation_does(
         return
     with pytest.raises(CheckpointError, match=r"'eos_token_id' is 366; '<\|im_end\|>'.* token 368"):
         read_tokens(folder, spec)
+
+
+@pytest.mark.parametrize(
+    ("generation", "decoder", "stops"),
+    [
+        (368, None, (368,)),
+        ([366, 368, 366], 7, (366, 368)),
+        ([0, 368], None, (0, 368)),
+        (None, 366, (366,)),
+        (None, None, ()),
+    ],
+    ids=str,
+)
+def test_every_end_of_an_answer(
+    generation: object, decoder: object, stops: tuple[int, ...]
+) -> None:
+    """generation_config.json counts before the decoder's section."""
+    files = changed("config.json:text_config.eos_token_id", decoder)
+    files[GENERATION] = {"eos_token_id": generation}
+    spec = describe(files)
+    assert spec.prompt.stop_ids == stops
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize("eos", [420, -1, True, "368", [368, 420], [368, None]], ids=str)
+def test_ends_the_vocabulary_lacks(eos: object) -> None:
+    with pytest.raises(CheckpointError, match=r"'eos_token_id' is .*; supported: token ids in 0.."):
+        describe(files_of(MODEL) | {GENERATION: {"eos_token_id": eos}})
+
+
+def test_any_of_them_ends_an_answer(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (folder / GENERATION).write_text(json.dumps({"eos_token_id": [366, 368, 5]}))
+    model, backend = scripted(export_bundle(folder, tmp_path / "bundle"))
+    for stop in (5, 366, 368):
+        backend.script = [40, stop, 41]
+        reply = model.generate("Hello")
+        assert (reply.token_ids, reply.finish_reason) == ([40, stop], "stop")
+    backend.script = [40, 5, 41]
+    assert model.generate("Hello", ignore_eos=True, max_new_tokens=3).token_ids == [40, 5, 41]
 
 
 def test_the_fast_tokenizer_is_this_layouts(tmp_path: Path) -> None:
