@@ -166,6 +166,19 @@ class BytePairTokenizer:
         """Whether an id is of the vocabulary, added tokens included."""
         return self._model.id_to_token(token) is not None
 
+    def is_open(self, token: int) -> bool:
+        """Whether a piece is a byte: a row of them is read as one, or as none of it."""
+        return token in self._bytes
+
+    @cached_property
+    def _bytes(self) -> frozenset[int]:
+        """Ids of pieces that stand for one byte each, where the model reads them so."""
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        ids = [one for one in map(self._model.token_to_id, names) if one is not None]
+        letter = self._model.token_to_id("<0x41>")
+        falls_back = letter is not None and self.text_of_pieces([letter]) == "A"
+        return frozenset(ids if falls_back else ())
+
     def is_text(self, added: AddedToken) -> bool:
         """Whether an added token is text like any other: each is."""
         return True

@@ -203,6 +203,10 @@ class SentencePieceTokenizer:
         """
         return find_token(self.added, text)
 
+    def is_open(self, token: int) -> bool:
+        """Whether a later piece changes what one means: broken UTF-8 aside, none does."""
+        return False
+
     def is_text(self, added: AddedToken) -> bool:
         """Whether an added token is text like any other: none is."""
         return False

@@ -33,8 +33,8 @@ class CleanUp:
 
 
 class TextStream:
-    """Turns ids that arrive one by one into text, holding back incomplete UTF-8 and blanks that
-    `clean_up` may drop.
+    """Turns ids that arrive one by one into text, holding back incomplete UTF-8, rows of bytes
+    that are not yet at their end, and blanks that `clean_up` may drop.
 
     The pieces join to `Tokenizer.decode` of all ids; but where control tokens are kept, the blank
     that it puts before a text which one of them follows is left out.
@@ -80,7 +80,7 @@ class TextStream:
         self._ids.append(token)
         self._controlled = False
         text = self._tokenizer.text_of_pieces(self._ids[self._start :])
-        if text.endswith(REPLACEMENT):
+        if text.endswith(REPLACEMENT) or self._tokenizer.is_open(token):
             return ""
         return self._joined(self._cleaned(self._fresh(text)))
 
@@ -96,8 +96,10 @@ class TextStream:
         # Decoding [shown ids + new ids] and cutting off the shown text keeps pieces whose text
         # depends on their neighbour (a leading space, a byte sequence) right.
         shown = self._tokenizer.text_of_pieces(self._ids[self._start : self._shown])
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(shown) :]
+        fresh = text[len(shown) :]
+        if fresh:  # a window that begins with pieces of no text would lose the blank behind them
+            self._start, self._shown = self._shown, len(self._ids)
+        return fresh
 
     def _end_run(self) -> str:
         text = self._fresh(self._tokenizer.text_of_pieces(self._ids[self._start :]))

@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def is_piece(self, token: int) -> bool:
         """Whether an id is of the vocabulary, not added to it."""
 
+    def is_open(self, token: int) -> bool:
+        """Whether what a piece means may change with the one that follows."""
+
     def is_text(self, added: AddedToken) -> bool:
         """Whether an added token that is shown is text like any other."""
 
