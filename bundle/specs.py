@@ -17,6 +17,7 @@ from internvl_edge.bundle.quoting import quoted
 
 NormType = Literal["rms_norm", "layer_norm"]
 PixelShuffleVersion = Literal["v1", "v2"]
+Resize = Literal["pillow", "torchvision"]
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 #: Kinds whose inverse frequencies are stored, and those that stretch the trained length.
 STORED_FREQUENCIES = ("llama3", "yarn", "longrope")
@@ -175,12 +176,17 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class TilingSpec:
-    """The cutting of an image where the caller does not say."""
+    """The cutting of an image where the caller does not say.
+
+    Attributes:
+        resize: whose pixels a picture is resized to: the two round weights otherwise.
+    """
 
     dynamic: bool
     min_tiles: int
     max_tiles: int
     thumbnail: bool
+    resize: Resize = "pillow"
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class CudaKernels:
         self.driver = driver
         self._functions: dict[tuple[int, str], Any] = {}
         self._modules: dict[tuple[int, str], Any] = {}
-        self._axes: OrderedDict[tuple[int, int, int], AxisStruct] = OrderedDict()
+        self._axes: OrderedDict[tuple[int, int, int, bool], AxisStruct] = OrderedDict()
         self._scratch = Scratch(driver)
         self._staging = Scratch(driver)
 
@@ -92,6 +92,7 @@ class CudaKernels:
         dtype: DTypeLike | None = None,
         pixel_format: str = "rgb",
         matrix: str = "bt601",
+        short_weights: bool = False,
         stream: Any = None,
     ) -> Any:
         """`ops.tile` on the device; `out` is a device array of the result's shape and dtype.
@@ -103,7 +104,9 @@ class CudaKernels:
         """
         if tile_size % 4:
             raise ValueError(f"tile_size is {tile_size}; on CUDA it must be a multiple of 4")
-        plan = TilePlan.of(columns, rows, tile_size, patch_size, thumbnail, layout, dtype)
+        plan = TilePlan.of(
+            columns, rows, tile_size, patch_size, thumbnail, layout, dtype, short_weights
+        )
         handle, context = stream_handle(stream), self.driver.context()
         planes = self._planes(image, pixel_format, matrix, context, handle)
         job = TileJob()
@@ -244,7 +247,7 @@ class CudaKernels:
 
     def _axis(self, context: int, axis: Weights) -> AxisStruct:
         """The axis's weights on the device, uploaded once."""
-        key = (context, axis.size_in, axis.size)
+        key = (context, axis.size_in, axis.size, axis.short)
         if key not in self._axes:
             if len(self._axes) >= CACHED_AXES:
                 _, old = self._axes.popitem(last=False)

@@ -124,6 +124,7 @@ class TilePlan:
     thumbnail: bool
     layout: str
     dtype: np.dtype[Any]
+    short_weights: bool
 
     @classmethod
     def of(
@@ -135,6 +136,7 @@ class TilePlan:
         thumbnail: bool,
         layout: str,
         dtype: Any,
+        short_weights: bool = False,
     ) -> TilePlan:
         """Check a request; `dtype` None is uint8 for layout "tiles", else float32."""
         for name, value in (("columns", columns), ("rows", rows), ("tile_size", tile_size)):
@@ -156,7 +158,8 @@ class TilePlan:
                 " pass the model's own patch_size"
             )
         both = bool(thumbnail) and columns * rows > 1
-        return cls(columns, rows, tile_size, max(patch_size, 1), both, layout, wanted)
+        patch = max(patch_size, 1)
+        return cls(columns, rows, tile_size, patch, both, layout, wanted, bool(short_weights))
 
     @property
     def tiles(self) -> int:

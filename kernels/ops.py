@@ -46,13 +46,14 @@ def tile(
     dtype: DTypeLike | None = None,
     pixel_format: str = "rgb",
     matrix: str = "bt601",
+    short_weights: bool = False,
     out: NDArray[Any] | None = None,
     threads: int | None = None,
 ) -> NDArray[Any]:
     """Resize an image to `columns` x `rows` tiles, cut it, and normalise if asked to.
 
-    Antialiased bicubic, bit-equal to Pillow <= 12. A thumbnail of the whole image comes last when
-    `thumbnail` is set and there is more than one tile.
+    Antialiased bicubic, bit-equal to Pillow <= 12, or to torchvision. A thumbnail of the whole
+    image comes last when `thumbnail` is set and there is more than one tile.
 
     Args:
         image: uint8 pixels; see `images.planes_of` for formats. Any row stride.
@@ -64,6 +65,7 @@ def tile(
             values as rows of the patch product, each in channel, row, column order.
         dtype: float32 (default) or float16 of "nchw" and "patches"; float16 is float32 rounded.
         pixel_format, matrix: "rgb", "bgr", "rgba", or "nv12" with "bt601" or "bt709".
+        short_weights: resize as torchvision does, whose weights have 16 bits.
         out: array to write to, of exactly the result's shape and dtype; it must not overlap.
         threads: CPU threads; None is one per available core.
 
@@ -74,7 +76,9 @@ def tile(
         ValueError, TypeError: an argument is not as above.
         MemoryError: the working buffers (megabytes a thread) could not be had.
     """
-    plan = TilePlan.of(columns, rows, tile_size, patch_size, thumbnail, layout, dtype)
+    plan = TilePlan.of(
+        columns, rows, tile_size, patch_size, thumbnail, layout, dtype, short_weights
+    )
     planes = planes_of(image, pixel_format, matrix)
     workers = _threads(threads)
     result = _output(out, plan.shape, plan.dtype)
@@ -172,12 +176,12 @@ def tile_job(
 
 def job_axes(width: int, height: int, plan: TilePlan) -> list[dict[str, Weights]]:
     """Weights of the grid and, where there is one, of the thumbnail."""
-    side = plan.tile_size
+    side, short = plan.tile_size, plan.short_weights
     grids = [(plan.columns, plan.rows), (1, 1)] if plan.thumbnail else [(plan.columns, plan.rows)]
     return [
         {
-            "across": axis_weights(width, columns * side),
-            "down": axis_weights(height, rows * side),
+            "across": axis_weights(width, columns * side, short),
+            "down": axis_weights(height, rows * side, short),
         }
         for columns, rows in grids
     ]

@@ -26,11 +26,12 @@ def tile(planes: Planes, plan: TilePlan, out: NDArray[Any]) -> None:
     """Resize, cut and normalise into `out`, of `plan.shape` and `plan.dtype`."""
     pixels = to_rgb(planes)
     side, columns, rows = plan.tile_size, plan.columns, plan.rows
-    grid = resize(pixels, columns * side, rows * side)
+    short = plan.short_weights
+    grid = resize(pixels, columns * side, rows * side, short)
     # (rows * S, columns * S, 3) -> (rows, S, columns, S, 3) -> (rows * columns, S, S, 3)
     tiles = grid.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     if plan.thumbnail:
-        tiles = np.concatenate([tiles, resize(pixels, side, side)[np.newaxis]])
+        tiles = np.concatenate([tiles, resize(pixels, side, side, short)[np.newaxis]])
     for at, one in enumerate(tiles):  # a tile at a time: no float array of full size
         out[at] = one if plan.layout == "tiles" else _arranged(normalise(one), plan)
 
@@ -44,9 +45,16 @@ def to_rgb(planes: Planes) -> NDArray[np.uint8]:
     return planes.pixels[..., :3]
 
 
-def resize(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Antialiased bicubic `(H, W, 3)` -> `(height, width, 3)`: horizontal pass first."""
-    return _resample(_resample(pixels.swapaxes(0, 1), width).swapaxes(0, 1), height)
+def resize(
+    pixels: NDArray[np.uint8], width: int, height: int, short: bool = False
+) -> NDArray[np.uint8]:
+    """Antialiased bicubic `(H, W, 3)` -> `(height, width, 3)`: horizontal pass first.
+
+    Args:
+        short: see `axis_weights`.
+    """
+    across = _resample(pixels.swapaxes(0, 1), width, short).swapaxes(0, 1)
+    return _resample(across, height, short)
 
 
 def normalise(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -96,11 +104,11 @@ def quantise(x: NDArray[np.float32], scale: float) -> NDArray[np.int8]:
     return steps.clip(-128, 127).astype(np.int8)
 
 
-def _resample(pixels: NDArray[np.uint8], target: int) -> NDArray[np.uint8]:
+def _resample(pixels: NDArray[np.uint8], target: int, short: bool) -> NDArray[np.uint8]:
     """Resize the first axis of `(n, m, 3)` to `target`."""
     if len(pixels) == target:
         return pixels
-    axis = axis_weights(len(pixels), target)
+    axis = axis_weights(len(pixels), target, short)
     out = np.empty((target, *pixels.shape[1:]), np.uint8)
     for begin in range(0, target, _STRIP):
         part = slice(begin, begin + _STRIP)

@@ -2,8 +2,9 @@
 // tiles, or normalised NCHW, or rows of the patch GEMM. Element bodies for CUDA and C++ alike.
 //
 // The resize is Pillow's up to version 12, bit for bit: horizontal pass first, an 8-bit
-// intermediate, weights in fixed point with 22 fractional bits. Nothing of full size is ever a
-// float: the only intermediate is uint8.
+// intermediate, weights in fixed point with 22 fractional bits. With the weights that weights.py
+// rounds to fewer it is torchvision's. Nothing of full size is ever a float: the only intermediate
+// is uint8.
 #pragma once
 
 #include "common.cuh"

@@ -139,6 +139,7 @@ def _tiling(beside: Beside, vision: VisionSpec) -> TilingSpec:
         min_tiles=images.positive("min_patches", 1),
         max_tiles=images.positive("max_patches", 12),
         thumbnail=True,
+        resize="torchvision",  # what AutoImageProcessor takes, whichever class the file names
     )
 
 

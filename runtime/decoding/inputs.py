@@ -106,6 +106,7 @@ class Inputs:
             min_tiles=min(told.min_tiles, limit) if told.dynamic else 1,
             max_tiles=limit if told.dynamic else 1,
             thumbnail=told.thumbnail,
+            resize=told.resize,
         )
 
     def question(self, prompt: str, new_images: int, earlier_images: int) -> str:

@@ -84,6 +84,7 @@ class DeviceTiler:
                 rows=rows,
                 tile_size=side,
                 thumbnail=tiling.thumbnail,
+                short_weights=tiling.short_weights,
                 out=tiles,
                 stream=self._cuda.stream,
             )

@@ -2,7 +2,7 @@
 
 `select_grid` chooses columns x rows, `tile_image` resizes and cuts. Tiles stay uint8: normalisation
 is part of the vision graph. Resizing and cutting are done by the CPU kernel (`kernels/`), built on
-first use, or by Pillow where it cannot be built.
+first use; where it cannot be built by Pillow, or by NumPy for torchvision's pixels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 
 from internvl_edge.bundle.errors import ImageError
 from internvl_edge.bundle.quoting import named, quoted
+from internvl_edge.bundle.specs import Resize
 from internvl_edge.kernels import ops
 from internvl_edge.runtime.images.decode import load_pixels
 from internvl_edge.runtime.images.sources import ImageLike
@@ -30,12 +31,19 @@ class Tiling:
         tile_size: side of a tile in pixels.
         min_tiles, max_tiles: bounds of the grid's size, thumbnail not counted.
         thumbnail: whether the whole image comes last where there is more than one tile.
+        resize: whose pixels the resized image has.
     """
 
     tile_size: int
     min_tiles: int
     max_tiles: int
     thumbnail: bool
+    resize: Resize = "pillow"
+
+    @property
+    def short_weights(self) -> bool:
+        """Whether the resize rounds its weights to 16 bits; see `kernels.weights`."""
+        return self.resize == "torchvision"
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Choose `(columns, rows)`; see `select_grid`."""
@@ -77,6 +85,7 @@ def tile_on_host(image: ImageLike, tiling: Tiling) -> tuple[NDArray[np.uint8], C
         min_tiles=tiling.min_tiles,
         max_tiles=tiling.max_tiles,
         thumbnail=tiling.thumbnail,
+        short_weights=tiling.short_weights,
     )
     return tiles, content_of(pixels)
 
@@ -131,8 +140,12 @@ def tile_image(
     min_tiles: int = 1,
     max_tiles: int,
     thumbnail: bool = True,
+    short_weights: bool = False,
 ) -> NDArray[np.uint8]:
     """Cut an RGB image, or its pixels uint8 `(H, W, 3)`, into tiles.
+
+    Args:
+        short_weights: resize as torchvision does; else as Pillow.
 
     Returns:
         uint8 `(tiles, tile_size, tile_size, 3)`, row-major; when there is more than one tile and
@@ -143,13 +156,14 @@ def tile_image(
     columns, rows = select_grid(
         width, height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
     )
-    if ops.cpu_kernels() is not None:
+    if short_weights or ops.cpu_kernels() is not None:
         return ops.tile(
             pixels,
             columns=columns,
             rows=rows,
             tile_size=tile_size,
             thumbnail=thumbnail,
+            short_weights=short_weights,
         )
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     grid = np.asarray(resize(picture, columns * tile_size, rows * tile_size))

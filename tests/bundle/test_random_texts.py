@@ -1,11 +1,11 @@
-"""Random texts of many scripts through every tokenizer: a slice of `campaign.tokenizers`."""
+"""Random texts of many scripts through every tokenizer: a slice of `campaign.texts`."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from campaign.tokenizers import (
+from campaign.texts import (
     DIGESTED,
     DIGESTS,
     FOLDERS,
@@ -51,7 +51,7 @@ def test_texts_that_were_streamed_otherwise(name: str, pieces: list[str], text: 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if is_slow(FOLDERS[name])])
 def test_ids_of_the_slow_classes(name: str) -> None:
-    """Recorded from transformers 4.37.2: `python -m campaign.tokenizers --write --old PYTHON`."""
+    """Recorded from transformers 4.37.2: `python -m campaign.texts --write --old PYTHON`."""
     loaded = load_tokenizer(FOLDERS[name])
     expected = json.loads(DIGESTS.read_text())["ids"][name]
     texts = random_texts(name, loaded, DIGESTED)

@@ -79,6 +79,17 @@ def test_modules_weights_and_scratch_are_made_once(kernels: Kernels) -> None:
     assert before == after == [1, 2 + 4 * 3 + 1]  # out, image; four axes of three; scratch
 
 
+def test_both_kinds_of_weights_on_one_device(kernels: Kernels) -> None:
+    """What is cached of an axis is cached under its kind too."""
+    cuda_kernels, _ = kernels
+    out = empty(cuda_kernels, (7, 28, 28, 3), "uint8")
+    expected = [ops.tile(PIXELS, short_weights=short, **GRID) for short in (False, True)]
+    assert (expected[0] != expected[1]).any()
+    for short in (False, True, False):
+        cuda_kernels.tile(PIXELS, out=out, short_weights=short, **GRID)
+        np.testing.assert_array_equal(out.to_host(), expected[short])
+
+
 def test_weights_are_dropped_when_there_are_many(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

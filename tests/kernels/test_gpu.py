@@ -61,6 +61,17 @@ def test_tiles_are_bit_equal_to_the_cpu(
     out.free()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (640, 480), (333, 1777)])
+def test_tiles_of_short_weights(kernels: CudaKernels, size: tuple[int, int]) -> None:
+    pixels = noise(size[1], size[0], 3)
+    out = DeviceArray(kernels.driver, (13, 448, 448, 3), "uint8")
+    for short in (False, True):
+        options: dict[str, Any] = {"columns": 4, "rows": 3, "short_weights": short}
+        kernels.tile(pixels, out=out, **options)
+        np.testing.assert_array_equal(out.to_host(), ops.tile(pixels, **options))
+    out.free()
+
+
 @pytest.mark.parametrize("pixel_format", ["bgr", "rgba", "nv12"])
 def test_formats(kernels: CudaKernels, pixel_format: str) -> None:
     shape = {"bgr": (90, 70, 3), "rgba": (90, 70, 4), "nv12": (135, 70)}[pixel_format]

@@ -38,11 +38,12 @@ def model(golden_bundle: Path) -> InternVL:
         replace(IDENTITY, tiling=replace(TILING, min_tiles=2)),
         replace(IDENTITY, tiling=replace(TILING, max_tiles=7)),
         replace(IDENTITY, tiling=replace(TILING, thumbnail=False)),
+        replace(IDENTITY, tiling=replace(TILING, resize="torchvision")),
         replace(IDENTITY, tiling=None),
         replace(IDENTITY, tiles=6),
         replace(IDENTITY, model="other"),
     ],
-    ids=["pixels", "size", "min", "max", "thumbnail", "cut already", "tiles", "model"],
+    ids=["pixels", "size", "min", "max", "thumbnail", "resize", "cut already", "tiles", "model"],
 )
 def test_every_input_alone_makes_another_image(other: ImageIdentity) -> None:
     assert other.digest != IDENTITY.digest

@@ -1,6 +1,6 @@
 """Random texts of many scripts through every tokenizer there are files for, beside transformers.
 
-    cd tests && python -m campaign.tokenizers --texts 10000 --old PYTHON
+    cd tests && python -m campaign.texts --texts 10000 --old PYTHON
 
 Ids are those of transformers' own class, and the streamed text is the decoded text, of the text's
 ids and of as many random ones. The models with a SentencePiece file were used with the slow classes
