@@ -45,6 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 #: Integers of one checkpoint may lose so much more than another's of equal weights: which rows
 #: calibration looks at follows the stored order.
 SLACK = 1.1
+DRAWS = (0, 1, 2)
 
 
 def first_config() -> dict[str, Any]:
@@ -113,36 +114,42 @@ def test_bundles_are_equal(first: Checkpoint, tmp_path: Path, name: str) -> None
     assert parts[0] == parts[1]
 
 
-@pytest.mark.slow(seconds=40)
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("language", ["int8", "int4"])
 @pytest.mark.parametrize("name", SAME | OTHERS)
 def test_integers_lose_no_more(
-    first: Checkpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    language: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, language: Any
 ) -> None:
-    """KL divergence of the logits and SQNR of the image rows, each from the family's own floats."""
+    """KL divergence of the logits and SQNR of the image rows, each from the family's own floats.
+
+    Heads that are normed attend otherwise: there the mean of several draws is compared.
+    """
     monkeypatch.setattr(calibration_run, "DEFAULT_ITEMS", 2)
-    other = rewritten(first, tmp_path / name, (SAME | OTHERS)[name])
-    losses, rows = [], []
-    for i, checkpoint in enumerate((first.directory, other)):
-        exact = run_bundle(export_bundle(checkpoint, tmp_path / f"float {i}"))
-        bundle = export_bundle(
-            checkpoint,
-            tmp_path / f"bundle {i}",
-            vision="int8",
-            language=language,
-            options=QuantOptions(block=32),
-            sensitivity=False,
-        )
-        losses.append(_divergence(exact, run_bundle(bundle, exact.rows)))
-        rows.append(_sqnr(exact.rows, run_bundle(bundle).rows))
-    print(name, language, losses, rows)
-    assert losses[0] > 0
-    assert losses[1] < SLACK * losses[0]
-    assert rows[1] > rows[0] - 0.5
+    found = []
+    for seed in DRAWS if "qwen3" in name else DRAWS[:1]:
+        folder = tmp_path / f"draw {seed}"
+        first = write_checkpoint(folder / "internlm2", first_config(), seed=seed)
+        other = rewritten(Checkpoint(first), folder / "other", (SAME | OTHERS)[name])
+        found.append([lost(checkpoint, language) for checkpoint in (first, other)])
+    (divergence, sqnr), (others_divergence, others_sqnr) = np.mean(found, 0)
+    assert divergence > 0
+    assert others_divergence < SLACK * divergence
+    assert others_sqnr > sqnr - 0.1
+
+
+def lost(checkpoint: Path, language: Any) -> tuple[float, float]:
+    """Mean KL divergence of the logits in nats, and SQNR of the image rows in decibels."""
+    exact = run_bundle(export_bundle(checkpoint, checkpoint.with_name(f"{checkpoint.name} float")))
+    bundle = export_bundle(
+        checkpoint,
+        checkpoint.with_name(f"{checkpoint.name} {language}"),
+        vision="int8",
+        language=language,
+        options=QuantOptions(block=32),
+        sensitivity=False,
+    )
+    got = run_bundle(bundle, exact.rows)
+    return _divergence(exact, got), _sqnr(exact.rows, run_bundle(bundle).rows)
 
 
 def _sqnr(exact: NDArray[np.float32], got: NDArray[np.float32]) -> float:
