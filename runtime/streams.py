@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+from internvl_edge.bundle.errors import UsageError
 from internvl_edge.runtime.decoding.background import Background, News, Ticket
 from internvl_edge.runtime.decoding.request import Event, Reply, Request
 from internvl_edge.runtime.decoding.thinking import Piece, pieces_of
@@ -35,7 +36,7 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         self._cancelled = False
         self._pieces: deque[Piece] = deque()
         self._reply: Reply | None = None
-        self._error: Exception | None = None
+        self._ended = False
 
     @property
     def reply(self) -> Reply | None:
@@ -52,14 +53,13 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         """Wait for what is left and return the whole reply."""
         async for _ in self:
             pass
-        assert self._reply is not None
+        if self._reply is None:
+            raise UsageError("this answer was ended by an error; ask again")
         return self._reply
 
     async def __anext__(self) -> Piece:
         try:
-            while self._reply is None and not self._pieces:
-                if self._error is not None:
-                    raise self._error
+            while not self._ended and not self._pieces:
                 self._hear(await self._next())
             if self._pieces:
                 return self._pieces.popleft()
@@ -92,10 +92,10 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         self._ticket = None
         if self._give_up is not None:
             self._give_up.detach()
-        if isinstance(news, Reply):
-            self._reply = news
-        else:
-            self._error = news
+        self._ended = True
+        if not isinstance(news, Reply):
+            raise news
+        self._reply = news
 
 
 def _teller(

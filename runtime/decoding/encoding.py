@@ -37,9 +37,14 @@ class Encoding:
         self._some: Rows = np.empty((0, 0))
 
     @property
+    def ended(self) -> bool:
+        """Whether its rows are there, or will never be."""
+        return self.rows is not None or self.error is not None
+
+    @property
     def left(self) -> int:
-        """Tiles that are not encoded yet."""
-        return 0 if self.rows is not None or self.error else self.image.tiles - self.tiles
+        """Tiles that are not encoded yet; after the last one, its rows are put together."""
+        return 0 if self.ended else self.image.tiles - self.tiles
 
     def take(self, batch: Rows, tiles: int) -> Rows | None:
         """Add the rows of its next tiles; return all of them when these were the last."""

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from internvl_edge.runtime.decoding.encoding import Encoding, ImageEncoder
+from internvl_edge.runtime.decoding.failures import without_locals
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.images.identity import PendingImage, TiledImage
 
@@ -88,7 +89,7 @@ class VisionLane:
 
     def _left_behind(self, asked: Asked) -> bool:
         """Whether it was given up half done."""
-        return asked.left > 0 and asked not in self._queue
+        return not asked.ended and asked not in self._queue
 
     def _work(self) -> None:
         if not self._working:
@@ -99,6 +100,8 @@ class VisionLane:
         while batch := self._next():
             self._pass(batch)
             for asked, _ in batch:
+                if asked.error is not None:
+                    without_locals(asked.error)
                 self._tell(asked)
 
     def _next(self) -> list[tuple[Asked, int]]:
@@ -140,7 +143,7 @@ class VisionLane:
 
     def _tell(self, asked: Asked) -> None:
         with self._lock:
-            if not asked.left and asked in self._queue:
+            if asked.ended and asked in self._queue:
                 self._queue.remove(asked)
             waiting = list(asked.waiting)
         for wake in waiting:
@@ -178,14 +181,15 @@ class Beside:
         """Wait for all of them; say how many tiles are done when that has changed."""
         total, told = sum(encoding.image.tiles for encoding in asked), None
         while True:
-            left = sum(encoding.left for encoding in asked)
+            ended = all(encoding.ended for encoding in asked)
             for encoding in asked:
                 if encoding.error is not None:
                     raise encoding.error
+            left = sum(encoding.left for encoding in asked)
             if asked and left != told:
                 request.tell("tiles", total - left, total)
                 told = left
-            if not left:
+            if ended:
                 return
             yield False
 

@@ -12,6 +12,7 @@ from internvl_edge.bundle.quoting import quoted
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.admission import Admission
 from internvl_edge.runtime.decoding.encoding import InTurn
+from internvl_edge.runtime.decoding.failures import without_locals
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.lane import Beside, VisionLane
 from internvl_edge.runtime.decoding.passes import Run
@@ -127,13 +128,14 @@ class Scheduler:
         """
         self._advance()
         if self._errors:
-            raise self._errors.pop(0)
+            raise without_locals(self._errors.pop(0))
         return self._told()
 
     def advance(self) -> list[Event]:
         """Do a step; what ended requests by an error is told by their handles alone."""
         self._advance()
-        self._errors.clear()
+        while self._errors:
+            without_locals(self._errors.pop(0))
         return self._told()
 
     def _told(self) -> list[Event]:
@@ -211,11 +213,12 @@ class Scheduler:
         that begins alike; or whether tiles were encoded instead."""
         prefill = handle.prefill
         assert prefill is not None
-        encoded = prefill.encode()
-        waits = encoded is not None or any(map(prefill.follows, before))
+        if (encoded := prefill.encode()) is not None:
+            return None, encoded
+        waits = any(map(prefill.follows, before))
         before.append(prefill)
         if waits:
-            return None, bool(encoded)
+            return None, False
         return Part(handle, prefill.run(most, self._admission.caches(handle))), False
 
     def _of_answers(self, running: Sequence[Handle], *, guessing: bool) -> list[Part]:

@@ -286,6 +286,7 @@ def main(words: Sequence[str] | None = None) -> int:
         totals = soak(tiny_bundle(Path(folder)), arguments.seed, arguments.requests)
     for fault in totals.faults:
         print(fault)
+    print("MB:", *(round(size / 1e6, 1) for size in totals.resident))
     print(f"{totals} ({time.monotonic() - began:.0f} s)")
     return 1 if totals.wrong or totals.growth() > 0.01 else 0
 

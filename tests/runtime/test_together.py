@@ -288,3 +288,22 @@ def test_close_ends_what_is_under_way(model: InternVL) -> None:
         return await stream.finish()
 
     assert asyncio.run(ask()).finish_reason == "cancelled"
+
+
+def test_rows_are_waited_for_until_they_are_stored(golden_bundle: Path) -> None:
+    """The last tile is encoded before its rows are put together, in another thread."""
+    model = InternVL.load(golden_bundle, device="cpu", threads=1, reuse_bytes=0)
+    store = model.answering.encoder._store
+    put = store.put
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return put(*arguments)
+
+    store.put = slowly  # type: ignore[method-assign]
+    asked = {"prompt": "What?", "images": [PIXELS], "max_new_tokens": 4}
+    hello = {"prompt": "Hello", "max_new_tokens": 200, "ignore_eos": True}  # decodes meanwhile
+    (got, _) = model.generate_batch([asked, hello])
+    store.put = put  # type: ignore[method-assign]
+    same([got], [alone(model, asked)])
+    model.close()
