@@ -131,6 +131,7 @@ class Requests(RuleBasedStateMachine):
         growth=st.sampled_from([0.0, 1.0]),
         reuse=st.sampled_from([0, 4_000, 1 << 20]),
         lane=st.booleans(),
+        drafts=st.booleans(),
     )
     def begin(
         self,
@@ -141,11 +142,12 @@ class Requests(RuleBasedStateMachine):
         growth: float,
         reuse: int,
         lane: bool,
+        drafts: bool,
     ) -> None:
         self.policy = Policy(
             most_running=most_running, growth=growth, memory_bytes=memory, ahead=ahead
         )
-        self.backend = CountedBackend(tiny().spec, slices)
+        self.backend = CountedBackend(tiny().spec, slices, drafts)
         self.means = answering(self.backend, self.policy, reuse)
         self.lane = VisionLane(self.means.encoder) if lane else None
         self.scheduler = Scheduler(self.means, self.lane)
