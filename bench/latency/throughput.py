@@ -144,7 +144,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--tiles", arguments.tiles, 0),
         ("--prompt", arguments.prompt, 1),
         ("--new-tokens", arguments.new_tokens, 2),
-        ("--beside", [arguments.beside or 1], 1),
+        ("--beside", [1 if arguments.beside is None else arguments.beside], 1),
     ):
         if (worst := min(values)) < least:
             raise UsageError(f"{option} has {worst}, it must be at least {least}")
@@ -188,7 +188,7 @@ def _point(answered: Sequence[Answered], alone: Sequence[Answered]) -> dict[str,
 
 def _rates(answered: Sequence[Answered]) -> dict[str, Any]:
     tokens = sum(len(one.token_ids) for one in answered)
-    busy = _union([(one.arrived, one.ended) for one in answered])
+    busy = busy_seconds([(one.arrived, one.ended) for one in answered])
     return {
         "tokens_per_s": tokens / busy,
         "requests_per_s": len(answered) / busy,
@@ -197,7 +197,7 @@ def _rates(answered: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def _union(spans: Sequence[tuple[float, float]]) -> float:
+def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:
     """Seconds in which anything was under way."""
     total, until = 0.0, 0.0
     for begin, end in sorted(spans):
