@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from internvl_edge.bundle.extras import example_room
+from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.runtime import CapacityError, InternVL, Policy, PrecisionError, Sampling
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
@@ -35,6 +36,8 @@ from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.shelf import Shelf
 
 TILE_BYTES = 300
+#: Positions under one rotary base.
+TRAINED = 128
 #: Beginnings that prompts share, and not.
 BEGINNINGS = ([], list(range(10, 40)), list(range(10, 90)))
 
@@ -42,6 +45,13 @@ BEGINNINGS = ([], list(range(10, 40)), list(range(10, 90)))
 @cache
 def tiny() -> InternVL:
     return InternVL.load(example_room() / "bundle", device="cpu", threads=1)
+
+
+@cache
+def spec() -> ModelSpec:
+    """The small model's, beyond whose trained length positions have rotary bases of their own."""
+    told = tiny().spec
+    return replace(told, language=replace(told.language, max_position_embeddings=TRAINED))
 
 
 def cost(positions: int, tiles: int) -> int:
@@ -52,7 +62,7 @@ def answering(backend: CountedBackend, policy: Policy, reuse: int) -> Answering:
     model = tiny()
     shelf = Shelf(reuse)
     prefixes = PrefixStore(shelf)
-    engine = Engine(backend, model.spec, model.engine._embedding, prefixes)
+    engine = Engine(backend, spec(), model.engine._embedding, prefixes)
     return replace(
         model.answering,
         engine=engine,
@@ -60,7 +70,7 @@ def answering(backend: CountedBackend, policy: Policy, reuse: int) -> Answering:
         prefixes=prefixes,
         policy=policy,
         reservations=Reservations(cost, None, policy.memory_bytes),
-        max_context=700,  # beyond the trained 512 each position has a rotary base of its own
+        max_context=5 * TRAINED,
         lane=None,
     )
 
@@ -101,7 +111,7 @@ def picture(number: int) -> Any:
 @cache
 def alone(question: Question) -> list[int]:
     """Its answer, with nobody else there and nothing kept."""
-    backend = CountedBackend(tiny().spec)
+    backend = CountedBackend(spec())
     scheduler = Scheduler(answering(backend, Policy(ahead=10_000), 0))
     handle = scheduler.add(question.request())
     while handle.alive:
@@ -147,7 +157,7 @@ class Requests(RuleBasedStateMachine):
         self.policy = Policy(
             most_running=most_running, growth=growth, memory_bytes=memory, ahead=ahead
         )
-        self.backend = CountedBackend(tiny().spec, slices, drafts)
+        self.backend = CountedBackend(spec(), slices, drafts)
         self.means = answering(self.backend, self.policy, reuse)
         self.lane = VisionLane(self.means.encoder) if lane else None
         self.scheduler = Scheduler(self.means, self.lane)
@@ -283,7 +293,7 @@ def test_many_sequences_of_events() -> None:
 def several(memory: int, tokens: Sequence[int], **policy: Any) -> tuple[Scheduler, list[Handle]]:
     """A scheduler with requests for so many tokens each."""
     told = Policy(memory_bytes=memory, **policy)
-    scheduler = Scheduler(answering(CountedBackend(tiny().spec, 8), told, 0))
+    scheduler = Scheduler(answering(CountedBackend(spec(), 8), told, 0))
     asked = [Question(0, number, (), count, None) for number, count in enumerate(tokens)]
     return scheduler, [scheduler.add(question.request()) for question in asked]
 
@@ -304,7 +314,7 @@ def test_the_newest_is_dropped_and_its_answer_stays() -> None:
 
 def test_a_larger_priority_begins_first_until_others_are_old() -> None:
     for aging, wanted in ((1e9, [0, 2, 1]), (1e-9, [0, 1, 2])):
-        means = answering(CountedBackend(tiny().spec), Policy(1, aging_s=aging), 0)
+        means = answering(CountedBackend(spec()), Policy(1, aging_s=aging), 0)
         scheduler = Scheduler(means)
         asked = [Question(0, number, (), 3, None, number) for number in range(3)]
         handles = [scheduler.add(question.request()) for question in asked]
