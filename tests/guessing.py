@@ -13,7 +13,7 @@ from internvl_edge.runtime.decoding.speculation import Experience
 class FreeRows(PassCosts):
     """Passes that take as long however many rows they have."""
 
-    may_guess = True
+    may_search = True
 
     def seconds(self, rows: int) -> float:
         return 1.0

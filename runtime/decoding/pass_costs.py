@@ -12,9 +12,9 @@ _RECENT = 5
 _FORGOTTEN = 256
 #: Share of a pass of one row that each further row adds, where none was measured.
 _GROWTH = 0.05
-#: Share of the passes' time that guessing itself may take, and what a pass counts after each later
-#: one: of a small model's passes, Python's search for guesses is a part that shows.
-_GUESSING, _DECAY = 0.01, 0.98
+#: Share of the passes' time that the search for guesses may take: of a small model's passes Python
+#: is a part that shows.
+_SEARCHING = 0.01
 
 
 class _Measured:
@@ -38,27 +38,26 @@ class PassCosts:
         self._measured: dict[int, _Measured] = {}
         self._rows: list[int] = []  # that were measured, in order
         self._passes = 0
-        self._passing = self._guessing = 0.0  # seconds lately
+        self._allowed = 0.0  # seconds of searching
 
     def add(self, rows: int, seconds: float) -> None:
         """Note that a pass of `rows` took so long."""
         self._passes += 1
-        self._passing = _DECAY * self._passing + seconds
-        self._guessing *= _DECAY
+        self._allowed = min(self._allowed + _SEARCHING * seconds, seconds)
         found = self._measured.get(rows)
         if found is None:
             found = self._measured[rows] = _Measured()
             insort(self._rows, rows)
         found.add(seconds, self._passes)
 
-    def add_guessing(self, seconds: float) -> None:
+    def searched(self, seconds: float) -> None:
         """Note that it took so long to find what to guess."""
-        self._guessing += seconds
+        self._allowed -= seconds
 
     @property
-    def may_guess(self) -> bool:
-        """Whether finding what to guess was a small part of the time lately."""
-        return self._guessing <= _GUESSING * self._passing
+    def may_search(self) -> bool:
+        """Whether all searches together are a small part of the time."""
+        return self._allowed > 0
 
     def seconds(self, rows: int) -> float:
         """Return what a pass of `rows` takes; from its neighbours where none was measured.

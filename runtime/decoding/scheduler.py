@@ -224,11 +224,14 @@ class Scheduler:
     def _of_answers(self, running: Sequence[Handle], *, guessing: bool) -> list[Part]:
         """Return what each brings: its last token, and guesses of the next ones."""
         engine = self._answering.engine
+        guessing = guessing and engine.experience.costs.may_search
         together = Others.of(min(len(running), engine.most_runs) - 1)
         parts = []
         for handle in running:
-            others = together if engine.most_runs > 1 else Others()
-            guesses = self._guesses(handle, others) if guessing else []
+            guesses: list[int] = []
+            if guessing:
+                others = together if engine.most_runs > 1 else Others()
+                guesses = self._guesses(handle, others)
             request, cache = handle.request, handle.cache
             wanted = 0 if request.logprobs else request.sampling.candidates
             assert cache is not None

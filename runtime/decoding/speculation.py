@@ -124,13 +124,10 @@ class Speculator:
             room: most tokens to guess.
             others: what the pass has of others; gets what this answer adds by guessing.
         """
-        costs = self._costs
-        if not costs.may_guess:
-            return []
         before = time.perf_counter()
         index = self._caught_up(ids)
         found = index.draft(self._count(index.matched, room, others)) if index.matched else []
-        costs.add_guessing(time.perf_counter() - before)
+        self._costs.searched(time.perf_counter() - before)
         return found
 
     def resolved(self, tokens: int) -> None:

@@ -174,3 +174,22 @@ def test_costs_of_long_ago_are_forgotten() -> None:
     assert costs.seconds(8) < 2
     costs.add(8, 1.5)
     assert costs.seconds(8) == 1.5
+
+
+def test_the_search_for_guesses_takes_a_hundredth_of_the_time() -> None:
+    costs = PassCosts()
+    assert not costs.may_search  # nothing was run yet
+    searched = 0.0
+    for _ in range(1000):
+        costs.add(1, 0.001)
+        if costs.may_search:
+            costs.searched(0.0002)
+            searched += 0.0002
+    assert searched == pytest.approx(0.01 * 1.0, abs=0.0003)
+    for _ in range(1000):  # what was left unused is not saved up
+        costs.add(1, 0.001)
+    spent = 0
+    while costs.may_search:
+        costs.searched(0.0002)
+        spent += 1
+    assert spent <= 6
