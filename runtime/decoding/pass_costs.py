@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 #: Passes of one number of rows whose median counts.
 _RECENT = 5
@@ -21,22 +19,23 @@ class _Measured:
     """Passes of one number of rows: the last ones, their median, and when the last one was."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent: tuple[float, ...] = ()
         self.seconds, self.when = 0.0, 0
 
     def add(self, seconds: float, now: int) -> None:
-        if now - self.when > _FORGOTTEN:
-            self._recent.clear()
-        self._recent.append(seconds)
-        self.seconds, self.when = sorted(self._recent)[len(self._recent) // 2], now
+        kept = self._recent[1 - _RECENT :] if now - self.when <= _FORGOTTEN else ()
+        self._recent = recent = (*kept, seconds)
+        self.seconds, self.when = sorted(recent)[len(recent) // 2], now
 
 
 class PassCosts:
-    """Seconds that a decode pass takes, by its rows: of the machine at hand, as it now is."""
+    """Seconds that a decode pass takes, by its rows: of the machine at hand, as it now is.
+
+    Several threads may add to one; where they meet, what one of them measured is lost.
+    """
 
     def __init__(self) -> None:
         self._measured: dict[int, _Measured] = {}
-        self._rows: list[int] = []  # that were measured, in order
         self._passes = 0
         self._allowed = 0.0  # seconds of searching
 
@@ -44,11 +43,9 @@ class PassCosts:
         """Note that a pass of `rows` took so long."""
         self._passes += 1
         self._allowed = min(self._allowed + _SEARCHING * seconds, seconds)
-        found = self._measured.get(rows)
-        if found is None:
-            found = self._measured[rows] = _Measured()
-            insort(self._rows, rows)
+        found = self._measured.get(rows) or _Measured()
         found.add(seconds, self._passes)
+        self._measured[rows] = found
 
     def searched(self, seconds: float) -> None:
         """Note that it took so long to find what to guess."""
@@ -70,9 +67,9 @@ class PassCosts:
         return self._between(rows)
 
     def _between(self, rows: int) -> float:
-        place = bisect_left(self._rows, rows)
-        below = self._nearest(reversed(self._rows[:place]))
-        above = self._nearest(iter(self._rows[place:]))
+        known = sorted(self._measured)
+        below = self._nearest(other for other in reversed(known) if other < rows)
+        above = self._nearest(other for other in known if other > rows)
         if below is None:
             return 0.0 if above is None else above[1]
         if above is None:
@@ -80,7 +77,7 @@ class PassCosts:
         share = (rows - below[0]) / (above[0] - below[0])
         return below[1] + share * (above[1] - below[1])
 
-    def _nearest(self, order: Iterator[int]) -> tuple[int, float] | None:
+    def _nearest(self, order: Iterable[int]) -> tuple[int, float] | None:
         """Return the first of some numbers of rows that was measured lately, and its seconds."""
         for rows in order:
             if self._passes - self._measured[rows].when <= _FORGOTTEN:
