@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class Figures:
         drafted, accepted: tokens that were guessed, and that were right.
         passes: that gave the tokens but the first.
         seconds, plain_seconds: from the first token to the last, with guesses and without.
+        ratios: of each answer, plain seconds to seconds.
     """
 
     answers: int = 0
@@ -130,6 +131,7 @@ class Figures:
     passes: int = 0
     seconds: float = 0.0
     plain_seconds: float = 0.0
+    ratios: list[float] = field(default_factory=list)
 
     def add(self, timings: Timings, plain: Timings) -> None:
         """Add an answer."""
@@ -139,14 +141,21 @@ class Figures:
         self.drafted += timings.drafted_tokens
         self.accepted += timings.accepted_tokens
         self.passes += decoded - timings.accepted_tokens
-        self.seconds += timings.token_s[-1] - timings.token_s[0]
-        self.plain_seconds += plain.token_s[-1] - plain.token_s[0]
+        seconds, without = (one.token_s[-1] - one.token_s[0] for one in (timings, plain))
+        self.seconds += seconds
+        self.plain_seconds += without
+        self.ratios.append(without / seconds)
 
     @property
     def rates(self) -> dict[str, float]:
-        """Return tokens a second with guesses and without, and their ratio."""
+        """Return tokens a second with guesses and without, their ratio, and the answers' median."""
         rate, plain = self.tokens / self.seconds, self.tokens / self.plain_seconds
-        return {"tokens_per_s": rate, "plain_tokens_per_s": plain, "ratio": rate / plain}
+        return {
+            "tokens_per_s": rate,
+            "plain_tokens_per_s": plain,
+            "ratio": rate / plain,
+            "median_ratio": percentile(self.ratios, 50),
+        }
 
 
 class Told:
@@ -222,5 +231,5 @@ def _line(name: str, found: Figures) -> str:
         f"{name:24} {found.answers:3} answers, {found.tokens:4} tokens in {found.passes:4} passes;"
         f" guessed {found.drafted:4}, right {found.accepted:4};"
         f" {rates['plain_tokens_per_s']:.1f} -> {rates['tokens_per_s']:.1f} tok/s:"
-        f" {rates['ratio']:.2f}x"
+        f" {rates['ratio']:.2f}x, median {rates['median_ratio']:.2f}x"
     )

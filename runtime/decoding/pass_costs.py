@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 #: Passes of one number of rows whose median counts.
 _RECENT = 5
-#: Passes after which what was measured before is forgotten: the machine may be in another state.
-_FORGOTTEN = 256
+#: Passes for which each of these counts: later the machine may be in another state, and one alone
+#: may have met something else that ran.
+_COUNTS = 50
 #: Share of a pass of one row that each further row adds, where none was measured.
 _GROWTH = 0.05
 #: Share of the passes' time that the search for guesses may take: of a small model's passes Python
@@ -23,9 +24,13 @@ class _Measured:
         self.seconds, self.when = 0.0, 0
 
     def add(self, seconds: float, now: int) -> None:
-        kept = self._recent[1 - _RECENT :] if now - self.when <= _FORGOTTEN else ()
+        kept = self._recent[1 - _RECENT :] if now - self.when <= _COUNTS * _RECENT else ()
         self._recent = recent = (*kept, seconds)
-        self.seconds, self.when = sorted(recent)[len(recent) // 2], now
+        self.seconds, self.when = sorted(recent)[(len(recent) - 1) // 2], now
+
+    def counts(self, now: int) -> bool:
+        """Whether it was measured lately."""
+        return now - self.when <= _COUNTS * len(self._recent)
 
 
 class PassCosts:
@@ -62,7 +67,7 @@ class PassCosts:
         0 where nothing was.
         """
         own = self._measured.get(rows)
-        if own is not None and self._passes - own.when <= _FORGOTTEN:
+        if own is not None and own.counts(self._passes):
             return own.seconds
         return self._between(rows)
 
@@ -80,6 +85,6 @@ class PassCosts:
     def _nearest(self, order: Iterable[int]) -> tuple[int, float] | None:
         """Return the first of some numbers of rows that was measured lately, and its seconds."""
         for rows in order:
-            if self._passes - self._measured[rows].when <= _FORGOTTEN:
+            if self._measured[rows].counts(self._passes):
                 return rows, self._measured[rows].seconds
         return None

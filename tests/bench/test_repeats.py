@@ -58,7 +58,12 @@ def test_figures_add_up() -> None:
     timings = Timings(token_s=[1.0, 2.0, 2.0, 3.0], drafted_tokens=5, accepted_tokens=1)
     found.add(timings, Timings(token_s=[1.0, 2.0, 3.0, 5.0]))
     assert (found.answers, found.tokens, found.passes) == (1, 3, 2)
-    assert found.rates == {"tokens_per_s": 1.5, "plain_tokens_per_s": 0.75, "ratio": 2.0}
+    assert found.rates == {
+        "tokens_per_s": 1.5,
+        "plain_tokens_per_s": 0.75,
+        "ratio": 2.0,
+        "median_ratio": 2.0,
+    }
 
 
 def test_passes_are_timed_behind_a_prompt(golden_bundle: Path) -> None:

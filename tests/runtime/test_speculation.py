@@ -167,13 +167,34 @@ def test_costs_are_medians_and_what_lies_between() -> None:
 
 
 def test_costs_of_long_ago_are_forgotten() -> None:
+    """The fewer they are the sooner."""
     costs = PassCosts()
-    costs.add(8, 50.0)
-    for _ in range(300):
+    for rows in (8, 8, 4):
+        costs.add(rows, 50.0)
+    for _ in range(60):
+        costs.add(1, 1.0)
+    assert (costs.seconds(8), costs.seconds(4)) == (50.0, 1.0 + 3 / 7 * 49)
+    for _ in range(60):
         costs.add(1, 1.0)
     assert costs.seconds(8) < 2
     costs.add(8, 1.5)
+    assert costs.seconds(8) == 50.0  # the middle one of three
+    for _ in range(300):
+        costs.add(1, 1.0)
+    costs.add(8, 1.5)
     assert costs.seconds(8) == 1.5
+
+
+def test_a_pass_that_met_something_else_is_no_verdict() -> None:
+    ids = unguessable(300)
+    met = []
+
+    def cost(rows: int) -> float:
+        met.append(rows)
+        return 30.0 if rows > 1 and not any(other > 1 for other in met[:-1]) else flat(rows)
+
+    passes = answer(ids, ids, cost, Experience(VOCAB))
+    assert len(passes) < 150
 
 
 def test_the_search_for_guesses_takes_a_hundredth_of_the_time() -> None:
