@@ -20,11 +20,16 @@ class Operator {
   static constexpr ort::ElementType kOutputs[] = {kType};
 
   ort::Status* start(const ort::Info* info) {
-    const ort::Attribute attributes[] = {
-        {"num_heads", &heads_}, {"kv_num_heads", &kv_heads_}, {"layer", &layer_}};
+    const ort::Attribute attributes[] = {{"num_heads", &heads_},
+                                         {"kv_num_heads", &kv_heads_},
+                                         {"head_size", &head_},
+                                         {"layer", &layer_}};
     if (ort::Status* status = ort::read_attributes(api, info, attributes)) return status;
     if (kv_heads_ < 1 || heads_ < 1 || heads_ % kv_heads_ != 0 || layer_ < 0) {
       return ort::refuse(api, "kv_num_heads must divide num_heads");
+    }
+    if (head_ % 8 != 0 || head_ < 8 || head_ > kMostHead) {
+      return ort::refuse(api, "heads must be of 8 to 256 values, in eights");
     }
     return nullptr;
   }
@@ -64,10 +69,8 @@ class Operator {
     const bool packed = !given[kKey].given();
     p.heads = heads_, p.kv_heads = kv_heads_, p.layer = layer_;
     const int64_t heads_in = packed ? heads_ + 2 * kv_heads_ : heads_;
-    p.head = query.last() / heads_in;
-    if (query.last() % heads_in != 0 || p.head % 8 != 0 || p.head < 8 || p.head > kMostHead) {
-      return "heads must be of 8 to 256 values, in eights";
-    }
+    p.head = head_;
+    if (query.last() != heads_in * head_) return "queries are not of these heads";
     p.rows = query.count() / query.last();
     p.query_apart = query.last();
     p.query = query.data, p.key = given[kKey].data, p.value = given[kValue].data;
@@ -116,7 +119,7 @@ class Operator {
 
   static constexpr Kind kGiven = kType == ort::kFloat ? kFloat : kHalf;
 
-  int64_t heads_ = 0, kv_heads_ = 0, layer_ = 0;
+  int64_t heads_ = 0, kv_heads_ = 0, head_ = 0, layer_ = 0;
 };
 
 }  // namespace ive::attention

@@ -7,14 +7,14 @@ rows of many, and the places of their caches.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import Tensor
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.kernels.attention.library import PLACE_FIELDS
-from internvl_edge.runtime.backends.graph_bytes import Graph, Model, Node
+from internvl_edge.runtime.backends.graph_bytes import Declared, Graph, Model, Node
 from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
 
 #: The input that says where each sequence of a pass stands: int64 `(sequences, fields)`, its first
@@ -24,6 +24,8 @@ SEQUENCES = "sequences"
 
 #: Our operator by ONNX's number of the type of attention's floats.
 _OPERATORS = {1: "CachedAttention", 10: "CachedAttentionOfHalves"}
+#: ONNX's numbers of the types of caches.
+_ELEMENTS = {"float32": 1, "int8": 3, "float16": 10}
 _INT64 = 7
 #: GroupQueryAttention's attributes that ours has too; those that its inputs say again.
 _KEPT = ("num_heads", "kv_num_heads")
@@ -91,25 +93,61 @@ def give_attention(model: bytes) -> bytes | None:
     """
     try:
         changed = Model.parse(model)
-        graph = changed.graph
-        nodes = graph.nodes
-        operator = _OPERATORS.get(graph.element(contract.ROPE_COS) or 0)
-        taken = {i: node for i, node in enumerate(nodes) if _is_attention(node)}
-        if operator is None or not taken or not all(map(_takes, taken.values())):
-            return None
-        layers = {i: _layer(node) for i, node in taken.items()}
-        if sorted(layers.values()) != list(range(len(layers))):
-            return None
+        return changed.serialised() if _gave(changed) else None
     except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
         return None
+
+
+def has_caches(model: bytes, wanted: Sequence[Tensor]) -> bool:
+    """Whether a stored language graph takes and gives these caches, as ONNX Runtime would refuse
+    others: a graph that was changed has none any more."""
+    try:
+        said = Model.parse(model).graph.tensors()
+    except (IndexError, ValueError):
+        return False
+    return all(said.get(one.name) == _declared(one) for one in wanted)
+
+
+def _declared(tensor: Tensor) -> Declared:
+    sizes = tuple(size if isinstance(size, int) else None for size in tensor.shape)
+    return Declared(_ELEMENTS[tensor.dtype], sizes)
+
+
+def _gave(changed: Model) -> bool:
+    """Change a model where all of its attention is as ours computes it; whether it is."""
+    graph = changed.graph
+    nodes, said = graph.nodes, graph.tensors()
+    taken = {i: node for i, node in enumerate(nodes) if _is_attention(node)}
+    tables = said.get(contract.ROPE_COS)
+    operator = None if tables is None else _OPERATORS.get(tables.element or 0)
+    if tables is None or operator is None or not taken or not all(map(_takes, taken.values())):
+        return False
+    layers = {i: _layer(node) for i, node in taken.items()}
+    heads = {i: _head_size(node, said, tables.element) for i, node in taken.items()}
+    if sorted(layers.values()) != list(range(len(layers))) or None in heads.values():
+        return False
     _drop_caches(graph, taken)
     for i, node in taken.items():
-        _give(node, operator, layers[i])
+        _give(node, operator, layers[i], heads[i] or 0)
     _drop_unused(graph)
     graph.add_input(SEQUENCES, _INT64, (SEQUENCES, fields(len(layers))))
     if OWN_DOMAIN not in changed.domains:
         changed.import_domain(OWN_DOMAIN)
-    return changed.serialised()
+    return True
+
+
+def _head_size(node: Node, said: Mapping[str, Declared], floats: int | None) -> int | None:
+    """Return the head size of a node's caches; None where they are not as ours takes them."""
+    element = _ELEMENTS["int8"] if any(node.inputs[_SCALES]) else floats
+    heads = node.integers().get("kv_num_heads")
+    shapes = []
+    for name in (*node.inputs[3:5], *node.outputs[1:]):
+        cache = said.get(name)
+        if cache is None or cache.element != element or len(cache.shape) != 4:
+            return None
+        shapes.append((*cache.shape[:2], cache.shape[3]))
+    size = shapes[0][-1]
+    return size if set(shapes) == {(1, heads, size)} else None
 
 
 def _is_attention(node: Node) -> bool:
@@ -136,7 +174,7 @@ def _layer(node: Node) -> int:
     return int(found[1])
 
 
-def _give(node: Node, operator: str, layer: int) -> None:
+def _give(node: Node, operator: str, layer: int, head_size: int) -> None:
     given = node.inputs
     rows, tables, scales = ([*given[part], "", "", ""] for part in (_ROWS, _TABLES, _SCALES))
     inputs_ = [*rows[:3], SEQUENCES, *tables[:2], *scales[:2]]
@@ -146,6 +184,7 @@ def _give(node: Node, operator: str, layer: int) -> None:
     node.operator, node.domain = operator, OWN_DOMAIN
     node.keep_attributes(_KEPT)
     node.set_integer("layer", layer)
+    node.set_integer("head_size", head_size)
 
 
 def _drop_caches(graph: Graph, taken: Mapping[int, Node]) -> None:

@@ -16,6 +16,7 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR = 1, 2, 3, 4
 _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TYPE, _TYPE_INTEGER = 1, 3, 20, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
+_TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER = 2, 1, 1
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 
 #: Kinds of fields: a number, 8 bytes, a run of bytes, 4 bytes.
@@ -162,6 +163,19 @@ class Node(Message):
         return self.messages(_NODE_ATTRIBUTE, Message)
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What a graph says of a tensor that it takes or gives.
+
+    Attributes:
+        element: ONNX's number of the type (`onnx.TensorProto.DataType`).
+        shape: None for sizes that may be any.
+    """
+
+    element: int | None
+    shape: tuple[int | None, ...]
+
+
 class Graph(Message):
     """Nodes, inputs and outputs; weights stay what they are."""
 
@@ -182,14 +196,15 @@ class Graph(Message):
     def outputs(self) -> list[str]:
         return self._names(_GRAPH_OUTPUT)
 
-    def element(self, name: str) -> int | None:
-        """Return ONNX's number of the type of an input's elements; see `add_input`."""
-        for value in self.messages(_GRAPH_INPUT, Message):
-            if value.text(_VALUE_NAME) == name:
+    def tensors(self) -> dict[str, Declared]:
+        """Return what is said of inputs and outputs that are tensors."""
+        found: dict[str, Declared] = {}
+        for number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+            for value in self.messages(number, Message):
                 for kind in value.messages(_VALUE_TYPE, Message):
                     for tensor in kind.messages(_TYPE_TENSOR, Message):
-                        return tensor.number(_TENSOR_ELEMENT)
-        return None
+                        found[value.text(_VALUE_NAME)] = _declared(tensor)
+        return found
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop inputs and outputs of the graph."""
@@ -249,6 +264,13 @@ class Model(Message):
         """Import version 1 of a domain."""
         opset = Message([*_texts(_OPSET_DOMAIN, [name]), Field(_OPSET_VERSION, _VARINT, 1)])
         self.fields.append(Field(_MODEL_OPSET, _BYTES, opset))
+
+
+def _declared(tensor: Message) -> Declared:
+    shapes = tensor.messages(_TENSOR_SHAPE, Message)
+    sizes = [size for shape in shapes for size in shape.messages(_SHAPE_SIZE, Message)]
+    shape = tuple(size.number(_SIZE_NUMBER) for size in sizes)
+    return Declared(tensor.number(_TENSOR_ELEMENT), shape)
 
 
 def _texts(number: int, texts: Iterable[str]) -> list[Field]:

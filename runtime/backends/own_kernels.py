@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import LANGUAGE_GRAPH
+from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, Tensor
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.runtime.backends.attention import (
@@ -14,7 +15,7 @@ from internvl_edge.runtime.backends.attention import (
     AttentionKernel,
     attention_kernel,
 )
-from internvl_edge.runtime.backends.attention_nodes import give_attention
+from internvl_edge.runtime.backends.attention_nodes import give_attention, has_caches
 from internvl_edge.runtime.backends.blocks import (
     GRAPH_BYTES,
     NO_KERNEL,
@@ -83,6 +84,19 @@ def bundle_attention(bundle: Bundle) -> AttentionKernel:
         graph = read_bytes(bundle.file(LANGUAGE_GRAPH), GRAPH_BYTES)
     except OSError:  # said when it is opened
         return NO_ATTENTION
-    if kernel.library is not None and give_attention(graph) is None:
+    if kernel.library is None:
+        return kernel
+    if give_attention(graph) is None or not has_caches(graph, _caches(bundle)):
         return AttentionKernel(None, "the bundle's attention is of another kind")
     return kernel
+
+
+def _caches(bundle: Bundle) -> list[Tensor]:
+    """Return the caches that a bundle's language graph takes and gives."""
+    spec, manifest = bundle.spec.language, bundle.manifest
+    tensors = [
+        *contract.language_inputs(spec, manifest.language, manifest.kv, manifest.dialect),
+        *contract.language_outputs(spec, manifest.kv, manifest.dialect),
+    ]
+    names = {name for pair in contract.cache_pairs(spec) for name in pair}
+    return [tensor for tensor in tensors if tensor.name in names]

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, fields, give_attention
+from internvl_edge.bundle.contract import Tensor
+from internvl_edge.runtime.backends.attention_nodes import (
+    SEQUENCES,
+    fields,
+    give_attention,
+    has_caches,
+)
 from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
 
 #: As ONNX Runtime 1.31 saves them.
@@ -39,17 +45,24 @@ def node(
     return helper.make_node(op, given, outputs, f"n{layer}", domain=domain, **attributes, **changed)
 
 
-def model(*nodes: onnx.NodeProto, dtype: int = TensorProto.FLOAT) -> bytes:
+def model(
+    *nodes: onnx.NodeProto,
+    dtype: int = TensorProto.FLOAT,
+    cache: int | None = None,
+    shape: tuple[int | str, ...] = (1, 2, "context", 8),
+) -> bytes:
+    """A language graph's attention; caches are of `dtype` unless told otherwise."""
     info = helper.make_tensor_value_info
+    cache = dtype if cache is None else cache
     pasts = [name for one in nodes for name in one.input[3:5]]
     presents = [name for one in nodes for name in one.output[1:]]
     inputs = [
         *(info(name, dtype, ["n", 8]) for name in ("qkv", *TABLES)),
         info("last_position", TensorProto.INT32, [1]),
         info("total_length", TensorProto.INT32, []),
-        *(info(name, dtype, [1, 2, "context", 8]) for name in pasts),
+        *(info(name, cache, shape) for name in pasts),
     ]
-    outputs = [info(name, dtype, [1, 2, "context", 8]) for name in presents]
+    outputs = [info(name, cache, shape) for name in presents]
     outputs += [info(one.output[0], dtype, ["n", 8]) for one in nodes]
     graph = helper.make_graph(list(nodes), "GroupQueryAttention", inputs, outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT_DOMAIN, 1)]
@@ -72,7 +85,7 @@ def test_caches_leave_the_graph(dtype: int, attributes: dict[str, Any]) -> None:
         assert list(one.input) == ["qkv", "", "", SEQUENCES, *TABLES]
         assert list(one.output) == [f"attended.{layer}"]
         assert {a.name: a.i for a in one.attribute} == {
-            **{"num_heads": 4, "kv_num_heads": 2, "layer": layer}
+            **{"num_heads": 4, "kv_num_heads": 2, "layer": layer, "head_size": 8}
         }
     assert [one.name for one in got.graph.input] == ["qkv", *TABLES, SEQUENCES]
     assert [one.name for one in got.graph.output] == ["attended.0", "attended.1"]
@@ -94,7 +107,8 @@ def test_what_is_rotated_before_keeps_the_total_length() -> None:
 
 
 def test_scales_of_the_cache_stay() -> None:
-    got = changed(model(node(0, PACKED, (*TABLES, *SCALES), kv_cache_bit_width=8)))
+    attends = node(0, PACKED, (*TABLES, *SCALES), kv_cache_bit_width=8)
+    got = changed(model(attends, cache=TensorProto.INT8))
     assert list(got.graph.node[0].input) == ["qkv", "", "", SEQUENCES, *TABLES, *SCALES[3:]]
 
 
@@ -119,6 +133,35 @@ def test_scales_of_the_cache_stay() -> None:
 )
 def test_what_the_operator_does_not_know_is_left(other: onnx.NodeProto) -> None:
     assert give_attention(model(other)) is None
+
+
+@pytest.mark.parametrize(
+    "caches",
+    [
+        {"cache": TensorProto.INT8},
+        {"cache": TensorProto.FLOAT16},
+        {"shape": (1, 4, "context", 8)},
+        {"shape": (2, 2, "context", 8)},
+        {"shape": (1, 2, "context", "any")},
+        {"shape": (1, 2, "context")},
+    ],
+    ids=str,
+)
+def test_caches_must_be_those_of_the_heads(caches: dict[str, Any]) -> None:
+    """Else the operator would write beyond them."""
+    assert give_attention(model(node(0), **caches)) is None
+
+
+def test_caches_must_be_the_manifests() -> None:
+    tensors = [
+        Tensor(name, "float32", (1, 2, "context", 8))
+        for name in ("past.0.key", "past.0.value", "present.0.key", "present.0.value")
+    ]
+    assert has_caches(model(node(0)), tensors)
+    assert not has_caches(model(node(0), shape=(1, 1, "context", 8)), tensors)
+    assert not has_caches(model(node(0), cache=TensorProto.FLOAT16), tensors)
+    assert not has_caches(model(node(0), node(1))[:-3], tensors)
+    assert not has_caches(model(), tensors)
 
 
 def test_all_layers_or_none() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.runtime.backends.graph_bytes import Message, Model
+from internvl_edge.runtime.backends.graph_bytes import Declared, Message, Model
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=9)
 integers = st.integers(-(2**63), 2**63 - 1)
@@ -55,6 +55,17 @@ def test_reading_is_what_onnx_reads(model: onnx.ModelProto) -> None:
 
 
 @given(models())
+def test_tensors_are_told_as_onnx_tells_them(model: onnx.ModelProto) -> None:
+    said = Model.parse(model.SerializeToString()).graph.tensors()
+    wanted = {}
+    for one in [*model.graph.input, *model.graph.output]:
+        kind = one.type.tensor_type
+        sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+        wanted[one.name] = Declared(kind.elem_type, tuple(sizes))
+    assert said == wanted
+
+
+@given(models())
 def test_what_is_read_is_written_again(model: onnx.ModelProto) -> None:
     content = model.SerializeToString()
     parsed = Model.parse(content)
@@ -72,9 +83,10 @@ def test_changes_are_those_that_onnx_makes(
     model.opset_import.append(helper.make_opsetid("ours", 1))
     dropped = data.draw(st.sets(st.sampled_from([one.name for one in model.graph.input] + ["z"])))
     changed.graph.drop(dropped)
-    kept = [one for one in model.graph.input if one.name not in dropped]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
+    for tensors in (model.graph.input, model.graph.output):
+        kept = [one for one in tensors if one.name not in dropped]
+        del tensors[:]
+        tensors.extend(kept)
     changed.graph.add_input(name, TensorProto.INT64, shape)
     model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
     for node, wanted in zip(changed.graph.nodes, model.graph.node, strict=True):
