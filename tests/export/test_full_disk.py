@@ -129,7 +129,7 @@ def test_prepare_on_a_disk_that_fills_up(disk: Disk, whole: Path, tmp_path: Path
     disk.resize(size)
     bundle = Path(shutil.copytree(whole, disk.path / "m"))
     errors = 0
-    for more in range(0, 4000 * KIB, 50 * KIB):
+    for more in range(0, 4000 * KIB, 15 * KIB):
         disk.resize(size + more)
         if (reason := refused(prepare_bundle, bundle)) is None:
             break
