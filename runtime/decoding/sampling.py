@@ -15,6 +15,9 @@ from internvl_edge.runtime.arguments import number, whole
 
 #: Temperatures below are greedy: dividing by them would leave nothing but the largest logit.
 LEAST_TEMPERATURE = 1e-5
+#: With the token before them these are four rows, which our kernels compute as they do one, to the
+#: last bit (`kFewRows` in kernels/blocks/few.h): what a pass takes decides on no answer.
+FEW_GUESSES = 3
 #: Rows of a pass are few with these, and their logits little memory.
 MOST_SPECULATED = 63
 #: Bound on scores after the penalty, so that a temperature cannot make them infinite.
@@ -46,7 +49,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    speculate: int = 7
+    speculate: int = FEW_GUESSES
 
     @property
     def greedy(self) -> bool:

@@ -26,6 +26,7 @@ from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.decoding.request import Event, Request
 from internvl_edge.runtime.decoding.sampling import filter_logits
 from internvl_edge.runtime.decoding.scheduler import Scheduler
+from internvl_edge.runtime.decoding.sequence import TokenSequence
 
 PLAIN = Sampling(speculate=0)
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -193,7 +194,7 @@ def test_a_seed_gives_the_same_tokens(
 ) -> None:
     drafted = 0
     for seed in range(4):
-        given = {**sampling, "seed": seed}
+        given = {**sampling, "seed": seed, "speculate": 7}
         asked = {"max_new_tokens": 40, "ignore_eos": True}
         reply = guessing.generate("Hello hello", sampling=given, **asked)
         wanted = golden_model.generate("Hello hello", sampling={**given, "speculate": 0}, **asked)
@@ -350,3 +351,25 @@ def test_interrupts_within_drafts(golden_bundle: Path) -> None:
 def test_what_is_no_number_of_guesses_is_refused(guessing: InternVL, most: Any) -> None:
     with pytest.raises(UsageError, match="speculate is"):
         guessing.generate("Hello", sampling={"speculate": most})
+
+
+@pytest.mark.parametrize("language", ["int4", "int8"])
+def test_a_few_rows_are_computed_as_one(tmp_path: Path, language: Any) -> None:
+    """To the last bit, by our own kernels: no answer depends on what was guessed."""
+    bundle = export_bundle(
+        GOLDEN / "model", tmp_path / "bundle", language=language, sensitivity=False
+    )
+    model = load_eager(bundle)
+    engine = model.engine
+    if "own attention" not in engine.backend.description:
+        pytest.skip("our own kernels cannot be had")
+    ids = np.random.default_rng(1).integers(1, 500, 60).tolist()
+    sequence = TokenSequence.build([one for one in ids if one != model.context_id], -1, [])
+    single, few = engine.backend.new_cache(80), engine.backend.new_cache(80)
+    engine.prefill(single, sequence)
+    engine.prefill(few, sequence)
+    for rows in range(2, Sampling().speculate + 2):
+        tokens = ids[:rows]
+        wanted = [engine.decode(single, token) for token in tokens]
+        ((*found,),) = engine.run([engine.following(few, tokens, 0)])
+        np.testing.assert_array_equal([one.logits for one in found], wanted)
