@@ -324,3 +324,27 @@ def test_a_larger_priority_begins_first_until_others_are_old() -> None:
                 if event.finish is not None:
                     order.append([handle.request for handle in handles].index(event.request))
         assert order == wanted
+
+
+def test_nobody_waits_for_memory_that_another_thread_holds() -> None:
+    """A scheduler in which nothing is under way would wait for ever: it says what is missing."""
+    means = answering(CountedBackend(spec()), Policy(memory_bytes=100 * POSITION_BYTES), 0)
+    first, other = Scheduler(means), Scheduler(means)
+    short, long = Question(0, 1, (), 30, None), Question(0, 2, (), 80, None)
+    running, waiting = (first.add(question.request()) for question in (short, long))
+    other.add(Question(0, 3, (), 60, None).request())
+    with pytest.raises(CapacityError, match="requests under way take"):
+        finish(first)
+    assert running.ids == alone(short)
+    assert waiting.error is not None
+    with pytest.raises(CapacityError, match="requests under way take"):
+        first.add(long.request())
+    finish(other)
+    again = first.add(long.request())
+    finish(first)
+    assert again.ids == alone(long)
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.load:
+        scheduler.step()

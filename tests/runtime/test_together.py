@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 from together import Together
 
 from internvl_edge.runtime import (
     ImageError,
     InternVL,
     LimitError,
+    Policy,
     PrecisionError,
     PromptError,
     Reply,
@@ -69,6 +72,33 @@ def test_a_batch_is_answered_as_each_alone(model: InternVL, wanted: list[Reply])
     same(model.generate_batch(ASKED, max_new_tokens=12), wanted)
     same(model.generate_batch(ASKED * 3, max_new_tokens=12), wanted * 3)
     assert model.generate_batch([]) == []
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 8])
+def test_golden_answers_in_one_batch(
+    golden_bundle: Path,
+    golden_images: dict[str, Image.Image],
+    golden_chats: dict[str, dict[str, Any]],
+    chat_arrays: dict[str, NDArray[Any]],
+    concurrency: int,
+) -> None:
+    """What the reference implementation answered each alone, in float32."""
+    policy = Policy(most_running=concurrency)
+    model = InternVL.load(golden_bundle, device="cpu", threads=1, policy=policy)
+    shown = {"single": ["img0"], "multi_image": ["img0", "img1"], "text_only": []}
+    asked, wanted = [], []
+    for name in [*shown, *shown, *shown]:
+        wanted.append(chat_arrays[f"{name}_generated"][0].tolist())
+        asked.append(
+            {
+                "prompt": golden_chats[name]["question"],
+                "images": [golden_images[stem] for stem in shown[name]],
+                "max_new_tokens": len(wanted[-1]),
+            }
+        )
+    got = model.generate_batch(asked, max_tiles=6)
+    assert [one.token_ids for one in got] == wanted
+    model.close()
 
 
 def test_awaited_together(model: InternVL, wanted: list[Reply]) -> None:
