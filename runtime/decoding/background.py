@@ -76,9 +76,10 @@ class Background:
         with self._lock:
             self._new.append(ticket)
             self._all.add(ticket)
-            if self._scheduler is None:
-                self._scheduler = Scheduler(self._answering, self._answering.lane)
-                self._thread.submit(self._until_done, self._scheduler)
+            if self._scheduler is None:  # where an interrupt comes in between, two take turns
+                scheduler = Scheduler(self._answering, self._answering.lane)
+                self._thread.submit(self._until_done, scheduler)
+                self._scheduler = scheduler
             self._scheduler.wake()
         return ticket
 

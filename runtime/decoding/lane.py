@@ -68,6 +68,7 @@ class VisionLane:
                     return known, False
                 asked = self._known[name] = Asked(image)
                 self._queue.append(asked)
+            if not asked.ended:
                 self._work()
             asked.waiting.append(wake)
             return asked, len(asked.waiting) == 1
@@ -92,9 +93,10 @@ class VisionLane:
         return not asked.ended and asked not in self._queue
 
     def _work(self) -> None:
+        """Have the thread look for work; where an interrupt came in between, twice."""
         if not self._working:
-            self._working = True
             self._thread.submit(self._until_done)
+            self._working = True
 
     def _until_done(self) -> None:
         while batch := self._next():

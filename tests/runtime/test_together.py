@@ -9,11 +9,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from campaign.interrupts import Moments
 from numpy.typing import NDArray
 from PIL import Image
 from together import Together
@@ -337,3 +339,23 @@ def test_rows_are_waited_for_until_they_are_stored(golden_bundle: Path) -> None:
     store.put = put  # type: ignore[method-assign]
     same([got], [alone(model, asked)])
     model.close()
+
+
+def test_an_interrupted_batch_leaves_nothing_under_way(
+    model: InternVL, wanted: list[Reply]
+) -> None:
+    """At moments that are spread over all of it; the next batch is answered as ever."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    counted = Moments(10**9, interrupt)
+    with counted:
+        model.generate_batch(ASKED[:4], max_new_tokens=5)
+    for part in range(25):
+        fresh = [{**ASKED[1], "images": [PIXELS - part]}, *ASKED[:4]]
+        with suppress(KeyboardInterrupt), Moments(1 + counted.seen * part // 25, interrupt):
+            model.generate_batch(fresh, max_new_tokens=5)
+        until(lambda: idle(model))
+        assert model.answering.reservations.promised == 0
+        same(model.generate_batch(ASKED[:3], max_new_tokens=12), wanted[:3])
