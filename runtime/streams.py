@@ -94,7 +94,10 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
             self._give_up.detach()
         self._ended = True
         if not isinstance(news, Reply):
-            raise news
+            try:
+                raise news
+            finally:
+                del news  # the error holds this frame
         self._reply = news
 
 

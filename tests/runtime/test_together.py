@@ -31,6 +31,7 @@ from internvl_edge.runtime import (
     Sampling,
     UsageError,
 )
+from internvl_edge.runtime.decoding.request import Request
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), np.uint8)
 OTHER = 255 - PIXELS
@@ -215,15 +216,20 @@ def test_wrong_options_are_told_at_once(model: InternVL) -> None:
         asyncio.run(model.agenerate("word " * 5000))
 
 
-def test_an_error_is_its_requests_own(model: InternVL, wanted: list[Reply]) -> None:
+def spoil(model: InternVL, grey: int) -> None:
+    """Rows of tiles of one grey are no numbers from now on."""
     inner = model.engine.backend.encode_tiles
 
     def broken(tiles: Any) -> Any:
         rows = inner(tiles)
-        rows[(tiles == np.uint8(77)).all(axis=(1, 2, 3))] = np.nan
+        rows[(tiles == np.uint8(grey)).all(axis=(1, 2, 3))] = np.nan
         return rows
 
     model.engine.backend.encode_tiles = broken  # type: ignore[method-assign]
+
+
+def test_an_error_is_its_requests_own(model: InternVL, wanted: list[Reply]) -> None:
+    spoil(model, 77)
     grey = np.full_like(PIXELS, 77)
 
     async def ask() -> list[Any]:
@@ -359,3 +365,25 @@ def test_an_interrupted_batch_leaves_nothing_under_way(
         until(lambda: idle(model))
         assert model.answering.reservations.promised == 0
         same(model.generate_batch(ASKED[:3], max_new_tokens=12), wanted[:3])
+
+
+@pytest.mark.parametrize("asked", [{"images": [np.full_like(PIXELS, 77)]}, {"max_new_tokens": 0}])
+def test_what_failed_is_let_go_of_at_once(model: InternVL, asked: dict[str, Any]) -> None:
+    """Without the interpreter's search for circles, which comes late: pictures are large."""
+    spoil(model, 77)
+
+    async def ask() -> None:
+        with pytest.raises((PrecisionError, UsageError)):
+            await model.agenerate("What?", **asked)
+
+    def requests() -> int:
+        return sum(isinstance(one, Request) for one in gc.get_objects())
+
+    gc.collect()
+    before = requests()
+    gc.disable()
+    try:
+        asyncio.run(ask())
+        until(lambda: idle(model) and requests() == before)
+    finally:
+        gc.enable()
