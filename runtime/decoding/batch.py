@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 from internvl_edge.bundle.errors import InternVLEdgeError
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.request import Reply, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
+
+#: What became of a request.
+Outcome: TypeAlias = Reply | Exception
 
 
 class Batch:
@@ -24,9 +27,10 @@ class Batch:
     def __init__(self, answering: Answering) -> None:
         self._scheduler = Scheduler(answering, answering.lane)
         self._ahead = 2 * answering.policy.most_running
-        self._taken: list[Handle | InternVLEdgeError] = []
+        self._open: dict[int, Handle] = {}
+        self._outcomes: list[Outcome | None] = []
 
-    def replies(self, requests: Iterable[Callable[[], Request]]) -> list[Reply | InternVLEdgeError]:
+    def replies(self, requests: Iterable[Callable[[], Request]]) -> list[Outcome]:
         """Return what became of each request, in order: its reply, or the error that ended it.
 
         Args:
@@ -35,41 +39,40 @@ class Batch:
         try:
             for make in requests:
                 self._take(make)
-                while self._scheduler.load >= self._ahead:
-                    self._scheduler.advance()
-            while self._scheduler.load:
-                self._scheduler.advance()
+                self._advance(until=self._ahead)
+            self._advance(until=1)
         finally:  # where an interrupt came
-            for taken in self._taken:
-                if isinstance(taken, Handle):
-                    self._scheduler.end(taken)
-        return [_outcome(taken) for taken in self._taken]
+            for handle in self._open.values():
+                self._scheduler.end(handle)
+        return [outcome for outcome in self._outcomes if outcome is not None]
 
     def _take(self, make: Callable[[], Request]) -> None:
+        self._outcomes.append(None)
+        place = len(self._outcomes) - 1
         try:
-            self._taken.append(self._scheduler.add(make()))
+            self._open[place] = self._scheduler.add(make())
         except InternVLEdgeError as error:
-            self._taken.append(error)
+            self._outcomes[place] = error
+
+    def _advance(self, *, until: int) -> None:
+        """Step until fewer requests are open; of those that have ended, only the outcome is held:
+        their pictures are large."""
+        while len(self._open) >= until:
+            self._scheduler.advance()
+            for place, handle in [*self._open.items()]:
+                if not handle.alive:
+                    self._outcomes[place] = handle.error or handle.reply
+                    del self._open[place]
 
 
-def _outcome(taken: Handle | InternVLEdgeError) -> Reply | InternVLEdgeError:
-    if not isinstance(taken, Handle):
-        return taken
-    if taken.error is not None:
-        if not isinstance(taken.error, InternVLEdgeError):
-            raise taken.error
-        return taken.error
-    assert taken.reply is not None
-    return taken.reply
-
-
-def replies(found: Sequence[Reply | InternVLEdgeError], *, errors: bool) -> list[Reply]:
+def replies(found: Sequence[Outcome], *, errors: bool) -> list[Reply]:
     """Return the replies; with errors in the places of those that there are not, where asked for.
 
     Raises:
         InternVLEdgeError: the first of the errors, where they are not asked for.
+        Exception: what `progress` raised.
     """
     for one in found:
-        if isinstance(one, InternVLEdgeError) and not errors:
+        if isinstance(one, Exception) and not (errors and isinstance(one, InternVLEdgeError)):
             raise one
     return cast(list[Reply], list(found))

@@ -32,6 +32,7 @@ from internvl_edge.runtime import (
     UsageError,
 )
 from internvl_edge.runtime.decoding.request import Request
+from internvl_edge.runtime.images.identity import TiledImage
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), np.uint8)
 OTHER = 255 - PIXELS
@@ -387,3 +388,19 @@ def test_what_failed_is_let_go_of_at_once(model: InternVL, asked: dict[str, Any]
         until(lambda: idle(model) and requests() == before)
     finally:
         gc.enable()
+
+
+def test_a_batch_holds_what_is_under_way(golden_bundle: Path) -> None:
+    """Not the pictures of all that it has answered, nor of those that are still to come."""
+    model = InternVL.load(golden_bundle, device="cpu", threads=1, policy=Policy(most_running=2))
+    alive: list[int] = []
+
+    def asked() -> Iterator[Any]:
+        for number in range(20):
+            alive.append(sum(isinstance(one, TiledImage) for one in gc.get_objects()))
+            yield {"prompt": "What?", "images": [PIXELS - number], "max_new_tokens": 2}
+
+    gc.collect()
+    assert len(model.generate_batch(asked())) == 20
+    assert max(alive) - alive[0] <= 4
+    model.close()
