@@ -86,7 +86,7 @@ class InternVL(NotCopied):
         prefixes = PrefixStore(shelf := Shelf(reuse_bytes))
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()
-        finite, shared = FiniteCheck(bundle.manifest), policy or Policy()
+        finite, shared = FiniteCheck(bundle.manifest), Policy.of(policy)
         encoder = ImageEncoder(self.engine, ImageStore(shelf, image_folder), finite)
         one_graph = memory is not None and memory.low_memory
         self.answering = Answering(

@@ -6,10 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from internvl_edge.bundle.errors import UsageError
+from internvl_edge.bundle.quoting import quoted
+from internvl_edge.runtime.arguments import number, whole, whole_or
+
 #: Tokens of a prompt that are run beside decoding before anything was measured.
 FIRST_CHUNK = 16
 #: By how much a chunk, as measured, may change at once.
 LARGEST_CHANGE = 2.0
+#: A wait that tells two requests apart.
+SHORTEST_S = 1e-9
 #: Weight of the newest measurement of a pass.
 NEWEST = 0.25
 
@@ -36,9 +42,35 @@ class Policy:
     memory_bytes: int | None = None
     ahead: int = 256
 
+    def __post_init__(self) -> None:
+        for name, typed, least in (
+            ("most_running", whole, 1),
+            ("growth", number, 0),
+            ("aging_s", number, 0),
+            ("ahead", whole, 1),
+        ):
+            value = typed(name, getattr(self, name))
+            if not value >= least:
+                raise UsageError(f"is {quoted(value)}, it must be at least {least}", option=name)
+            object.__setattr__(self, name, value)
+        if (limit := whole_or("memory_bytes", self.memory_bytes, None)) is not None and limit < 0:
+            raise UsageError(f"is {quoted(limit)}, it must be at least 0", option="memory_bytes")
+        object.__setattr__(self, "memory_bytes", limit)
+
+    @classmethod
+    def of(cls, value: Policy | None) -> Policy:
+        """Return a policy, the default for None.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        if value is None or isinstance(value, Policy):
+            return value or cls()
+        raise UsageError(f"is {quoted(value)}, it must be a Policy", option="policy")
+
     def rank(self, priority: int, waited_s: float) -> float:
         """Return what a request is preferred by: the larger comes first."""
-        return priority + waited_s / self.aging_s
+        return priority + waited_s / max(self.aging_s, SHORTEST_S)
 
 
 class Pace:
