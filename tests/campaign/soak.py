@@ -42,7 +42,7 @@ from internvl_edge.runtime import (
 #: Requests under way or waiting.
 OUTSTANDING = 24
 #: Of the requests, those before which the process may still grow.
-WARM = 0.25
+WARM = 0.5
 #: Requests between two looks at the memory, taken when all have ended.
 EACH = 50
 #: Enough for a few requests of 256 tokens.
