@@ -24,6 +24,7 @@ from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, b
 from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
 from internvl_edge.runtime.memory import MemoryGuard
+from internvl_edge.runtime.niceness import give_way
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -209,8 +210,13 @@ class CpuGraphs:
         with contextlib.ExitStack() as stack:
             for files in folders:
                 stack.enter_context(files.unchanged())
-            pool = stack.enter_context(ThreadPoolExecutor(len(parts)))
-            opened = list(pool.map(lambda part: part.open(self._threads), parts))
+            # A thread for each, since what it begins is as nice as itself.
+            pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in parts]
+            opening = [
+                pool.submit(part.open, self._threads)
+                for pool, part in zip(pools, parts, strict=True)
+            ]
+            opened = [one.result() for one in opening]
         self._held = [
             files.hold(part.data for part in parts if part.files is files) for files in folders
         ]
@@ -233,6 +239,10 @@ class _Part:
         return str(Path(self.name).with_suffix(".data"))
 
     def open(self, threads: int | None) -> ort.InferenceSession:
+        """Open it in a thread that does nothing else: those of the vision graph give way to
+        tokens, which are many times smaller and waited for."""
+        if self.name == contract.VISION_GRAPH:
+            give_way()
         return open_session(self.files.path, self.name, self.provider, threads)
 
 

@@ -14,6 +14,7 @@ from internvl_edge.runtime.decoding.encoding import Encoding, ImageEncoder
 from internvl_edge.runtime.decoding.failures import without_locals
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.images.identity import PendingImage, TiledImage
+from internvl_edge.runtime.niceness import give_way
 
 #: What a request does to hear that something has changed.
 Wake = Callable[[], object]
@@ -43,7 +44,7 @@ class VisionLane:
 
     def __init__(self, encoder: ImageEncoder) -> None:
         self._encoder = encoder
-        self._thread = ThreadPoolExecutor(1, "vision")
+        self._thread = ThreadPoolExecutor(1, "vision", give_way)
         self._lock = threading.Lock()
         self._working = False
         self._queue: list[Asked] = []
@@ -85,7 +86,7 @@ class VisionLane:
         """End the thread after the pass under way; another begins when something is asked for."""
         with self._lock:
             self._queue.clear()
-            thread, self._thread = self._thread, ThreadPoolExecutor(1, "vision")
+            thread, self._thread = self._thread, ThreadPoolExecutor(1, "vision", give_way)
         thread.shutdown()
 
     def _left_behind(self, asked: Asked) -> bool:
