@@ -1,21 +1,17 @@
-"""Many at once: batches, asyncio and threads answer as each alone, and leave nothing behind."""
+"""Many at once: batches, asyncio and threads answer as each alone."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from campaign.interrupts import Moments
+from many import ASKED, OTHER, PIXELS, alone, same, spoil
 from numpy.typing import NDArray
 from PIL import Image
 from together import Together
@@ -28,23 +24,8 @@ from internvl_edge.runtime import (
     PrecisionError,
     PromptError,
     Reply,
-    Sampling,
     UsageError,
 )
-from internvl_edge.runtime.decoding.request import Request
-from internvl_edge.runtime.images.identity import TiledImage
-
-PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), np.uint8)
-OTHER = 255 - PIXELS
-ASKED: list[Any] = [
-    "Hello",
-    {"prompt": "What is written here?", "images": [PIXELS], "max_tiles": 2},
-    {"prompt": "Hello", "sampling": Sampling(temperature=1.3, seed=5)},
-    {"prompt": "What is written here?", "images": [PIXELS, OTHER], "max_tiles": 2},
-    {"prompt": "A longer question, " * 20, "max_new_tokens": 3},
-    [5, 7, 9],
-    {"messages": [{"role": "user", "content": "Hello"}], "stop": "a"},
-]
 
 
 @pytest.fixture
@@ -56,20 +37,9 @@ def model(golden_bundle: Path) -> Iterator[InternVL]:
     model.close()
 
 
-def alone(model: InternVL, asked: Any, **options: Any) -> Reply:
-    own = asked if isinstance(asked, dict) else {"prompt": asked}
-    return model.generate(**{**options, **own})
-
-
 @pytest.fixture(scope="module")
 def wanted(golden_model: InternVL) -> list[Reply]:
     return [alone(golden_model, one, max_new_tokens=12) for one in ASKED]
-
-
-def same(got: list[Reply], wanted: list[Reply]) -> None:
-    assert [one.token_ids for one in got] == [one.token_ids for one in wanted]
-    assert [one.text for one in got] == [one.text for one in wanted]
-    assert [one.finish_reason for one in got] == [one.finish_reason for one in wanted]
 
 
 def test_a_batch_is_answered_as_each_alone(model: InternVL, wanted: list[Reply]) -> None:
@@ -217,18 +187,6 @@ def test_wrong_options_are_told_at_once(model: InternVL) -> None:
         asyncio.run(model.agenerate("word " * 5000))
 
 
-def spoil(model: InternVL, grey: int) -> None:
-    """Rows of tiles of one grey are no numbers from now on."""
-    inner = model.engine.backend.encode_tiles
-
-    def broken(tiles: Any) -> Any:
-        rows = inner(tiles)
-        rows[(tiles == np.uint8(grey)).all(axis=(1, 2, 3))] = np.nan
-        return rows
-
-    model.engine.backend.encode_tiles = broken  # type: ignore[method-assign]
-
-
 def test_an_error_is_its_requests_own(model: InternVL, wanted: list[Reply]) -> None:
     spoil(model, 77)
     grey = np.full_like(PIXELS, 77)
@@ -243,164 +201,3 @@ def test_an_error_is_its_requests_own(model: InternVL, wanted: list[Reply]) -> N
     got = asyncio.run(ask())
     assert [type(one) for one in got] == [Reply, PrecisionError, PrecisionError]
     same(got[:1], wanted[1:2])
-
-
-def idle(model: InternVL) -> bool:
-    """Whether nothing is under way in the model's threads."""
-    lane = model.answering.lane
-    assert lane is not None
-    return not (model._background._all or lane._queue)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@pytest.mark.parametrize("pieces", [0, 1, 5])
-def test_a_cancelled_task_cancels_its_request(model: InternVL, pieces: int) -> None:
-    async def ask() -> None:
-        read: list[str] = []
-
-        async def loop() -> None:
-            stream = model.astream("What?", [PIXELS], max_new_tokens=500, ignore_eos=True)
-            read.extend([piece async for piece in stream])
-
-        async def count() -> None:
-            stream = model.astream("What?", [PIXELS], max_new_tokens=500, ignore_eos=True)
-            async for piece in stream:
-                read.append(piece)
-
-        task = asyncio.create_task(count() if pieces else loop())
-        await asyncio.sleep(0.03)
-        while len(read) < pieces:
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(ask())
-    until(lambda: idle(model))
-
-
-def test_a_stream_that_is_left_is_cancelled(model: InternVL) -> None:
-    async def ask() -> Reply | None:
-        async for _ in model.astream("Hello", max_new_tokens=500, ignore_eos=True):
-            break
-        gc.collect()
-        stream = model.astream("Hello", max_new_tokens=500, ignore_eos=True)
-        async for _ in stream:
-            stream.cancel()
-        return stream.reply
-
-    reply = asyncio.run(ask())
-    assert reply is not None
-    assert reply.finish_reason == "cancelled"
-    until(lambda: idle(model))
-
-
-def test_the_threads_end_with_the_model(golden_bundle: Path) -> None:
-    before = threading.active_count()
-    model = InternVL.load(golden_bundle, device="cpu", threads=1)
-    assert threading.active_count() == before
-    for _ in range(2):  # and begin again
-        assert asyncio.run(model.agenerate("What?", [PIXELS], max_new_tokens=3)).token_ids
-        assert threading.active_count() > before
-        model.close()
-        until(lambda: threading.active_count() == before)
-    asyncio.run(model.agenerate("What?", [OTHER], max_new_tokens=3))
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-    until(lambda: threading.active_count() == before)
-
-
-def test_close_ends_what_is_under_way(model: InternVL) -> None:
-    async def ask() -> Reply:
-        stream = model.astream("Hello", max_new_tokens=500, ignore_eos=True)
-        async for _ in stream:
-            await asyncio.get_running_loop().run_in_executor(None, model.close)
-            break
-        return await stream.finish()
-
-    assert asyncio.run(ask()).finish_reason == "cancelled"
-
-
-def test_rows_are_waited_for_until_they_are_stored(golden_bundle: Path) -> None:
-    """The last tile is encoded before its rows are put together, in another thread."""
-    model = InternVL.load(golden_bundle, device="cpu", threads=1, reuse_bytes=0)
-    store = model.answering.encoder._store
-    put = store.put
-
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(0.1)
-        return put(*arguments)
-
-    store.put = slowly  # type: ignore[method-assign]
-    asked = {"prompt": "What?", "images": [PIXELS], "max_new_tokens": 4}
-    hello = {"prompt": "Hello", "max_new_tokens": 200, "ignore_eos": True}  # decodes meanwhile
-    (got, _) = model.generate_batch([asked, hello])
-    store.put = put  # type: ignore[method-assign]
-    same([got], [alone(model, asked)])
-    model.close()
-
-
-def test_an_interrupted_batch_leaves_nothing_under_way(
-    model: InternVL, wanted: list[Reply]
-) -> None:
-    """At moments that are spread over all of it; the next batch is answered as ever."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    counted = Moments(10**9, interrupt)
-    with counted:
-        model.generate_batch(ASKED[:4], max_new_tokens=5)
-    for part in range(25):
-        fresh = [{**ASKED[1], "images": [PIXELS - part]}, *ASKED[:4]]
-        with suppress(KeyboardInterrupt), Moments(1 + counted.seen * part // 25, interrupt):
-            model.generate_batch(fresh, max_new_tokens=5)
-        until(lambda: idle(model))
-        assert model.answering.reservations.promised == 0
-        same(model.generate_batch(ASKED[:3], max_new_tokens=12), wanted[:3])
-
-
-@pytest.mark.parametrize("asked", [{"images": [np.full_like(PIXELS, 77)]}, {"max_new_tokens": 0}])
-def test_what_failed_is_let_go_of_at_once(model: InternVL, asked: dict[str, Any]) -> None:
-    """Without the interpreter's search for circles, which comes late: pictures are large."""
-    spoil(model, 77)
-
-    async def ask() -> None:
-        with pytest.raises((PrecisionError, UsageError)):
-            await model.agenerate("What?", **asked)
-
-    def requests() -> int:
-        return sum(isinstance(one, Request) for one in gc.get_objects())
-
-    gc.collect()
-    before = requests()
-    gc.disable()
-    try:
-        asyncio.run(ask())
-        until(lambda: idle(model) and requests() == before)
-    finally:
-        gc.enable()
-
-
-def test_a_batch_holds_what_is_under_way(golden_bundle: Path) -> None:
-    """Not the pictures of all that it has answered, nor of those that are still to come."""
-    model = InternVL.load(golden_bundle, device="cpu", threads=1, policy=Policy(most_running=2))
-    alive: list[int] = []
-
-    def asked() -> Iterator[Any]:
-        for number in range(20):
-            alive.append(sum(isinstance(one, TiledImage) for one in gc.get_objects()))
-            yield {"prompt": "What?", "images": [PIXELS - number], "max_new_tokens": 2}
-
-    gc.collect()
-    assert len(model.generate_batch(asked())) == 20
-    assert max(alive) - alive[0] <= 4
-    model.close()
