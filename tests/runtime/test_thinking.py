@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from itertools import pairwise
@@ -15,10 +16,11 @@ from scripted import Scripted, scripted
 
 from internvl_edge.bundle.prompt import THINKING_MESSAGE
 from internvl_edge.cli.conversation import Asking, Conversation, as_dict
+from internvl_edge.cli.history import History
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime import InternVL, Sampling, UsageError
-from internvl_edge.runtime.decoding.thinking import Thoughts, part_thoughts
+from internvl_edge.runtime import InternVL, Reply, Sampling, UsageError
+from internvl_edge.runtime.decoding.thinking import Piece, Thoughts, part_thoughts
 
 FIXTURE = Path(__file__).parents[1] / "families" / "orig_qwen3"
 QUESTION = "What is 12 + 30?"
@@ -67,6 +69,23 @@ def test_pieces_say_which_they_are(told: tuple[InternVL, Scripted]) -> None:
     assert kinds == sorted(kinds, reverse=True)
     backend.script = model.tokenizer.encode(WHOLE)
     assert not any(piece.thinking for piece in model.stream(QUESTION))
+
+
+def test_asyncio_and_batches(told: tuple[InternVL, Scripted]) -> None:
+    model, backend = told
+
+    async def ask() -> tuple[list[Piece], Reply]:
+        stream = model.astream(QUESTION, thinking=True)
+        return [piece async for piece in stream], await stream.finish()
+
+    backend.script = model.tokenizer.encode(WHOLE)
+    pieces, reply = asyncio.run(ask())
+    assert (reply.thinking, reply.text) == (REASONING, ANSWER)
+    assert "".join(piece for piece in pieces if piece.thinking) == f"{REASONING}\n"
+    assert "".join(piece for piece in pieces if not piece.thinking) == ANSWER
+    backend.script = model.tokenizer.encode(WHOLE)
+    (one,) = model.generate_batch([QUESTION], thinking=True)
+    assert (one.thinking, one.text) == (REASONING, ANSWER)
 
 
 def test_without_its_end_all_is_reasoning(told: tuple[InternVL, Scripted]) -> None:
@@ -133,10 +152,10 @@ def test_the_terminal_shows_reasoning_beside_the_answer(
 ) -> None:
     """Standard output has the answer alone."""
     model, backend = told
-    asking = Asking(max_new_tokens=64, sampling=Sampling(), stop=(), upright=False, json=False)
+    asking = Asking(64, Sampling(), (), None, upright=False, json=False)
     chat = model.chat(system_message="Think.", thinking=True)
     backend.script = model.tokenizer.encode(WHOLE)
-    Conversation(model.chat, chat, asking, lambda picture: 1).ask(QUESTION)
+    Conversation(model.chat, chat, asking, lambda picture: 1, History(None)).ask(QUESTION)
     out, err = capsys.readouterr()
     assert out == f"{ANSWER}\n"
     assert err.startswith(f"{REASONING}\n")
