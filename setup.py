@@ -22,6 +22,7 @@ setup(
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],
         "internvl_edge.kernels.attention": ["*.cpp", "*.h"],
         "internvl_edge.kernels.blocks": ["*.cpp", "*.h"],
+        "internvl_edge.kernels.vision": ["*.cpp", "*.h"],
         "internvl_edge.kernels.operators": ["*.cpp", "*.h", "*.so"],
         "internvl_edge.examples.tiny_ocr": ["bundle/*", "checkpoint/*", "receipt.*"],
     },

@@ -35,7 +35,7 @@ SOURCES = Path(__file__).parent
 CPU_SOURCE = "host.cpp"
 CUDA_SOURCES = ("tiling.cu", "pixel_shuffle.cu", "select.cu")
 #: Folders with the sources of the operators: what they share, and each kernel.
-OPERATOR_FOLDERS = ("operators", "attention", "blocks")
+OPERATOR_FOLDERS = ("operators", "attention", "blocks", "vision")
 
 #: Jetson Orin is 87, Thor 110; a PTX of the newest lets later devices compile their own.
 CUDA_ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)

@@ -46,6 +46,12 @@ Status* read_attributes(Api api, const Info* info, const Attribute (&attributes)
   return nullptr;
 }
 
+// Reads an attribute that is a float, which must be there.
+inline Status* read_attribute(Api api, const Info* info, const char* name, float* value) {
+  return at<Status* (*)(const Info*, const char*, float*)>(api, kKernelInfoGetAttributeFloat)(
+      info, name, value);
+}
+
 // One run of an operator.
 class Call {
  public:
@@ -107,8 +113,12 @@ class Call {
     const auto count = at<Status* (*)(const Shape*, size_t*)>(api_, kGetDimensionsCount);
     const auto get = at<Status* (*)(const Shape*, int64_t*, size_t)>(api_, kGetDimensions);
     if (Status* status = count(shape, &tensor.dimensions)) return status;
-    if (tensor.dimensions < 1 || tensor.dimensions > kMostDimensions) {
-      return refuse("an input must have 1 to 4 dimensions");
+    if (tensor.dimensions > kMostDimensions) {
+      return refuse("an input must have 4 dimensions at most");
+    }
+    if (tensor.dimensions == 0) {  // a single value
+      tensor.dimensions = tensor.shape[0] = 1;
+      return nullptr;
     }
     return get(shape, tensor.shape, tensor.dimensions);
   }

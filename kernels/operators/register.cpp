@@ -1,6 +1,7 @@
 // The operators of the library, as ONNX Runtime takes them.
 #include "../attention/operator.h"
 #include "../blocks/operator.h"
+#include "../vision/attention_operator.h"
 #include "exported.h"
 
 namespace ort = ive::ort;
@@ -10,7 +11,17 @@ IVE_EXPORT ort::Status* RegisterCustomOps(ort::Options* options, const ort::ApiB
   static const ort::CustomOp kOperators[] = {
       ort::describe<ive::blocks::Operator>(),
       ort::describe<ive::attention::Operator<ort::kFloat>>(),
-      ort::describe<ive::attention::Operator<ort::kFloat16>>()};
+      ort::describe<ive::attention::Operator<ort::kFloat16>>(),
+      ort::describe<ive::vision::NormOperator<false, false>>(),
+      ort::describe<ive::vision::NormOperator<false, true>>(),
+      ort::describe<ive::vision::NormOperator<true, false>>(),
+      ort::describe<ive::vision::NormOperator<true, true>>(),
+      ort::describe<ive::vision::GeluOperator>(),
+      ort::describe<ive::vision::GeluRoundedOperator>(),
+      ort::describe<ive::vision::ProductOperator>(),
+      ort::describe<ive::vision::AttentionOperator<false>>(),
+      ort::describe<ive::vision::AttentionOperator<true>>(),
+  };
   const ort::Api api = base->get(ort::kVersion);
   const auto create =
       ort::at<ort::Status* (*)(const char*, ort::Domain**)>(api, ort::kCreateCustomOpDomain);

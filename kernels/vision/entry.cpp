@@ -1,0 +1,52 @@
+// Entry points of the operations by themselves, for the tests and to know their paths.
+#include "../operators/exported.h"
+#include "paths.h"
+
+namespace vision = ive::vision;
+
+namespace {
+
+const vision::Path* path_at(int32_t index) {
+  for (const vision::Path& path : vision::kPaths) {
+    if (path.runs_here() && index-- == 0) return &path;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+// Names of the paths that run on this CPU, the fastest first; null past the last.
+IVE_EXPORT const char* ive_vision_path(int32_t index) {
+  const vision::Path* path = path_at(index);
+  return path == nullptr ? nullptr : path->name;
+}
+
+// Each runs on this thread, by the path of that index.
+IVE_EXPORT void ive_vision_norm(const vision::Norm* norm, int32_t index) {
+  for (int64_t row = 0; row < norm->rows; ++row) path_at(index)->norm_row(*norm, row);
+}
+
+IVE_EXPORT void ive_vision_gelu(const vision::Gelu* gelu, int32_t index) {
+  for (int64_t row = 0; row < gelu->rows; ++row) path_at(index)->gelu_row(*gelu, row);
+}
+
+IVE_EXPORT void ive_vision_multiply(const vision::Product* product, int32_t index) {
+  const int64_t tasks = vision::product_tasks(*product);
+  for (int64_t task = 0; task < tasks; ++task) path_at(index)->multiply_columns(*product, task);
+}
+
+// 0, or 1 where there is no memory.
+IVE_EXPORT int32_t ive_vision_attend(const vision::Attention* attention, int32_t index) {
+  const vision::Path& path = *path_at(index);
+  vision::Packed packed;
+  if (!packed.allocate(*attention)) return 1;
+  for (int64_t tile = 0; tile < attention->tiles; ++tile) {
+    for (int64_t i = 0; i < vision::packings(packed); ++i) {
+      path.pack_run(*attention, packed, tile, i);
+    }
+    for (int64_t i = 0; i < vision::attendings(*attention); ++i) {
+      path.attend(*attention, packed, tile, i);
+    }
+  }
+  return 0;
+}
