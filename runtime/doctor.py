@@ -21,6 +21,7 @@ from internvl_edge.runtime.backends.blocks import block_kernel
 from internvl_edge.runtime.backends.machine import cpu_name
 from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
 from internvl_edge.runtime.backends.products import FORMS, Product, exact_form, wrong_products
+from internvl_edge.runtime.backends.tower import tower_kernel
 from internvl_edge.runtime.free_memory import available_memory
 
 Report = dict[str, Any]
@@ -49,6 +50,7 @@ def examine() -> Report:
             "tiling": _tiling(),
             "block_products": str(block_kernel()),
             "attention": str(attention_kernel()),
+            "vision": str(tower_kernel()),
         },
         "devices": {
             "cpu": "ready",

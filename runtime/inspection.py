@@ -19,6 +19,7 @@ from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernels import bundle_attention
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
 from internvl_edge.runtime.backends.products import bundle_form, products_of
+from internvl_edge.runtime.backends.tower import bundle_tower
 from internvl_edge.runtime.free_memory import available_memory
 from internvl_edge.runtime.memory import plan_memory
 
@@ -59,8 +60,10 @@ def _here(path: Path, manifest: Manifest) -> Report:
     bundle = Bundle(path, manifest)
     form = bundle_form(manifest).name if products else "none"
     blocks = {"block_products": str(bundle_kernel(bundle))} if {*PROBES} & {*products} else {}
+    tower = {"vision_kernels": str(bundle_tower(manifest))} if "w8a8" in products else {}
     return {
         "integer_products": f"{', '.join(products)}: {form}" if products else form,
+        **tower,
         **blocks,
         "attention": str(bundle_attention(bundle)),
         "onnxruntime": load_onnxruntime().__version__,

@@ -31,7 +31,7 @@ from internvl_edge.runtime.backends import Cache, Slice
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.ort_cache import allocated
 from internvl_edge.runtime.backends.ort_passes import language_pass
-from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, bundle_kernels
+from internvl_edge.runtime.backends.own_kernels import bundle_kernels, vision_kernels
 from internvl_edge.runtime.backends.products import use_exact_products
 from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.options import add_threads, at_least
@@ -43,12 +43,14 @@ if TYPE_CHECKING:
 PRODUCTS = frozenset(
     {"Gemm", "MatMul", "QGemm", "MatMulNBits", "FusedMatMul", "FusedGemm", "MatMulInteger"}
     | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "GemmFloat8"}
+    | {"FloatProduct"}
 )
+INTEGER_ATTENTIONS = frozenset({"IntegerAttention", "IntegerAttentionRounded"})
 #: ONNX Runtime's causal attention, and ours.
 CAUSAL = frozenset({"GroupQueryAttention", "CachedAttention", "CachedAttentionOfHalves"})
-ATTENTIONS = CAUSAL | {"MultiHeadAttention", "Attention", "QAttention"}
+ATTENTIONS = CAUSAL | {"MultiHeadAttention", "Attention", "QAttention"} | INTEGER_ATTENTIONS
 #: Products whose float input is rounded to integers inside.
-INTEGER_INSIDE = frozenset({"MatMulNBits", "DynamicQuantizeMatMul"})
+INTEGER_INSIDE = frozenset({"MatMulNBits", "DynamicQuantizeMatMul"}) | INTEGER_ATTENTIONS
 KERNEL = "_kernel_time"
 
 Shape = tuple[int, ...]
@@ -170,7 +172,8 @@ def _session(bundle: Bundle, graph: str, threads: int | None, folder: Path) -> o
     use_exact_products(options)
     if threads is not None:
         options.intra_op_num_threads = threads
-    own = bundle_kernels(bundle) if graph == contract.LANGUAGE_GRAPH else NO_KERNELS
+    language = graph == contract.LANGUAGE_GRAPH
+    own = bundle_kernels(bundle) if language else vision_kernels(bundle.manifest)
     model = own.give(bundle.file(graph), options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -8,6 +8,7 @@ the same file.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,12 +59,27 @@ class BlockKernel:
         Raises:
             OSError: it cannot be read.
         """
-        changed = give_products(read_bytes(graph, GRAPH_BYTES)) if self.library else None
-        if changed is None:
-            return str(graph)
-        options.register_custom_ops_library(str(self.library))
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
-        return changed
+        return give_nodes(graph, options, self.library, give_products)
+
+
+def give_nodes(
+    graph: Path, options: Any, library: Path | None, give: Callable[[bytes], bytes | None]
+) -> str | bytes:
+    """Let operators of ours compute what `give` gives them of a graph; see `BlockKernel.give`.
+
+    Args:
+        library: of them; None where there is none.
+        give: changes a model, or returns None where nothing is theirs.
+
+    Raises:
+        OSError: the graph cannot be read.
+    """
+    changed = give(read_bytes(graph, GRAPH_BYTES)) if library else None
+    if changed is None:
+        return str(graph)
+    options.register_custom_ops_library(str(library))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
+    return changed
 
 
 NO_KERNEL = BlockKernel(None, "not used")

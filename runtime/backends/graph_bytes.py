@@ -5,6 +5,7 @@ Fields that are not named here stay as they are, and where they are.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,7 +15,8 @@ _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR = 1, 2, 3, 4
 _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TYPE, _TYPE_INTEGER = 1, 3, 20, 2
+_ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TEXT = 1, 2, 3, 4
+_ATTRIBUTE_TYPE, _TYPE_FLOAT, _TYPE_INTEGER = 20, 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
 _TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER = 2, 1, 1
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
@@ -141,6 +143,23 @@ class Node(Message):
         """Return the names of all attributes."""
         return [one.text(_ATTRIBUTE_NAME) for one in self._attributes()]
 
+    def floats(self) -> dict[str, float]:
+        """Return the attributes that are floats."""
+        return {
+            one.text(_ATTRIBUTE_NAME): float(struct.unpack("<f", found.content())[0])
+            for one in self._attributes()
+            for found in one.fields
+            if found.number == _ATTRIBUTE_FLOAT and found.kind == _FIXED32
+        }
+
+    def strings(self) -> dict[str, str]:
+        """Return the attributes that are text."""
+        return {
+            one.text(_ATTRIBUTE_NAME): one.text(_ATTRIBUTE_TEXT)
+            for one in self._attributes()
+            if any(found.number == _ATTRIBUTE_TEXT for found in one.fields)
+        }
+
     def keep_attributes(self, names: Iterable[str]) -> None:
         """Drop all other attributes."""
         kept = [one for one in self._attributes() if one.text(_ATTRIBUTE_NAME) in set(names)]
@@ -148,13 +167,16 @@ class Node(Message):
 
     def set_integer(self, name: str, value: int) -> None:
         """Give an attribute an integer, which is not negative."""
+        self._set(name, Field(_ATTRIBUTE_INTEGER, _VARINT, value), _TYPE_INTEGER)
+
+    def set_float(self, name: str, value: float) -> None:
+        """Give an attribute a float."""
+        self._set(name, Field(_ATTRIBUTE_FLOAT, _FIXED32, struct.pack("<f", value)), _TYPE_FLOAT)
+
+    def _set(self, name: str, value: Field, kind: int) -> None:
         others = [one for one in self._attributes() if one.text(_ATTRIBUTE_NAME) != name]
         made = Message(
-            [
-                *_texts(_ATTRIBUTE_NAME, [name]),
-                Field(_ATTRIBUTE_INTEGER, _VARINT, value),
-                Field(_ATTRIBUTE_TYPE, _VARINT, _TYPE_INTEGER),
-            ]
+            [*_texts(_ATTRIBUTE_NAME, [name]), value, Field(_ATTRIBUTE_TYPE, _VARINT, kind)]
         )
         fields = [Field(_NODE_ATTRIBUTE, _BYTES, one) for one in [*others, made]]
         self.replace(_NODE_ATTRIBUTE, fields)

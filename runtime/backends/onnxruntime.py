@@ -66,6 +66,8 @@ class OnnxRuntimeBackend:
             self._description += ", own kernel for weights in blocks"
         if self._graphs.attends:
             self._description += ", own attention"
+        if self._graphs.tower.library is not None:
+            self._description += ", own vision kernels"
         if note:
             self._description += f" ({note})"
 
@@ -75,7 +77,7 @@ class OnnxRuntimeBackend:
 
     @property
     def numerics(self) -> str:
-        return f"{PROVIDERS['cpu']} {machine_key()}"
+        return f"{PROVIDERS['cpu']} {machine_key()} {self._graphs.tower.numerics}".rstrip()
 
     @property
     def most_slices(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, Tensor
 from internvl_edge.bundle.files import read_bytes
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.manifest import Bundle, Manifest
 from internvl_edge.runtime.backends.attention import (
     NO_ATTENTION,
     AttentionKernel,
@@ -24,19 +24,23 @@ from internvl_edge.runtime.backends.blocks import (
     bundle_kernel,
 )
 from internvl_edge.runtime.backends.own_nodes import give_products, has_own_nodes
+from internvl_edge.runtime.backends.tower import NO_TOWER, TowerKernel, bundle_tower
+from internvl_edge.runtime.backends.tower_nodes import give_tower
 
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """Kernels of a graph's products of weights in blocks and of its attention; none by default."""
+    """Kernels of a language graph's products of weights in blocks and of its attention, or of the
+    float operations of a vision graph; none by default."""
 
     blocks: BlockKernel = NO_KERNEL
     attention: AttentionKernel = NO_ATTENTION
+    tower: TowerKernel = NO_TOWER
 
     @property
     def library(self) -> Path | None:
-        """The library of operators; None where neither is used."""
-        return self.blocks.library or self.attention.library
+        """The library of operators; None where none is used."""
+        return self.blocks.library or self.attention.library or self.tower.library
 
     def give(self, graph: Path, options: Any) -> str | bytes:
         """Let the kernels compute what they can of a graph.
@@ -60,6 +64,8 @@ class OwnKernels:
             given = give_products(given) or given
         if self.attention.library is not None:
             given = give_attention(given) or given
+        if self.tower.library is not None:
+            given = give_tower(given) or given
         if given is model:
             return str(graph)
         options.register_custom_ops_library(str(self.library))
@@ -73,6 +79,11 @@ NO_KERNELS = OwnKernels()
 def bundle_kernels(bundle: Bundle) -> OwnKernels:
     """Return the kernels that compute a bundle's language graph on the CPU."""
     return OwnKernels(bundle_kernel(bundle), bundle_attention(bundle))
+
+
+def vision_kernels(manifest: Manifest) -> OwnKernels:
+    """Return the kernels that compute a bundle's vision graph on the CPU."""
+    return OwnKernels(tower=bundle_tower(manifest))
 
 
 def bundle_attention(bundle: Bundle) -> AttentionKernel:

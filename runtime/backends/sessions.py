@@ -20,9 +20,15 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
 from internvl_edge.runtime.backends import attention_nodes
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, bundle_kernels
+from internvl_edge.runtime.backends.own_kernels import (
+    NO_KERNELS,
+    OwnKernels,
+    bundle_kernels,
+    vision_kernels,
+)
 from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
+from internvl_edge.runtime.backends.tower import TowerKernel
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.niceness import give_way
 
@@ -131,6 +137,7 @@ class CpuGraphs:
             mapped=self.mapped,
         )
         self._form = bundle_form(bundle.manifest)
+        self._vision = vision_kernels(bundle.manifest)
         self._prepared = self._find_prepared()
         self._held: list[HeldFiles] = []
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -152,6 +159,11 @@ class CpuGraphs:
     def attends(self) -> bool:
         """Whether attention is our own kernel's: of many sequences in a pass."""
         return self._own.attention.library is not None
+
+    @property
+    def tower(self) -> TowerKernel:
+        """What computes the float operations of an INT8 vision graph."""
+        return self._vision.tower
 
     @property
     def vision(self) -> ort.InferenceSession:
@@ -198,7 +210,7 @@ class CpuGraphs:
 
     def _part(self, graph: str) -> _Part:
         """Return what is opened of a graph."""
-        own = self._own if graph == contract.LANGUAGE_GRAPH else NO_KERNELS
+        own = self._own if graph == contract.LANGUAGE_GRAPH else self._vision
         if self._prepared is None or own.blocks.library is not None:
             return _Part(self._bundle.verified, graph, Provider(form=self._form, own=own))
         return _Part(self._prepared, graph, Provider(optimise="none", form=self._form, own=own))

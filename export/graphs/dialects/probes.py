@@ -1,5 +1,5 @@
-"""The graphs by which a machine is tried, as `export` writes them; see `runtime.products` and
-`runtime.int8_cache`.
+"""The graphs by which a machine is tried, as `export` writes them; see `runtime.products`,
+`runtime.int8_cache` and `runtime.tower`.
 
     python -m internvl_edge.export.graphs.dialects.probes FOLDER
 
@@ -24,9 +24,12 @@ from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import BlockFormat, Blocks
 from internvl_edge.export.graphs.dialects import CacheNames
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
+from internvl_edge.export.graphs.dialects.tower_probe import add_wanted, build_tower_probe
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
+from internvl_edge.kernels.build import operator_library
 from internvl_edge.runtime.backends import int8_cache
+from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import (
     BLOCKS,
     COLUMNS,
@@ -35,13 +38,15 @@ from internvl_edge.runtime.backends.products import (
     Product,
     full_range,
 )
+from internvl_edge.runtime.backends.tower import PROBE_INPUT, TowerKernel, probe_input
 
 
 def write_probes(folder: Path) -> None:
-    """Write `<product>.onnx` for every product, and cache.onnx, their weights inside."""
+    """Write `<product>.onnx` for every product, cache.onnx and tower.onnx, their weights inside."""
     for product in get_args(Product):
         onnx.save(probe(product), folder / f"{product}.onnx")
     onnx.save(cache_probe(), folder / "cache.onnx")
+    onnx.save(tower_probe(folder), folder / "tower.onnx")
 
 
 def probe(product: Product) -> onnx.ModelProto:
@@ -89,6 +94,22 @@ def attention_graph(
     graph.output(key, Tensor(int8_cache.KEY, contract.CACHE_DTYPE[cache], shape))
     graph.output(value, Tensor(int8_cache.VALUE, contract.CACHE_DTYPE[cache], shape))
     return _whole(graph)
+
+
+def tower_probe(folder: Path) -> onnx.ModelProto:
+    """Build the graph of a vision tower's operations, with the bits that they give here.
+
+    Args:
+        folder: for the graph while it is run.
+    """
+    model = _whole(build_tower_probe())
+    onnx.save(model, folder / "tower.onnx")
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    given = TowerKernel(operator_library(), "").give(folder / "tower.onnx", options)
+    session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    add_wanted(model, session.run(None, {PROBE_INPUT: probe_input()})[0])
+    return model
 
 
 def _whole(graph: GraphBuilder) -> onnx.ModelProto:
