@@ -29,11 +29,14 @@ from internvl_edge.runtime.backends.products import (
     use_exact_products,
     wrong_products,
 )
+from internvl_edge.runtime.backends.tower import tower_kernel
 
 THREADS = 2
 #: The vision graph with its roundings given, in a folder of its own, and what it is given.
 PINNED = "pinned.onnx"
 PINNED_INPUTS = "pinned.npz"
+#: Tiles of generated pictures, and how many are encoded at a time.
+PICTURES, AT_A_TIME = "pictures.npy", 8
 
 
 def measure(folder: Path, result: Path) -> None:
@@ -45,6 +48,8 @@ def measure(folder: Path, result: Path) -> None:
         "onnxruntime": load_onnxruntime().__version__,
         "wrong": {form.name: wrong_products(form, products) for form in FORMS},
         "form": exact_form(products).name,
+        "vision": str(tower_kernel()),
+        "own_vision": tower_kernel().library is not None,
         "demo": _demo(),
         "answers": {},
     }
@@ -52,6 +57,11 @@ def measure(folder: Path, result: Path) -> None:
     for name in asked["bundles"]:
         model = InternVL.load(folder / name, device="cpu", threads=THREADS)
         embeddings[name] = np.concatenate(model.encode_images([asked["image"]]))
+        if name == asked["answering"][0]:
+            tiles = np.load(folder / PICTURES)
+            parts = np.split(tiles, range(AT_A_TIME, len(tiles), AT_A_TIME))
+            encoded = [model.engine.backend.encode_tiles(part) for part in parts]
+            embeddings["pictures"] = np.concatenate(encoded)
         if name in asked["answering"]:
             report["answers"][name] = [
                 model.generate(question, [asked["image"]], max_new_tokens=32).text

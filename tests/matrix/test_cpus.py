@@ -12,6 +12,8 @@ from checkpoints import GOLDEN
 
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.backends import sessions
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from matrix import cpus
 from matrix.arm64 import Skipped, call
 from matrix.cpus import QUANTISED, Bound, Kind, Outcome
@@ -24,12 +26,18 @@ EXACT, ALIKE = Kind("exact"), Kind("alike", exact=False)
 def outcome() -> Outcome:
     random = np.random.default_rng(0)
     exact = random.standard_normal((8, 16)).astype(np.float32)
-    arrays = {"float": exact, "pinned.0": exact.copy(), "pinned.1": 100 * exact}
+    arrays = {
+        "float": exact,
+        "pictures": 2 * exact,
+        "pinned.0": exact.copy(),
+        "pinned.1": 100 * exact,
+    }
     for name in QUANTISED:
         noise = random.standard_normal(exact.shape).astype(np.float32)
         arrays[name] = exact + np.float32(0.03) * noise
     report: dict[str, Any] = {
         "demo": True,
+        "own_vision": False,
         "form": "as stored",
         "wrong": {"as stored": [], "unsigned weights": ["w8a8"]},
         "answers": {name: ["12.50"] for name in QUANTISED},
@@ -91,6 +99,20 @@ def test_only_an_exact_kind_must_round_alike() -> None:
         assert len(got.wrong) == faults
 
 
+def other_pictures(got: Outcome) -> None:
+    got.arrays["pictures"][0, 0] += 1e-3
+
+
+@pytest.mark.parametrize("spoil", [other_rounding, other_pictures])
+def test_every_kind_that_our_kernels_run_on_is_exact(spoil: Callable[[Outcome], None]) -> None:
+    for ours, theirs, faults in ((True, True, 1), (True, False, 0), (False, True, 0)):
+        got, native = outcome(), outcome()
+        spoil(got)
+        got.report["own_vision"], native.report["own_vision"] = ours, theirs
+        cpus._judge(ALIKE, got, native)
+        assert len(got.wrong) == faults
+
+
 def test_a_missing_emulator_is_said(tmp_path: Path) -> None:
     with pytest.raises(Skipped, match="no-such-emulator is not installed"):
         cpus._command(Kind("other", "other", "no-such-emulator"), tmp_path, Bound(60))
@@ -125,12 +147,17 @@ def test_why_the_emulator_is_not_installed(
     monkeypatch.setattr(cpus.shutil, "which", lambda name: name if name == found else None)
     monkeypatch.setattr(cpus.os, "geteuid", lambda: user)
     cpus._install(Bound(60))
-    assert capsys.readouterr().out == f"qemu-user-static is not installed: {reason}\n"
+    lacking = "qemu-user-static, g++-aarch64-linux-gnu"
+    assert capsys.readouterr().out == f"not installed: {lacking}: {reason}\n"
 
 
 @pytest.mark.slow
-def test_given_roundings_decide_every_product(tmp_path: Path) -> None:
-    """With the same ones the outputs are the graph's own; with others they are not."""
+def test_given_roundings_decide_every_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same ones the outputs are the graph's own, by ONNX Runtime's operators; with others
+    they are not."""
+    monkeypatch.setattr(sessions, "vision_kernels", lambda manifest: NO_KERNELS)
     bundle = export_bundle(GOLDEN / "model", tmp_path / "bundle", vision="int8")
     model = InternVL.load(bundle, device="cpu", reuse_bytes=0)
     tiles = model.tile(GOLDEN / "images" / "img0.png")
