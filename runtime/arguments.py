@@ -99,6 +99,17 @@ def flag(name: str, value: Any, *, default: bool = False) -> bool:
     raise UsageError(f"is {quoted(value)}, it must be True or False", option=name)
 
 
+def either(name: str, value: T, other: str, second: T) -> T:
+    """Return what is given of two names of one argument.
+
+    Raises:
+        UsageError: both are.
+    """
+    if value is not None and second is not None:
+        raise UsageError(f"is given beside {other}, which is the same; give one", option=name)
+    return second if value is None else value
+
+
 def function_or_none(name: str, value: T) -> T:
     """Return a function, or None.
 

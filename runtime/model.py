@@ -17,7 +17,7 @@ from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
-from internvl_edge.runtime.arguments import file_path, flag, pictures, whole_or
+from internvl_edge.runtime.arguments import either, file_path, flag, pictures, whole_or
 from internvl_edge.runtime.asking import PromptOptions, check_names, item_request, prompt_request
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
@@ -283,6 +283,7 @@ class InternVL(NotCopied):
         system_message: str | None = None,
         max_tiles: int | None = None,
         messages: Messages | str | os.PathLike[str] | None = None,
+        history: Messages | str | os.PathLike[str] | None = None,
         control_tokens: bool = False,
         drop_oldest: bool = False,
         thinking: bool = False,
@@ -291,15 +292,13 @@ class InternVL(NotCopied):
         """Begin a conversation that owns a KV cache: earlier turns are never prefilled again.
 
         Args:
-            system_message: instead of the checkpoint's.
-            max_tiles: most tiles per image, without thumbnail; None is the checkpoint's own.
+            system_message, max_tiles: instead of the checkpoint's; see `stream`.
             messages: what was said before, to be gone on with: a list, or the file that
-                `Chat.save` wrote; see `read_messages`.
+                `Chat.save` wrote; see `read_messages`. `history` is another name of it.
             control_tokens: see `stream`.
             drop_oldest: leave the oldest turns out of a prompt that the context does not hold.
             thinking: see `stream`.
-            keep_thinking: whether later turns see the reasoning of earlier ones, as in the
-                reference; False keeps the answers alone.
+            keep_thinking: whether later turns see earlier reasoning, as in the reference.
 
         Raises:
             PromptError, ImageError: the messages are not a conversation up to an answer.
@@ -307,7 +306,7 @@ class InternVL(NotCopied):
         self.home.check()
         return Chat(
             self.answering,
-            messages=messages,
+            messages=either("messages", messages, "history", history),
             system_message=system_message,
             max_tiles=max_tiles,
             control_tokens=flag("control_tokens", control_tokens),

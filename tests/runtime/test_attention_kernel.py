@@ -387,8 +387,7 @@ def test_low_memory_opens_it_again(float_bundle: Path, kernel: AttentionKernel) 
     backend = OnnxRuntimeBackend(open_bundle(float_bundle), 1, low_memory=True)
     counts = [(3, 2), (1, 1)]
     first = passes(backend, counts, together=True)
-    size = backend._spec.vision.tile_size
-    backend.encode_tiles(np.zeros((1, size, size, 3), np.uint8))
+    backend.encode_tiles(np.zeros((1, *[backend._spec.vision.tile_size] * 2, 3), np.uint8))
     for got, wanted in zip(passes(backend, counts, together=True), first, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -396,7 +395,6 @@ def test_low_memory_opens_it_again(float_bundle: Path, kernel: AttentionKernel) 
 def test_inspect_and_doctor_say_it(
     float_bundle: Path, kernel: AttentionKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", "--json", str(float_bundle)]) == 0
-    assert json.loads(capsys.readouterr().out)["here"]["attention"] == kernel.name
-    assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kernels"]["attention"] == kernel.name
+    for command, part in ((["inspect", str(float_bundle)], "here"), (["doctor"], "kernels")):
+        assert main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[part]["attention"] == kernel.name

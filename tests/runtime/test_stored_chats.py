@@ -20,6 +20,7 @@ from internvl_edge.runtime import (
     ImageError,
     InternVL,
     InternVLEdgeError,
+    LimitError,
     OutputError,
     Picture,
     PromptError,
@@ -81,6 +82,14 @@ def test_a_saved_chat_is_restored_equal(
         assert got.token_ids == wanted.token_ids
         assert got.timings.prompt_tokens == wanted.timings.prompt_tokens
         assert [image.size for image in again._images] == [image.size for image in chat._images]
+
+
+def test_history_is_another_name_of_messages(golden_model: InternVL) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first, second = golden_model.chat(history=said), golden_model.chat(messages=said)
+    assert first.messages() == second.messages()
+    with pytest.raises(LimitError, match="history"):
+        golden_model.chat(history=said, messages=said)
 
 
 def test_tiles_of_the_saved_chat_are_kept_whatever_the_next_one_is_told(
