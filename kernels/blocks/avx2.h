@@ -41,18 +41,23 @@ IVE_AVX2 IVE_INLINE void transpose8(__m256i (&v)[8]) {
   for (int i = 0; i < 8; ++i) v[i] = t[i];
 }
 
+// The first `count` of eight times four bytes, the others zero. Not a masked load: emulators read
+// beyond what it takes, where a mapped file may end.
+IVE_AVX2 IVE_INLINE __m256i load_some(const uint8_t* from, int count) {
+  alignas(32) uint8_t bytes[32] = {};
+  if (count == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  std::memcpy(bytes, from, 4 * count);
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+
 IVE_AVX2 inline void transpose(const Source& source, uint8_t* out) {
-  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int half = 0; half < 2; ++half) {
     const uint8_t* columns[8];
     for (int i = 0; i < 8; ++i) columns[i] = source.column(8 * half + i);
     for (int64_t k = 0; k < source.count; k += 8) {
       const int left = static_cast<int>(source.count - k < 8 ? source.count - k : 8);
-      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), places);
       __m256i v[8];
-      for (int i = 0; i < 8; ++i) {
-        v[i] = _mm256_maskload_epi32(reinterpret_cast<const int*>(columns[i] + 4 * k), mask);
-      }
+      for (int i = 0; i < 8; ++i) v[i] = load_some(columns[i] + 4 * k, left);
       transpose8(v);
       uint8_t* to = out + (2 * k + half) * 32;
       for (int i = 0; i < 8 && i < left; ++i) {
