@@ -1,6 +1,6 @@
-// Entry points of attention by itself, for the tests and to know its paths.
+// Entry points of attention by itself, for the tests and to know its paths; and as operators.
 #include "../operators/exported.h"
-#include "driver.h"
+#include "operator.h"
 
 using ive::attention::Pass;
 using ive::attention::Path;
@@ -29,3 +29,14 @@ IVE_EXPORT int32_t ive_attention_attend(const Pass* pass, int32_t index) {
   }
   return 2;
 }
+
+namespace ive::attention {
+
+// What the library registers.
+ort::Operators operators() {
+  static const ort::CustomOp kAll[] = {ort::describe<Operator<ort::kFloat>>(),
+                                       ort::describe<Operator<ort::kFloat16>>()};
+  return {kAll, std::size(kAll)};
+}
+
+}  // namespace ive::attention

@@ -1,6 +1,6 @@
-// Entry points of the product by itself, for the tests and to know its paths.
+// Entry points of the product by itself, for the tests and to know its paths; and as operators.
 #include "../operators/exported.h"
-#include "driver.h"
+#include "operator.h"
 
 using ive::blocks::Multiplication;
 using ive::blocks::Path;
@@ -26,3 +26,13 @@ IVE_EXPORT int32_t ive_blocks_multiply(const Product* product, int32_t index) {
   }
   return 2;
 }
+
+namespace ive::blocks {
+
+// What the library registers.
+ort::Operators operators() {
+  static const ort::CustomOp kAll[] = {ort::describe<Operator>()};
+  return {kAll, std::size(kAll)};
+}
+
+}  // namespace ive::blocks

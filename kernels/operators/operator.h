@@ -171,4 +171,10 @@ CustomOp describe() {
   return op;
 }
 
+// Operators of a room.
+struct Operators {
+  const CustomOp* all;
+  size_t count;
+};
+
 }  // namespace ive::ort

@@ -1,6 +1,7 @@
-// Entry points of the operations by themselves, for the tests and to know their paths.
+// Entry points of the operations by themselves, for the tests and to know their paths; and as
+// operators.
 #include "../operators/exported.h"
-#include "paths.h"
+#include "attention_operator.h"
 
 namespace vision = ive::vision;
 
@@ -50,3 +51,21 @@ IVE_EXPORT int32_t ive_vision_attend(const vision::Attention* attention, int32_t
   }
   return 0;
 }
+
+namespace ive::vision {
+
+// What the library registers.
+ort::Operators operators() {
+  static const ort::CustomOp kAll[] = {ort::describe<NormOperator<false, false>>(),
+                                       ort::describe<NormOperator<false, true>>(),
+                                       ort::describe<NormOperator<true, false>>(),
+                                       ort::describe<NormOperator<true, true>>(),
+                                       ort::describe<GeluOperator>(),
+                                       ort::describe<GeluRoundedOperator>(),
+                                       ort::describe<ProductOperator>(),
+                                       ort::describe<AttentionOperator<false>>(),
+                                       ort::describe<AttentionOperator<true>>()};
+  return {kAll, std::size(kAll)};
+}
+
+}  // namespace ive::vision
