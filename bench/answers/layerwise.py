@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from internvl_edge.bench.common.greedy import ONE_BY_ONE
 from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
-from internvl_edge.bench.peers.layout import TRANSFORMERS, peer_kind
+from internvl_edge.bench.peers.layout import peer_kind
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, MANIFEST, cache_pairs, stored_name
 from internvl_edge.bundle.errors import BundleError, UsageError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
@@ -192,7 +192,7 @@ def reference_logits(bundle: Bundle, ids: Sequence[int]) -> Floats:
     Raises:
         UsageError: the decoder is no Llama, whose layers these are.
     """
-    if (kind := peer_kind(bundle.spec.language, TRANSFORMERS)) != "llama":
+    if (kind := peer_kind(bundle.spec.language)) != "llama":
         raise UsageError(f"layerwise runs Llama's layers, and this decoder is of the kind {kind}")
     import torch
     from transformers import LlamaConfig

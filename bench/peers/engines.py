@@ -1,7 +1,8 @@
-"""One sequence through each system, all behind the same two calls.
+"""Sequences through each system, all behind the same calls.
 
-A sequence is always token ids, and logits of its last position come back to the host, as a greedy
-loop needs them. Choosing the next token is not part of it.
+A prompt is token ids, and logits of last positions come back to the host, as a greedy loop needs
+them. Choosing the next token is not part of it. Several sequences begin with one prompt: what is
+measured is a step of all of them, which takes as long as if their prompts differed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bench.peers.llamacpp import LlamaCpp
+from internvl_edge.bench.peers.llamacpp import LlamaCpp, system_info
+from internvl_edge.bench.peers.openvino_engine import OpenVinoEngine
+from internvl_edge.bench.peers.torch_engines import OptimumEngine, TransformersEngine
+from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.decoding.sequence import TokenSequence
 
 Ids = NDArray[np.int64]
@@ -24,139 +27,98 @@ Logits = NDArray[np.float32]
 
 
 class Engine(Protocol):
-    """A loaded model and one sequence."""
+    """A loaded model and its sequences."""
+
+    @property
+    def features(self) -> str:
+        """What of the CPU it uses, and what it chose by itself: in its own words."""
 
     def prefill(self, ids: Ids) -> Logits:
-        """Begin anew with the prompt `(tokens,)`; logits `(vocab,)` of its last position."""
+        """Begin anew with one sequence, the prompt `(tokens,)`; logits `(vocab,)` of its last
+        position."""
 
-    def decode(self, token: int) -> Logits:
-        """Append a token; logits `(vocab,)`."""
+    def fork(self, count: int) -> None:
+        """Go on with `count` sequences, each of which is the prompt and nothing else."""
+
+    def decode(self, tokens: Ids) -> Logits:
+        """Append a token `(sequences,)` to each; logits `(sequences, vocab)`."""
 
 
 class OwnEngine:
-    """This runtime over a bundle: embedding gather, chunked prefill and KV cache as in use."""
+    """This runtime over a bundle: embedding gather, chunked prefill and KV caches as in use."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int, sequences: int) -> None:
         self._model = InternVL.load(
             path, device="cpu", threads=threads, verify="size", reuse_bytes=0
         )
-        self._cache = self._model.engine.backend.new_cache(context)
+        backend = self._model.engine.backend
+        self._caches = [backend.new_cache(context) for _ in range(sequences)]
+        self._prompt = 0
+
+    @property
+    def features(self) -> str:
+        return f"{self._model.engine.backend.description}; {' '.join(cpu_features())}"
 
     def prefill(self, ids: Ids) -> Logits:
-        self._cache.state.truncate(0)
+        self._prompt = len(ids)
+        cache = self._caches[0]
+        cache.state.truncate(0)
         sequence = TokenSequence.build(ids.tolist(), self._model.context_id, [])
-        logits, _ = self._model.engine.prefill(self._cache, sequence)
+        logits, _ = self._model.engine.prefill(cache, sequence)
         return logits
 
-    def decode(self, token: int) -> Logits:
-        return self._model.engine.decode(self._cache, token)
+    def fork(self, count: int) -> None:
+        first = self._caches[0]
+        first.state.truncate(self._prompt)
+        signatures, base = first.state.content()
+        assert base is not None  # a prompt is under one
+        for cache in self._caches[1:count]:
+            cache.state.truncate(0)
+            cache.state.reserve(self._prompt)
+            cache.copy_rows(first, 0, self._prompt)
+            cache.state.extend(signatures, base)
+
+    def decode(self, tokens: Ids) -> Logits:
+        engine = self._model.engine
+        runs = [
+            engine.following(cache, [int(token)], 0)
+            for cache, token in zip(self._caches, tokens, strict=False)
+        ]
+        size = engine.most_runs
+        passes = [engine.run(runs[i : i + size]) for i in range(0, len(runs), size)]
+        return np.stack([found.logits for done in passes for (found,) in done])
 
 
 class LlamaCppEngine:
     """llama.cpp over a GGUF file."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
-        self._model = LlamaCpp(path, threads, context)
+    def __init__(self, path: Path, threads: int, context: int, sequences: int) -> None:
+        self._model = LlamaCpp(path, threads, context, sequences)
+        self._prompt = 0
+
+    @property
+    def features(self) -> str:
+        return system_info()
 
     def prefill(self, ids: Ids) -> Logits:
         self._model.reset()
-        return self._append(ids)
-
-    def decode(self, token: int) -> Logits:
-        return self._append(np.array([token]))
-
-    def _append(self, ids: Ids) -> Logits:
+        self._prompt = len(ids)
         (logits,) = self._model.append_ids(ids)
         return np.asarray(logits)
 
+    def fork(self, count: int) -> None:
+        self._model.truncate(self._prompt)
+        self._model.fork(count)
 
-class TransformersEngine:
-    """transformers over a Llama checkpoint, in bfloat16.
-
-    Args:
-        compiled: decode through `torch.compile` over a static cache, as `generate` does with
-            `cache_implementation="static"`; prefill stays eager there too.
-    """
-
-    def __init__(self, path: Path, threads: int, context: int, *, compiled: bool) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        auto: Any = AutoModelForCausalLM  # its methods carry no types
-        model = auto.from_pretrained(path, dtype=torch.bfloat16).eval()
-        self._model = model
-        self._step = torch.compile(model.forward) if compiled else model.forward
-        self._new_cache: Callable[[], Any] = partial(DynamicCache, config=model.config)
-        if compiled:
-            self._new_cache = partial(StaticCache, config=model.config, max_cache_len=context)
-        self._cache: Any = None
-        self._length = 0
-
-    def prefill(self, ids: Ids) -> Logits:
-        self._cache, self._length = self._new_cache(), 0
-        return self._run(self._model.forward, ids)
-
-    def decode(self, token: int) -> Logits:
-        return self._run(self._step, np.array([token]))
-
-    def _run(self, forward: Any, ids: Ids) -> Logits:
-        torch = self._torch
-        positions = torch.arange(self._length, self._length + len(ids))[None]
-        with torch.no_grad():
-            output = forward(
-                input_ids=torch.from_numpy(ids)[None],
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._length += len(ids)
-        return np.asarray(output.logits[0, -1].float().numpy())
+    def decode(self, tokens: Ids) -> Logits:
+        return self._model.append_to_each(tokens)
 
 
-class OptimumEngine:
-    """Optimum's ONNX Runtime model, exported from a Llama checkpoint, in float32."""
-
-    def __init__(self, path: Path, threads: int, context: int) -> None:
-        ort = load_onnxruntime()
-        import torch
-        from optimum.onnxruntime import ORTModelForCausalLM
-
-        self._torch = torch
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._model = ORTModelForCausalLM.from_pretrained(
-            path, export=True, session_options=options, use_io_binding=True
-        )
-        self._cache: Any = None
-        self._length = 0
-
-    def prefill(self, ids: Ids) -> Logits:
-        self._cache, self._length = None, 0
-        return self._run(ids)
-
-    def decode(self, token: int) -> Logits:
-        return self._run(np.array([token]))
-
-    def _run(self, ids: Ids) -> Logits:
-        torch = self._torch
-        self._length += len(ids)
-        output = self._model(
-            input_ids=torch.from_numpy(ids)[None],
-            attention_mask=torch.ones(1, self._length, dtype=torch.int64),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache = output.past_key_values
-        return np.asarray(output.logits[0, -1].numpy())
-
-
-#: By the name a worker is asked for.
-ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
+#: By the name a worker is asked for: made of a path, threads, positions and most sequences.
+ENGINES: dict[str, Callable[[Path, int, int, int], Engine]] = {
     "internvl-edge": OwnEngine,
     "llama.cpp": LlamaCppEngine,
+    "openvino": OpenVinoEngine,
     "transformers": partial(TransformersEngine, compiled=False),
     "transformers-compiled": partial(TransformersEngine, compiled=True),
     "optimum": OptimumEngine,

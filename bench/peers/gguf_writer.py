@@ -1,4 +1,4 @@
-"""The language part of a checkpoint as a GGUF file of llama.cpp's "llama" architecture.
+"""The language part of a checkpoint as a GGUF file: llama.cpp's "llama", "qwen2" or "qwen3".
 
 No tokenizer is written: token ids or embeddings are fed. Dynamic NTK scaling is not expressed in
 the file, so results agree up to the trained length (`max_position_embeddings`).
@@ -29,7 +29,7 @@ def write_gguf(source: WeightSource, path: Path, dtype: GgufDtype = "float16") -
         CheckpointError: a value is NaN or infinite.
         RangeError: a finite value does not fit float16.
     """
-    architecture = peer_kind(source.spec.language, GGUF)
+    architecture = peer_kind(source.spec.language)
     from gguf import GGUFWriter
 
     tensors = list(llama_tensors(source, GGUF))
@@ -55,7 +55,7 @@ def write_gguf(source: WeightSource, path: Path, dtype: GgufDtype = "float16") -
 
 
 def _describe(writer: Any, spec: LanguageSpec) -> None:
-    """The header's fields (GGUF specification, "LLaMA")."""
+    """The header's fields (GGUF specification; the same for the three)."""
     from gguf import RopeScalingType
 
     writer.add_context_length(spec.max_position_embeddings)
@@ -64,6 +64,8 @@ def _describe(writer: Any, spec: LanguageSpec) -> None:
     writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_head_count(spec.num_attention_heads)
     writer.add_head_count_kv(spec.num_key_value_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab_size)
     writer.add_tokenizer_model("none")

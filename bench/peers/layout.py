@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ class Names:
         layer: prefix of a layer's tensors, `{}` being its number.
         query_key_value: inside a layer, of the three parts of `qkv`.
         linears, norms: inside a layer, by canonical name.
-        interleaved: rotation turns lanes 2i and 2i + 1 instead of i and i + d / 2.
-        kinds: of decoders that are written so.
+        interleaved: kinds of decoders whose rotation turns lanes 2i and 2i + 1 instead of i and
+            i + d / 2.
     """
 
     embedding: str
@@ -38,8 +38,7 @@ class Names:
     query_key_value: tuple[str, str, str]
     linears: Mapping[str, str]
     norms: Mapping[str, str]
-    interleaved: bool
-    kinds: tuple[Kind, ...]
+    interleaved: tuple[Kind, ...] = ()
 
 
 GGUF = Names(
@@ -54,9 +53,13 @@ GGUF = Names(
         "up": "ffn_up",
         "down": "ffn_down",
     },
-    norms={"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"},
-    interleaved=True,
-    kinds=("llama",),
+    norms={
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm",
+    },
+    interleaved=("llama",),
 )
 TRANSFORMERS = Names(
     embedding="model.embed_tokens",
@@ -76,16 +79,14 @@ TRANSFORMERS = Names(
         "q_norm": "self_attn.q_norm",
         "k_norm": "self_attn.k_norm",
     },
-    interleaved=False,
-    kinds=get_args(Kind),
 )
 
 
-def peer_kind(spec: LanguageSpec, names: Names) -> Kind:
+def peer_kind(spec: LanguageSpec) -> Kind:
     """Return what peers call a decoder of this kind.
 
     Raises:
-        LimitError: it has something of two kinds, or what is not written under these names.
+        LimitError: it has something of two kinds, or what peers' files do not express here.
     """
     if spec.rope_frequencies:
         raise LimitError(
@@ -96,10 +97,7 @@ def peer_kind(spec: LanguageSpec, names: Names) -> Kind:
         raise LimitError("peers are not given a decoder with experts")
     if spec.qk_norm and (spec.bias or spec.qkv_bias):
         raise LimitError("peers are not given a decoder with normed heads and biases")
-    kind: Kind = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "llama"
-    if kind not in names.kinds:
-        raise LimitError(f"this peer is given {' and '.join(names.kinds)} only, not {kind}")
-    return kind
+    return "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "llama"
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ def llama_tensors(source: WeightSource, names: Names) -> Iterator[Tensor]:
     yield whole(f"{names.embedding}.weight", EMBEDDING)
     yield whole(f"{names.norm}.weight", NORM)
     yield whole(f"{names.head}.weight", HEAD)
-    parts = dict(zip(names.query_key_value, _qkv_rows(spec, names.interleaved), strict=True))
+    interleaved = peer_kind(spec) in names.interleaved
+    parts = dict(zip(names.query_key_value, _qkv_rows(spec, interleaved), strict=True))
     norms = {ours: name for ours, name in names.norms.items() if spec.qk_norm or ours[1] != "_"}
     for layer in range(spec.num_hidden_layers):
         there, here = names.layer.format(layer), decoder_prefix(layer)

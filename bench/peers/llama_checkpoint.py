@@ -42,7 +42,7 @@ def llama_config(spec: LanguageSpec) -> dict[str, object]:
     Raises:
         LimitError: see `peer_kind`.
     """
-    kind = peer_kind(spec, TRANSFORMERS)
+    kind = peer_kind(spec)
     scaling = None
     if spec.rope_type == "linear":
         scaling = {"rope_type": "linear", "factor": spec.rope_factor}

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from internvl_edge.bench.peers.gguf_writer import write_gguf
 from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import quantize_gguf
+from internvl_edge.bench.peers.openvino_writer import GROUP, Packing, write_openvino
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.specs import ModelSpec
@@ -19,6 +21,9 @@ from internvl_edge.export.checkpoint.checkpoint import WeightSource
 from internvl_edge.export.checkpoint.names import language_shapes
 from internvl_edge.export.output.work import check_space
 from internvl_edge.runtime.free_memory import available_memory
+
+#: What a peer reads.
+Form = Literal["Q4_0", "Q4_K_M", "Q8_0", "llama", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -29,34 +34,73 @@ class Peer:
         engine: its name among `engines.ENGINES`.
         packages: distributions that must be installed; their versions are recorded.
         install: what brings them.
-        gguf: llama.cpp's file type; None reads a Llama checkpoint.
+        form: what it reads: a GGUF of this type, a Llama checkpoint, an OpenVINO model.
         weight_bytes: memory that loading takes, per parameter of the language part.
+        call: how it is called, in short.
     """
 
     name: str
     engine: str
     packages: tuple[str, ...]
     install: str
-    gguf: str | None
+    form: Form
     weight_bytes: float
+    call: str
 
 
 _GGUF = ("llama-cpp-python", "gguf")
 _TORCH = ("torch", "transformers")
 _PEERS = "pip install 'internvl-edge[peers]'"
+_OPENVINO = "pip install 'internvl-edge[peers-openvino]'"
 _TRAIN = "pip install 'internvl-edge[train]'"
 _OPTIMUM = (
     "pip install optimum-onnx 'internvl-edge[export]' in an environment of its own (it needs"
     " transformers < 4.58) and pass its interpreter as --optimum-python"
 )
+_DECODE = "llama_model_quantize, llama_decode with n_threads, n_ubatch 512, n_seq_max"
+_STATIC = "torch.compile(forward) over a StaticCache"
 PEERS = (
-    Peer("llama.cpp Q4_0", "llama.cpp", _GGUF, _PEERS, "Q4_0", 0.6),
-    Peer("llama.cpp Q4_K_M", "llama.cpp", _GGUF, _PEERS, "Q4_K_M", 0.7),
-    Peer("llama.cpp Q8_0", "llama.cpp", _GGUF, _PEERS, "Q8_0", 1.1),
-    Peer("transformers bf16", "transformers", _TORCH, _TRAIN, None, 2.2),
-    Peer("transformers bf16, compiled", "transformers-compiled", _TORCH, _TRAIN, None, 2.2),
+    Peer("llama.cpp Q4_0", "llama.cpp", _GGUF, _PEERS, "Q4_0", 0.6, _DECODE),
+    Peer("llama.cpp Q4_K_M", "llama.cpp", _GGUF, _PEERS, "Q4_K_M", 0.7, _DECODE),
+    Peer("llama.cpp Q8_0", "llama.cpp", _GGUF, _PEERS, "Q8_0", 1.1, _DECODE),
+    Peer(
+        "OpenVINO INT4",
+        "openvino",
+        ("openvino",),
+        _OPENVINO,
+        "openvino",
+        2.0,  # the packed weights, and what the plug-in makes of them
+        f"INT4_ASYM in groups of {GROUP}; compile_model(CPU, LATENCY, INFERENCE_NUM_THREADS),"
+        " infer, keys and values as states",
+    ),
+    Peer(
+        "transformers bf16",
+        "transformers",
+        _TORCH,
+        _TRAIN,
+        "llama",
+        2.2,
+        "from_pretrained(dtype=bfloat16), forward over a DynamicCache",
+    ),
+    Peer(
+        "transformers bf16, compiled",
+        "transformers-compiled",
+        _TORCH,
+        _TRAIN,
+        "llama",
+        2.2,
+        f"from_pretrained(dtype=bfloat16), {_STATIC}",
+    ),
     # Its exporter holds the float32 model and the graph made of it.
-    Peer("Optimum fp32", "optimum", ("optimum-onnx", "onnxruntime"), _OPTIMUM, None, 10.0),
+    Peer(
+        "Optimum fp32",
+        "optimum",
+        ("optimum-onnx", "onnxruntime"),
+        _OPTIMUM,
+        "llama",
+        10.0,
+        "ORTModelForCausalLM.from_pretrained(export=True, use_io_binding=True)",
+    ),
 )
 
 
@@ -96,18 +140,20 @@ def language_parameters(spec: ModelSpec) -> int:
 
 
 class Files:
-    """Converted weights in a folder: float forms are kept, of the quantised only the last.
+    """Converted weights in a folder: float forms are kept, of the packed ones only the last.
 
     Args:
         source: whose language part is converted.
         folder: an existing one.
+        packing: of the OpenVINO model.
     """
 
-    def __init__(self, source: WeightSource, folder: Path, threads: int) -> None:
+    def __init__(self, source: WeightSource, folder: Path, threads: int, packing: Packing) -> None:
         self._source = source
         self._folder = folder
         self._threads = threads
-        self._quantised: Path | None = None
+        self._packing = packing
+        self._packed: Path | None = None
 
     def path(self, peer: Peer) -> Path:
         """The file or directory a peer loads; written when it is first asked for.
@@ -116,22 +162,33 @@ class Files:
             ExportError: no space, or weights that float16 is too small for.
             BundleError: llama.cpp's quantiser failed.
         """
-        if self._quantised is not None:
-            self._quantised.unlink(missing_ok=True)
-        checkpoint, gguf = self._folder / "llama", self._folder / "float16.gguf"
+        self._forget(self._packed)
         size = 2 * language_parameters(self._source.spec)
-        if peer.gguf is None:
-            gguf.unlink(missing_ok=True)
+        checkpoint, gguf = self._folder / "llama", self._folder / "float16.gguf"
+        if peer.form == "llama":
+            self._forget(gguf)
             if not checkpoint.exists():
                 check_space(checkpoint, size)
                 write_llama(self._source, checkpoint)
             return checkpoint
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        self._forget(checkpoint)
+        self._packed = self._folder / peer.form
+        if peer.form == "openvino":
+            self._forget(gguf)
+            check_space(self._packed, size)
+            self._packed.mkdir()
+            return write_openvino(self._source, self._packed / "model.xml", self._packing)
         if not gguf.exists():
             check_space(gguf, 2 * size)
             write_gguf(self._source, gguf)
-        self._quantised = self._folder / f"{peer.gguf}.gguf"
-        return quantize_gguf(gguf, self._quantised, peer.gguf, self._threads)
+        return quantize_gguf(gguf, self._packed, peer.form, self._threads)
+
+    def _forget(self, path: Path | None) -> None:
+        """Remove a form that is not wanted any more."""
+        if path is not None and path.is_dir():
+            shutil.rmtree(path)
+        elif path is not None:
+            path.unlink(missing_ok=True)
 
 
 def interpreter(peer: Peer, optimum_python: Path | None) -> str:

@@ -15,22 +15,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import DeviceError
+
+if TYPE_CHECKING:
+    from internvl_edge.bench.peers.engines import Engine
 
 MODULE = "internvl_edge.bench.peers.worker"
 
 
 @dataclass(frozen=True)
 class Round:
-    """One prompt and what followed it: its tokens, and seconds."""
+    """One prompt and what followed it.
+
+    Attributes:
+        prompt: its tokens.
+        prefill_s: seconds it took.
+        decode_s: by the number of sequences, seconds of each step of all of them.
+    """
 
     prompt: int
     prefill_s: float
-    decode_s: tuple[float, ...]
+    decode_s: dict[int, tuple[float, ...]]
 
 
 class Worker:
@@ -38,17 +48,29 @@ class Worker:
 
     Args:
         engine: a name of `engines.ENGINES`.
+        context: positions of each sequence.
+        sequences: how many there are at most.
         python: interpreter that has the engine's packages.
+
+    Attributes:
+        features: what the engine says it uses of this CPU.
 
     Raises:
         DeviceError: the engine did not start; says why.
     """
 
     def __init__(
-        self, engine: str, path: Path, threads: int, context: int, python: str = sys.executable
+        self,
+        engine: str,
+        path: Path,
+        threads: int,
+        context: int,
+        sequences: int = 1,
+        python: str = sys.executable,
     ) -> None:
         self._engine = engine
-        command = [python, "-m", MODULE, engine, str(path), str(threads), str(context)]
+        numbers = map(str, (threads, context, sequences))
+        command = [python, "-m", MODULE, engine, str(path), *numbers]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             command,
@@ -57,16 +79,22 @@ class Worker:
             encoding="utf-8",
             env=environment,
         )
-        self._read()
+        self.features: str = self._read()["features"]
 
-    def round(self, prompt: Sequence[int], new_tokens: int) -> Round:
-        """Prefill the prompt and decode so many tokens after it."""
+    def round(self, prompt: Sequence[int], new_tokens: int, sequences: Sequence[int]) -> Round:
+        """Prefill the prompt; for each number of sequences that begin with it, decode so many
+        tokens of each."""
         assert self._process.stdin is not None
-        request = {"prompt": list(prompt), "new_tokens": new_tokens}
+        request = {
+            "prompt": list(prompt),
+            "new_tokens": new_tokens,
+            "sequences": list(sequences),
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._read()
-        return Round(len(prompt), answer["prefill_s"], tuple(answer["decode_s"]))
+        steps = zip(sequences, map(tuple, answer["decode_s"]), strict=True)
+        return Round(len(prompt), answer["prefill_s"], dict(steps))
 
     def close(self) -> None:
         """End the process."""
@@ -102,34 +130,43 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "versions":
         print(json.dumps(_installed(arguments[1:])))
         return 0
-    name, path, threads, context = arguments
+    name, path, *numbers = arguments
     # Libraries print: only answers may reach the pipe.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     try:
         from internvl_edge.bench.peers.engines import ENGINES
 
-        engine = ENGINES[name](Path(path), int(threads), int(context))
+        engine = ENGINES[name](Path(path), *map(int, numbers))
     except Exception as error:  # noqa: BLE001  whatever the library raises is the answer
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         return 1
-    answers.write(json.dumps({"ready": True}) + "\n")
+    answers.write(json.dumps({"features": engine.features}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps(_round(engine, request)) + "\n")
     return 0
 
 
-def _round(engine: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+def _round(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
     prompt = np.array(request["prompt"], np.int64)
     started = time.perf_counter()
     engine.prefill(prompt)
-    prefill, gaps = time.perf_counter() - started, []
-    for token in range(request["new_tokens"]):
+    prefill = time.perf_counter() - started
+    steps = [_steps(engine, prompt, count, request["new_tokens"]) for count in request["sequences"]]
+    return {"prefill_s": prefill, "decode_s": steps}
+
+
+def _steps(engine: Engine, prompt: NDArray[np.int64], count: int, new_tokens: int) -> list[float]:
+    """Seconds of each step of so many sequences behind the prompt."""
+    engine.fork(count)
+    seconds = []
+    for step in range(new_tokens):
+        tokens = np.resize(np.roll(prompt, -step), count)
         started = time.perf_counter()
-        engine.decode(int(prompt[token % len(prompt)]))
-        gaps.append(time.perf_counter() - started)
-    return {"prefill_s": prefill, "decode_s": gaps}
+        engine.decode(tokens)
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def _installed(packages: Sequence[str]) -> dict[str, str]:

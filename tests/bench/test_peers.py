@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from internvl_edge.bench.peers.answers import llamacpp_models
 from internvl_edge.bench.peers.gguf_writer import write_gguf
-from internvl_edge.bench.peers.layout import TRANSFORMERS, interleaved_rows, peer_kind
+from internvl_edge.bench.peers.layout import interleaved_rows
 from internvl_edge.bench.peers.llama_checkpoint import write_llama
 from internvl_edge.bench.peers.llamacpp import LlamaCpp, quantize_gguf
-from internvl_edge.bench.peers.run import compare
+from internvl_edge.bench.peers.rounds import decode_rate, prefill_rate
 from internvl_edge.bench.peers.systems import PEERS, choose_peers, language_parameters, obstacle
 from internvl_edge.bench.peers.worker import Round, Worker, versions
 from internvl_edge.bundle.errors import BundleError, DeviceError, LimitError
@@ -121,13 +121,6 @@ def test_decoders_that_peers_are_not_given(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", QWEN)
-def test_gguf_is_written_of_llama_only(kind: str, tmp_path: Path) -> None:
-    source = Checkpoint(qwen_checkpoint(tmp_path / "checkpoint", kind))
-    with pytest.raises(LimitError, match=f"this peer is given llama only, not {kind}"):
-        write_gguf(source, tmp_path / "model.gguf")
-
-
 @needs_llama
 @pytest.mark.parametrize(("dtype", "agreement"), [("float32", 0.99), ("float16", 0.98)])
 def test_gguf_gives_our_logits(
@@ -139,8 +132,6 @@ def test_gguf_gives_our_logits(
     agreement: float,
 ) -> None:
     """Its KV cache is float16: 0.02 off at most where logits reach 19 (tiny_ocr, 700 tokens)."""
-    if peer_kind(Checkpoint(checkpoint).spec.language, TRANSFORMERS) != "llama":
-        pytest.skip("GGUF files are written of Llama only")
     path = write_gguf(Checkpoint(checkpoint), tmp_path / "model.gguf", dtype)
     model = LlamaCpp(path, 1, TOKENS)
     logits = model.append_ids(ids, every=True)
@@ -192,17 +183,20 @@ def test_rows_are_interleaved() -> None:
 
 def test_ratios_are_taken_turn_by_turn() -> None:
     """A machine that slows down in one round slows both, and the ratio stays."""
-    own = [Round(100, 1.0, (0.1,)), Round(100, 4.0, (0.4,)), Round(100, 1.0, (0.1,))]
-    peer = [Round(100, 2.0, (0.3,)), Round(100, 8.0, (1.2,)), Round(100, 2.0, (0.3,))]
-    standing = compare("peer", {}, own, peer)
-    assert standing.prefill_ratio == pytest.approx(2)
-    assert standing.decode_ratio == pytest.approx(3)
-    assert (standing.own_prefill, standing.prefill) == (100, 50)
+    own = [Round(100, slow, {1: (slow / 10,), 8: (slow / 5,)}) for slow in (1, 4, 1)]
+    peer = [Round(100, 2 * slow, {1: (slow * 0.3,), 8: (slow * 2,)}) for slow in (1, 4, 1)]
+    prefill = prefill_rate(own, peer)
+    assert prefill.ratio == pytest.approx(2)
+    assert (prefill.own, prefill.peer) == (100, 50)
+    alone, together = (decode_rate(own, peer, count) for count in (1, 8))
+    assert alone.ratio == pytest.approx(3)
+    assert together.ratio == pytest.approx(10)
+    assert (together.own, together.peer) == pytest.approx((40, 4))
 
 
 def test_choice() -> None:
     assert choose_peers([]) == list(PEERS)
-    assert [peer.gguf for peer in choose_peers(["LLAMA"])] == ["Q4_0", "Q4_K_M", "Q8_0"]
+    assert [peer.form for peer in choose_peers(["LLAMA"])] == ["Q4_0", "Q4_K_M", "Q8_0"]
     assert len(choose_peers(["transformers bf16"])) == 1
     assert len(choose_peers(["transformers", "transformers bf16"])) == 2
     with pytest.raises(LimitError, match="--peer 'ollama' is unknown"):
@@ -235,7 +229,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = random_checkpoint(tmp_path / "checkpoint")
     output = tmp_path / "peers.json"
     words = ["bench", "peers", str(checkpoint), "--threads", "1", "--prompt", "8", "--repeat", "1"]
-    options = ["--new-tokens", "2", "--peer", "transformers bf16", "--peer", "optimum"]
+    options = [
+        "--new-tokens",
+        "2",
+        "--sequences",
+        "1",
+        "3",
+        "--peer",
+        "transformers bf16",
+        "--peer",
+        "optimum",
+    ]
     python = ["--optimum-python", "/bin/false", "--work", str(tmp_path)]
     assert main([*words, *options, *python, "--json", str(output)]) == 0
     printed = capsys.readouterr().out
@@ -245,7 +249,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["transformers bf16"]
     for peer in result["peers"]:
         assert peer["versions"].keys() == {"torch", "transformers"}
-        assert min(peer["prefill"], peer["decode"], peer["decode_ratio"]) > 0
+        assert peer["decode"].keys() == {"1", "3"}
+        for rate in (peer["prefill"], *peer["decode"].values()):
+            assert min(rate.values()) > 0
     assert list(result["not_measured"]) == ["Optimum fp32"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "peers.json"]
 
@@ -255,12 +261,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--prompt", "0"], "--prompt is 0"),
         (["--repeat", "0"], "--repeat is 0"),
+        (["--sequences", "1", "0"], "--sequences is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--layers", "99"], "--layers is 99"),
         (["--prompt", "40000", "--layers", "1"], "beyond the 32768"),
         (["--peer", "ollama"], "--peer 'ollama' is unknown"),
         (["none"], "not a checkpoint directory"),
-        (["none", "--layers", "1"], "for the drawn model"),
+        (["none", "--layers", "1"], "for a drawn model"),
+        (["none", "--model", "internvl3-8b"], "for a drawn model"),
+        (["--model", "gpt-2"], "unknown model 'gpt-2'"),
         (["--json", "none/file"], "cannot write"),
         (["--work", "none"], "--work"),
     ],
