@@ -96,9 +96,14 @@ BENCH = {
         },
     ),
     "peers": Command(
-        "llama.cpp, transformers and Optimum on the same weights, in turns",
+        "llama.cpp, OpenVINO, transformers and Optimum on the same weights, in turns",
         "bench.peers.run",
         "peers",
+        {
+            "vision": Command(
+                "OpenVINO's and transformers' vision tower, in turns", "bench.peers.vision", "bench"
+            ),
+        },
     ),
 }
 

@@ -41,6 +41,11 @@ class Settings:
         """Positions of each sequence."""
         return self.prompt + self.new_tokens
 
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """What an engine is made of beside its file: threads, positions, most sequences."""
+        return self.threads, self.context, max(self.sequences)
+
 
 @dataclass(frozen=True)
 class Rate:

@@ -33,6 +33,7 @@ from internvl_edge.bench.peers.systems import (
     Peer,
     choose_peers,
     interpreter,
+    language_parameters,
     obstacle,
 )
 from internvl_edge.bench.peers.table import FORMAT, VERSION
@@ -174,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = _export(task, folder)
         packing = Packing(head=8 if task.recipe.options.head_bits == 8 else 4)
         files = Files(task.source, folder, settings.threads, packing)
-        own = Worker(OWN, bundle, settings.threads, settings.context, max(settings.sequences))
+        own = Worker(OWN, bundle, settings.numbers)
         try:
             print(_head(task, machine), flush=True)
             for peer in peers:
@@ -214,17 +215,11 @@ def _measure(own: Worker, peer: Peer, files: Files, task: Task, python: str) -> 
         DeviceError: the peer is not installed, has no room, or does not run.
     """
     installed = versions(peer.packages, python)
-    if reason := obstacle(peer, task.source.spec, installed):
+    parameters = language_parameters(task.source.spec)
+    if reason := obstacle(peer, parameters, installed):
         raise DeviceError(reason)
     settings = task.settings
-    worker = Worker(
-        peer.engine,
-        files.path(peer),
-        settings.threads,
-        settings.context,
-        max(settings.sequences),
-        python,
-    )
+    worker = Worker(peer.engine, files.path(peer), settings.numbers, python)
     try:
         mine, theirs = in_turns(own, worker, settings)
     finally:

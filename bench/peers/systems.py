@@ -23,7 +23,7 @@ from internvl_edge.export.output.work import check_space
 from internvl_edge.runtime.free_memory import available_memory
 
 #: What a peer reads.
-Form = Literal["Q4_0", "Q4_K_M", "Q8_0", "llama", "openvino"]
+Form = Literal["Q4_0", "Q4_K_M", "Q8_0", "llama", "openvino", "tower", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Peer:
         engine: its name among `engines.ENGINES`.
         packages: distributions that must be installed; their versions are recorded.
         install: what brings them.
-        form: what it reads: a GGUF of this type, a Llama checkpoint, an OpenVINO model.
-        weight_bytes: memory that loading takes, per parameter of the language part.
+        form: what it reads: a GGUF of this type, a Llama checkpoint, an OpenVINO model; of a tower,
+            transformers' weights, or the graph of this precision.
+        weight_bytes: memory that loading takes, per parameter of the part that is measured.
         call: how it is called, in short.
     """
 
@@ -104,28 +105,28 @@ PEERS = (
 )
 
 
-def choose_peers(names: Sequence[str]) -> list[Peer]:
-    """Those with one of `names`, or whose name begins so, in any case; all of them without.
+def choose_peers(names: Sequence[str], known: Sequence[Peer] = PEERS) -> list[Peer]:
+    """Those with one of `names`, or whose name begins so, in any case; all known ones without.
 
     Raises:
         UsageError: a name fits none.
     """
     chosen: list[Peer] = []
     for name in (name.lower() for name in names):
-        exact = [peer for peer in PEERS if peer.name.lower() == name]
-        fits = exact or [peer for peer in PEERS if peer.name.lower().startswith(name)]
+        exact = [peer for peer in known if peer.name.lower() == name]
+        fits = exact or [peer for peer in known if peer.name.lower().startswith(name)]
         if not fits:
-            known = ", ".join(repr(peer.name) for peer in PEERS)
-            raise UsageError(f"--peer {quoted(name)} is unknown; known: {known}")
+            listed = ", ".join(repr(peer.name) for peer in known)
+            raise UsageError(f"--peer {quoted(name)} is unknown; known: {listed}")
         chosen += [peer for peer in fits if peer not in chosen]
-    return chosen or list(PEERS)
+    return chosen or list(known)
 
 
-def obstacle(peer: Peer, spec: ModelSpec, installed: Mapping[str, str]) -> str | None:
-    """Why a peer cannot be measured here; None where it can."""
+def obstacle(peer: Peer, parameters: int, installed: Mapping[str, str]) -> str | None:
+    """Why a peer cannot be measured here on so many parameters; None where it can."""
     if absent := [package for package in peer.packages if package not in installed]:
         return f"{', '.join(absent)} not installed: {peer.install}"
-    needed, there = int(peer.weight_bytes * language_parameters(spec)), available_memory()
+    needed, there = int(peer.weight_bytes * parameters), available_memory()
     if needed > there:
         return (
             f"needs about {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are available;"

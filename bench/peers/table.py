@@ -17,6 +17,7 @@ from internvl_edge.bundle.json_reader import JsonError, read_json
 from internvl_edge.bundle.quoting import named, reason
 
 FORMAT = "internvl-edge peers"
+VISION_FORMAT = "internvl-edge peers vision"
 VERSION = 2
 #: What the README compares with: the better of each system's forms counts.
 HEADLINES = {"llama.cpp": ("llama.cpp Q4_0", "llama.cpp Q4_K_M"), "OpenVINO": ("OpenVINO INT4",)}

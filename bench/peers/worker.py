@@ -24,6 +24,7 @@ from internvl_edge.bundle.errors import DeviceError
 
 if TYPE_CHECKING:
     from internvl_edge.bench.peers.engines import Engine
+    from internvl_edge.bench.peers.towers import Tower
 
 MODULE = "internvl_edge.bench.peers.worker"
 
@@ -47,9 +48,9 @@ class Worker:
     """The other end of a worker process.
 
     Args:
-        engine: a name of `engines.ENGINES`.
-        context: positions of each sequence.
-        sequences: how many there are at most.
+        engine: a name of `engines.ENGINES` or `towers.TOWERS`.
+        path: what it reads.
+        numbers: what else it is made of, in their order; threads are the first.
         python: interpreter that has the engine's packages.
 
     Attributes:
@@ -63,15 +64,12 @@ class Worker:
         self,
         engine: str,
         path: Path,
-        threads: int,
-        context: int,
-        sequences: int = 1,
+        numbers: Sequence[int],
         python: str = sys.executable,
     ) -> None:
         self._engine = engine
-        numbers = map(str, (threads, context, sequences))
-        command = [python, "-m", MODULE, engine, str(path), *numbers]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [python, "-m", MODULE, engine, str(path), *map(str, numbers)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(numbers[0])}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -84,17 +82,14 @@ class Worker:
     def round(self, prompt: Sequence[int], new_tokens: int, sequences: Sequence[int]) -> Round:
         """Prefill the prompt; for each number of sequences that begin with it, decode so many
         tokens of each."""
-        assert self._process.stdin is not None
-        request = {
-            "prompt": list(prompt),
-            "new_tokens": new_tokens,
-            "sequences": list(sequences),
-        }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        request = {"prompt": list(prompt), "new_tokens": new_tokens, "sequences": list(sequences)}
+        answer = self._ask(request)
         steps = zip(sequences, map(tuple, answer["decode_s"]), strict=True)
         return Round(len(prompt), answer["prefill_s"], dict(steps))
+
+    def encode(self, tiles: int, side: int) -> float:
+        """Encode so many tiles of that many pixels a side; return the seconds it took."""
+        return float(self._ask({"tiles": tiles, "side": side})["encode_s"])
 
     def close(self) -> None:
         """End the process."""
@@ -103,6 +98,12 @@ class Worker:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
+
+    def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
 
     def _read(self) -> Mapping[str, Any]:
         assert self._process.stdout is not None
@@ -136,15 +137,18 @@ def main(arguments: Sequence[str]) -> int:
     os.dup2(2, 1)
     try:
         from internvl_edge.bench.peers.engines import ENGINES
+        from internvl_edge.bench.peers.towers import TOWERS
 
-        engine = ENGINES[name](Path(path), *map(int, numbers))
+        kinds: dict[str, Any] = {**ENGINES, **TOWERS}
+        engine = kinds[name](Path(path), *map(int, numbers))
     except Exception as error:  # noqa: BLE001  whatever the library raises is the answer
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         return 1
     answers.write(json.dumps({"features": engine.features}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(json.dumps(_round(engine, request)) + "\n")
+        answer = _encode(engine, request) if "tiles" in request else _round(engine, request)
+        answers.write(json.dumps(answer) + "\n")
     return 0
 
 
@@ -155,6 +159,14 @@ def _round(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
     prefill = time.perf_counter() - started
     steps = [_steps(engine, prompt, count, request["new_tokens"]) for count in request["sequences"]]
     return {"prefill_s": prefill, "decode_s": steps}
+
+
+def _encode(tower: Tower, request: Mapping[str, Any]) -> dict[str, Any]:
+    shape = (request["tiles"], request["side"], request["side"], 3)
+    tiles = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    started = time.perf_counter()
+    tower.encode(tiles)
+    return {"encode_s": time.perf_counter() - started}
 
 
 def _steps(engine: Engine, prompt: NDArray[np.int64], count: int, new_tokens: int) -> list[float]:

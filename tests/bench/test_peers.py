@@ -205,20 +205,23 @@ def test_choice() -> None:
 
 def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Checkpoint(example_room() / "checkpoint").spec
+    parameters = language_parameters(spec)
     (optimum,) = choose_peers(["optimum"])
-    assert "optimum-onnx, onnxruntime not installed: pip" in (obstacle(optimum, spec, {}) or "")
+    assert "optimum-onnx, onnxruntime not installed: pip" in (
+        obstacle(optimum, parameters, {}) or ""
+    )
     installed = dict.fromkeys(optimum.packages, "1")
-    assert obstacle(optimum, spec, installed) is None
+    assert obstacle(optimum, parameters, installed) is None
     monkeypatch.setattr("internvl_edge.bench.peers.systems.available_memory", lambda: 1 << 20)
-    assert "of memory" in (obstacle(optimum, spec, installed) or "")
+    assert "of memory" in (obstacle(optimum, parameters, installed) or "")
     # Table and head 512 x 256; four layers of 8 heads, 2 for keys and values; nine norms.
     layer = 256 * (256 + 2 * 64) + 256 * 256 + 3 * 256 * 512
-    assert language_parameters(spec) == 2 * 512 * 256 + 4 * layer + 9 * 256
+    assert parameters == 2 * 512 * 256 + 4 * layer + 9 * 256
 
 
 def test_worker_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="internvl-edge: BundleError"):
-        Worker("internvl-edge", tmp_path / "none", 1, 16)
+        Worker("internvl-edge", tmp_path / "none", [1, 16, 1])
     with pytest.raises(DeviceError, match="does not run this package"):
         versions(["numpy"], "/bin/false")
     assert versions(["numpy", "no-such-package"], sys.executable) == {"numpy": np.__version__}
