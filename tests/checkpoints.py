@@ -93,7 +93,7 @@ def checkpoint_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def random_state(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """Weights that keep activations near one: matrices by fan-in, norms around one."""
-    return dict(_tensors(config, seed, np.dtype(np.float32)))
+    return dict(drawn_tensors(config, np.dtype(np.float32), seed))
 
 
 def write_checkpoint(
@@ -112,7 +112,7 @@ def write_checkpoint(
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         chosen = set(names[shard * per_shard : (shard + 1) * per_shard])
-        state = dict(_tensors(config, seed, dtype, chosen))
+        state = dict(drawn_tensors(config, dtype, seed, chosen))
         total += sum(value.nbytes for value in state.values())
         weight_map |= dict.fromkeys(state, file)
         save_file(state, directory / (file if shards > 1 else "model.safetensors"))
@@ -130,9 +130,10 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(GOLDEN / "model" / name, directory / name)
 
 
-def _tensors(
-    config: dict[str, Any], seed: int, dtype: np.dtype[Any], chosen: set[str] | None = None
+def drawn_tensors(
+    config: dict[str, Any], dtype: np.dtype[Any], seed: int = 0, chosen: set[str] | None = None
 ) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The weights of a checkpoint, by its own names, one in memory at a time."""
     for index, (name, shape) in enumerate(checkpoint_shapes(config).items()):
         if chosen is not None and name not in chosen:
             continue
