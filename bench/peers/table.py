@@ -42,36 +42,59 @@ class Result:
         except (OSError, JsonError) as error:
             raise ResultError(f"cannot read {named(path)}: {reason(error)}") from error
         told = content if isinstance(content, dict) else {}
-        if (told.get("format"), told.get("version")) != (FORMAT, VERSION):
+        if told.get("format") not in (FORMAT, VISION_FORMAT) or told.get("version") != VERSION:
             raise ResultError(f"{named(path)} is no result of 'bench peers --json'; measure again")
         return cls(path.name, told)
 
     @property
-    def shapes(self) -> str:
-        """What was run, in short."""
-        told, settings = self.content, self.content["settings"]
-        return (
-            f"{told['model']}, {told['layers']} layers, {settings['prompt']} tokens; block"
-            f" {told['block']}, {told['head_bits']}-bit head, {told['kv']} cache"
-        )
+    def of_vision(self) -> bool:
+        """Whether towers were compared, not decoders."""
+        return bool(self.content["format"] == VISION_FORMAT)
+
+    @property
+    def link(self) -> str:
+        """What was run, in short, as a link to the file."""
+        told = self.content
+        words = f"{told['model']}, {told['layers']} layers"
+        if self.of_vision:
+            words += f", {told['precision']}"
+        else:
+            words += (
+                f", {told['settings']['prompt']} tokens; block {told['block']},"
+                f" {told['head_bits']}-bit head, {told['kv']} cache"
+            )
+        return f"[{words}](../bench/results/{self.file})"
 
     @property
     def rates(self) -> Iterator[tuple[str, dict[str, Mapping[str, float]]]]:
-        """Of each peer its name, and the rates of each phase."""
+        """Of each peer its name, and the rates of each phase; of towers, tiles a second."""
         for peer in self.content["peers"]:
-            decode = {f"decode of {count}": rate for count, rate in peer["decode"].items()}
-            yield peer["name"], {"prefill": peer["prefill"], **decode}
+            if self.of_vision:
+                yield (
+                    peer["name"],
+                    {
+                        f"{count} tiles": {
+                            "peer": 1 / peer["peer_s"][count],
+                            "own": 1 / peer["own_s"][count],
+                            "ratio": ratio,
+                        }
+                        for count, ratio in peer["ratio"].items()
+                    },
+                )
+            else:
+                decode = {f"decode of {count}": rate for count, rate in peer["decode"].items()}
+                yield peer["name"], {"prefill": peer["prefill"], **decode}
 
 
 def speeds(results: Sequence[Result]) -> str:
-    """Return a Markdown table of tokens a second: the peer's, ours, the ratio."""
-    rates = [found for result in results for _, found in result.rates]
-    phases = list(dict.fromkeys(phase for found in rates for phase in found))
+    """Return a Markdown table of tokens, or tiles, a second: the peer's, ours, the ratio."""
+    measured = [found for result in results for _, found in result.rates]
+    phases = list(dict.fromkeys(phase for found in measured for phase in found))
     lines = [("shapes", "beside", *phases), ("---",) * 2 + ("---:",) * len(phases)]
     for result in results:
         for name, found in result.rates:
             cells = [_cell(found[phase]) if phase in found else "" for phase in phases]
-            lines.append((f"[{result.shapes}](../bench/results/{result.file})", name, *cells))
+            lines.append((result.link, name, *cells))
     return _markdown(lines)
 
 
@@ -116,7 +139,7 @@ def _cell(rate: Mapping[str, float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _versions(packages: Mapping[str, str]) -> str:
@@ -127,6 +150,12 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def tables(results: Sequence[Result]) -> str:
+    """Return what docs/performance.md holds of these results: decoders, towers, systems."""
+    kinds = ([found for found in results if found.of_vision is vision] for vision in (False, True))
+    return "\n".join([*(speeds(kind) for kind in kinds if kind), systems(results)])
+
+
 if __name__ == "__main__":
-    found = [Result.read(Path(name)) for name in sys.argv[1:]]
-    print(speeds(found), systems(found), *map(headlines, found), sep="\n")
+    stored = [Result.read(Path(name)) for name in sys.argv[1:]]
+    print(tables(stored), *(headlines(found) for found in stored if not found.of_vision), sep="\n")
