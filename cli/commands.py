@@ -100,9 +100,7 @@ BENCH = {
         "bench.peers.run",
         "peers",
         {
-            "vision": Command(
-                "OpenVINO's and transformers' vision tower, in turns", "bench.peers.vision", "bench"
-            ),
+            "vision": Command("their vision towers, in turns", "bench.peers.vision", "bench"),
         },
     ),
 }

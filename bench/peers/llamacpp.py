@@ -62,11 +62,11 @@ def silence() -> None:
     """Stop llama.cpp from logging anything but errors to stderr."""
     import llama_cpp
 
-    llama_cpp.llama_log_set(_quiet(), ctypes.c_void_p())
+    llama_cpp.llama_log_set(quiet_log(), ctypes.c_void_p())
 
 
 @cache
-def _quiet() -> Any:
+def quiet_log() -> Any:
     """The callback, made once: llama.cpp keeps its address, so it must live as long."""
     import llama_cpp
 

@@ -23,7 +23,7 @@ from internvl_edge.export.output.work import check_space
 from internvl_edge.runtime.free_memory import available_memory
 
 #: What a peer reads.
-Form = Literal["Q4_0", "Q4_K_M", "Q8_0", "llama", "openvino", "tower", "fp16", "int8"]
+Form = Literal["Q4_0", "Q4_K_M", "Q8_0", "llama", "openvino", "tower", "mtmd", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Peer:
         packages: distributions that must be installed; their versions are recorded.
         install: what brings them.
         form: what it reads: a GGUF of this type, a Llama checkpoint, an OpenVINO model; of a tower,
-            transformers' weights, or the graph of this precision.
+            transformers' weights, mtmd's files, or the graph of this precision.
         weight_bytes: memory that loading takes, per parameter of the part that is measured.
         call: how it is called, in short.
     """

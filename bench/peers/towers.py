@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from internvl_edge.bench.peers.mtmd import MtmdTower
 from internvl_edge.bundle.contract import VISION_GRAPH
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
@@ -166,5 +167,6 @@ def tower_config(spec: ModelSpec) -> dict[str, Any]:
 TOWERS: dict[str, Callable[[Path, int], Tower]] = {
     "internvl-edge tower": OwnTower,
     "openvino tower": OpenVinoTower,
+    "llama.cpp tower": MtmdTower,
     "transformers tower": TransformersTower,
 }

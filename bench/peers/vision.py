@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from internvl_edge.bench.common.machine import busy_note, describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
+from internvl_edge.bench.peers.mtmd import write_mtmd
 from internvl_edge.bench.peers.rounds import PAUSE
 from internvl_edge.bench.peers.systems import Peer, choose_peers, obstacle
 from internvl_edge.bench.peers.table import VERSION, VISION_FORMAT
@@ -29,7 +30,7 @@ from internvl_edge.bench.peers.worker import Worker, versions
 from internvl_edge.bench.scale.run import synthetic_spec
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import DialectName, VisionPrecision
-from internvl_edge.bundle.errors import DeviceError
+from internvl_edge.bundle.errors import DeviceError, LimitError
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
@@ -55,6 +56,15 @@ TOWER_PEERS = (
         f"{_COMPILE}: INT8 between QuantizeLinear and DequantizeLinear",
     ),
     Peer("OpenVINO", "openvino tower", ("openvino",), _OPENVINO, "fp16", 8.0, _COMPILE),
+    Peer(
+        "llama.cpp f16",
+        "llama.cpp tower",
+        ("llama-cpp-python", "gguf"),
+        "pip install 'internvl-edge[peers]'",
+        "mtmd",
+        4.0,
+        "mtmd_encode_chunk with n_threads, a tile at a time",
+    ),
     Peer(
         "transformers bf16",
         "transformers tower",
@@ -150,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
             for peer in peers:
                 try:
                     standing = _measure(own, peer, task, source, folder)
-                except DeviceError as error:
+                except (DeviceError, LimitError) as error:
                     skipped[peer.name] = str(error)
                     print(f"{peer.name:20} not measured: {error}", flush=True)
                 else:
@@ -183,6 +193,7 @@ def _measure(
 
     Raises:
         DeviceError: the peer is not installed, has no room, or does not run.
+        LimitError: it does not know such a tower.
     """
     installed = versions(peer.packages)
     if reason := obstacle(peer, tower_parameters(source.spec), installed):
@@ -232,12 +243,13 @@ def tower_parameters(spec: ModelSpec) -> int:
 def _file(peer: Peer, source: SyntheticWeights, folder: Path) -> Path:
     """Return what a peer reads; written when it is first asked for."""
     path = folder / peer.form
+    writers = {"tower": write_tower, "mtmd": write_mtmd}
+    if (write := writers.get(peer.form)) is not None:
+        return path if path.exists() else write(source, path)
     if not path.exists():
-        if peer.form == "tower":
-            return write_tower(source, path)
         precision: VisionPrecision = "int8" if peer.form == "int8" else "fp16"
         _export(source, path, "tensorrt", precision)
-    return path if peer.form == "tower" else path / "bundle"
+    return path / "bundle"
 
 
 def _export(

@@ -14,8 +14,10 @@ from checkpoints import small_config, write_checkpoint
 from numpy.typing import NDArray
 
 from internvl_edge.bench.peers import vision
+from internvl_edge.bench.peers.mtmd import write_mtmd
 from internvl_edge.bench.peers.towers import TOWERS, write_tower
 from internvl_edge.bench.peers.vision import TOWER_PEERS, median_ratio
+from internvl_edge.bundle.errors import LimitError
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
@@ -63,6 +65,23 @@ def test_openvino(
     assert cosine(tower.encode(tiles), expected) > 0.999
 
 
+@pytest.mark.skipif(
+    find_spec("llama_cpp") is None or find_spec("gguf") is None,
+    reason="llama-cpp-python and gguf are not installed",
+)
+def test_llamacpp(
+    source: Checkpoint, tiles: NDArray[np.uint8], expected: NDArray[np.floating], tmp_path: Path
+) -> None:
+    """The large tower cut to two layers is not known to it."""
+    if source.spec.vision.norm_type == "rms_norm":
+        with pytest.raises(LimitError, match="by its 45 layers of 3200 only"):
+            write_mtmd(source, tmp_path / "mtmd")
+        assert not (tmp_path / "mtmd").exists()
+        return
+    tower = TOWERS["llama.cpp tower"](write_mtmd(source, tmp_path / "mtmd"), 1)
+    assert cosine(tower.encode(tiles), expected) > 0.999
+
+
 def test_own(
     source: Checkpoint, tiles: NDArray[np.uint8], expected: NDArray[np.floating], tmp_path: Path
 ) -> None:
@@ -97,8 +116,8 @@ def test_command(
 
 
 def _without(peer: Any, package: str) -> Any:
-    """OpenVINO as if it were not installed."""
-    return replace(peer, packages=(package,)) if "openvino" in peer.packages else peer
+    """All but transformers as if they were not installed."""
+    return replace(peer, packages=(package,)) if "torch" not in peer.packages else peer
 
 
 @pytest.mark.parametrize(
@@ -107,7 +126,7 @@ def _without(peer: Any, package: str) -> Any:
         (["--model", "gpt-2"], "unknown model 'gpt-2'"),
         (["--layers", "99"], "--layers is 99"),
         (["--tiles", "0"], "--tiles is 0"),
-        (["--peer", "llama"], "--peer 'llama' is unknown"),
+        (["--peer", "ollama"], "--peer 'ollama' is unknown"),
         (["--json", "none/file"], "cannot write"),
     ],
 )
