@@ -248,9 +248,15 @@ def _source(
         return checkpoint.name, Checkpoint(checkpoint)
     name = model or SYNTHETIC
     spec = synthetic_spec(name, SYNTHETIC_LAYERS if layers is None else layers)
-    # The vision tower is not measured: the smallest there is.
-    small = replace(spec, vision=replace(spec.vision, num_hidden_layers=1))
-    return name, SyntheticWeights(small)
+    # The vision tower is not measured: a small one.
+    vision = replace(
+        spec.vision,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+    )
+    return name, SyntheticWeights(replace(spec, vision=vision))
 
 
 def _export(task: Task, folder: Path) -> Path:

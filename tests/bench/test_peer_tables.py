@@ -15,7 +15,7 @@ from internvl_edge.bundle.errors import ResultError
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("peers-*.json"))
 #: What the README's two ratios come from.
-HEADLINE = "peers-internlm2-20b"
+HEADLINE = "peers-internvl-chat-v1-5-2-layers"
 
 PEER: dict[str, Any] = {
     "name": "llama.cpp Q4_0",
