@@ -38,11 +38,10 @@ from internvl_edge.bench.peers.systems import (
 )
 from internvl_edge.bench.peers.table import FORMAT, VERSION
 from internvl_edge.bench.peers.worker import Worker, versions
-from internvl_edge.bench.scale.run import synthetic_spec
+from internvl_edge.bench.scale.run import synthetic_spec, write_pictures
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision, default_cache
 from internvl_edge.bundle.errors import DeviceError, UsageError
-from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
@@ -261,18 +260,15 @@ def _source(
 
 def _export(task: Task, folder: Path) -> Path:
     print("converting the weights", file=sys.stderr)
-    side = task.source.spec.vision.tile_size
     pictures = folder / "pictures"
     pictures.mkdir()
-    for number, item in enumerate(generate(1, seed=1)):
-        item.image.resize((side, side)).save(pictures / f"{number}.png")
     return export_bundle(
         task.source,
         folder / "bundle",
         language=task.recipe.language,
         kv=task.recipe.kv,
         options=task.recipe.options,
-        calibration=pictures,
+        calibration=write_pictures(pictures, task.source.spec.vision.tile_size, 1),
         sensitivity=False,
     )
 

@@ -27,12 +27,11 @@ from internvl_edge.bench.peers.systems import Peer, choose_peers, obstacle
 from internvl_edge.bench.peers.table import VERSION, VISION_FORMAT
 from internvl_edge.bench.peers.towers import write_tower
 from internvl_edge.bench.peers.worker import Worker, versions
-from internvl_edge.bench.scale.run import synthetic_spec
+from internvl_edge.bench.scale.run import synthetic_spec, write_pictures
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import DialectName, VisionPrecision
 from internvl_edge.bundle.errors import DeviceError, LimitError
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.calib_data.generator import generate
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.checkpoint.names import is_language, tensor_shapes
@@ -256,11 +255,8 @@ def _export(
     source: SyntheticWeights, folder: Path, dialect: DialectName, precision: VisionPrecision
 ) -> Path:
     print("converting the weights", file=sys.stderr)
-    side = source.spec.vision.tile_size
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
-    for number, item in enumerate(generate(1, seed=1)):
-        item.image.resize((side, side)).save(pictures / f"{number}.png")
     return export_bundle(
         source,
         folder / "bundle",
@@ -269,7 +265,7 @@ def _export(
         dialect=dialect,
         # Rounded to nearest: how integers were chosen does not change the time.
         options=QuantOptions(naive=True),
-        calibration=pictures,
+        calibration=write_pictures(pictures, source.spec.vision.tile_size, 1),
         sensitivity=False,
     )
 

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             language=language,
             kv=kv,
             options=recipe.options,
-            calibration=_pictures(folder, spec.vision.tile_size),
+            calibration=write_pictures(folder, spec.vision.tile_size, PICTURES),
             sensitivity=False,
             overwrite=arguments.overwrite,
             progress=progress,
@@ -131,7 +131,8 @@ def synthetic_spec(name: str, layers: int | None) -> ModelSpec:
     )
 
 
-def _pictures(folder: Path, side: int) -> Path:
-    for number, item in enumerate(generate(PICTURES, seed=1)):
+def write_pictures(folder: Path, side: int, count: int) -> Path:
+    """Write so many pictures of one tile each into a folder, for a calibration."""
+    for number, item in enumerate(generate(count, seed=1)):
         item.image.resize((side, side)).save(folder / f"{number}.png")
     return folder
