@@ -31,7 +31,7 @@ class OpenVinoEngine:
     @property
     def features(self) -> str:
         wanted = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
-        told = [f"{name} {self._model.get_property(name)}" for name in wanted]
+        told = [f"{name} {self._model.get_property(name).to_string()}" for name in wanted]
         group = self._model.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
         return ", ".join([*told, f"DYNAMIC_QUANTIZATION_GROUP_SIZE {group}"])
 

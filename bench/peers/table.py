@@ -147,7 +147,8 @@ def _versions(packages: Mapping[str, str]) -> str:
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    rows = ((cell.replace("|", "\\|") for cell in line) for line in lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def tables(results: Sequence[Result]) -> str:

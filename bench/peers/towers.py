@@ -67,7 +67,8 @@ class OpenVinoTower:
 
     @property
     def features(self) -> str:
-        return f"INFERENCE_PRECISION_HINT {self._model.get_property('INFERENCE_PRECISION_HINT')}"
+        precision = self._model.get_property("INFERENCE_PRECISION_HINT")
+        return f"INFERENCE_PRECISION_HINT {precision.to_string()}"
 
     def encode(self, tiles: Tiles) -> ImageRows:
         rows = np.asarray(self._model([tiles])[0])

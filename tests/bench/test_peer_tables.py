@@ -20,7 +20,7 @@ HEADLINE = "peers-internvl-chat-v1-5-2-layers"
 PEER: dict[str, Any] = {
     "name": "llama.cpp Q4_0",
     "versions": {"llama-cpp-python": "1.2.3"},
-    "features": "AVX512_VNNI = 1",
+    "features": "AVX512_VNNI = 1 | OPENMP = 1",
     "call": "llama_decode",
     "prefill": {"peer": 200.4, "own": 300.6, "ratio": 1.5},
     "decode": {"1": {"peer": 20.04, "own": 30.06, "ratio": 1.5}},
@@ -73,7 +73,8 @@ def test_systems_are_listed_once() -> None:
     lines = systems([Result("a.json", STORED), Result("b.json", STORED)]).splitlines()
     assert len(lines) == 4
     assert lines[3] == (
-        "| llama.cpp Q4_0 | llama-cpp-python 1.2.3 | llama_decode | AVX512_VNNI = 1 |"
+        "| llama.cpp Q4_0 | llama-cpp-python 1.2.3 | llama_decode"
+        " | AVX512_VNNI = 1 \\| OPENMP = 1 |"
     )
 
 
