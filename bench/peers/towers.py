@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from internvl_edge.bench.peers.mtmd import MtmdTower
 from internvl_edge.bundle.contract import VISION_GRAPH
+from internvl_edge.bundle.json_reader import read_json
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.checkpoint.checkpoint import WeightSource
 from internvl_edge.export.checkpoint.layouts import NATIVE
@@ -85,7 +86,7 @@ class TransformersTower:
 
         torch.set_num_threads(threads)
         self._torch = torch
-        config = InternVLConfig(**json.loads((path / CONFIG).read_text(encoding="utf-8")))
+        config = InternVLConfig(**read_json(path / CONFIG))
         kind: Any = InternVLModel  # its methods carry no types
         with torch.device("meta"):
             model = kind(config)

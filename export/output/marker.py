@@ -6,6 +6,7 @@ process that held it, however that ended, so process ids, which containers share
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -172,9 +173,9 @@ def _make(path: Path, mode: int) -> Claim | None:
             return None
         raise
     finally:
-        if marker is not None:
-            marker.close()
         shutil.rmtree(passing, ignore_errors=True)  # it has its name now, or nobody wants it
+        if marker is not None:
+            marker.close()  # after that: what nobody holds is removed by others
     return made
 
 
@@ -281,7 +282,7 @@ def _removed(path: Path) -> bool:
             path.rmdir()
             return True
         found = _take(path)
-    except (BusyError, OSError):
+    except (BusyError, OutputError, OSError):  # somebody holds it, or is just removing it
         return False
     if found is None:
         return False
@@ -300,4 +301,5 @@ def _remove(path: Path) -> None:
         elif inner.name != MARKER:
             inner.unlink()
     (path / MARKER).unlink(missing_ok=True)
-    path.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # without its marker, anybody may remove it
+        path.rmdir()

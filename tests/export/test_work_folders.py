@@ -188,6 +188,50 @@ def test_many_at_once_take_turns(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_that_another_is_just_removing_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marker goes first, and it may be gone at any moment after."""
+    held = marker.claim(tmp_path / "m")
+    passing = tmp_path / "m-01234567"
+    held.path.rename(passing)
+    really, looks = marker.is_marked, iter([True, False, False])
+    monkeypatch.setattr(marker, "is_marked", lambda path: next(looks, False))
+    assert marker.remove_abandoned(tmp_path / "m") == []
+    monkeypatch.setattr(marker, "is_marked", really)
+    unlink = Path.unlink
+
+    def gone(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        passing.rmdir()  # by somebody who found it empty
+
+    monkeypatch.setattr(Path, "unlink", gone)
+    marker._remove(passing)
+    held.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_was_made_in_vain_is_held_until_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another takes it for abandoned, and finds it gone while it removes it."""
+    held, lexists, busy = marker.claim(tmp_path / "m"), os.path.lexists, []
+    rmtree = shutil.rmtree
+
+    def removed(path: Path, ignore_errors: bool = False) -> None:
+        with pytest.raises(BusyError):
+            marker._take(path)
+        busy.append(path)
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(os.path, "lexists", lambda path: False if not busy else lexists(path))
+    monkeypatch.setattr(marker.shutil, "rmtree", removed)
+    with pytest.raises(BusyError):
+        marker.claim(tmp_path / "m")
+    assert len(busy) == 1
+    held.release()
+
+
 def test_prepare_is_refused_while_another_prepares(room: Path) -> None:
     bundle = export_bundle(room / "checkpoint", room / "m", vision="int8", language="int8")
     prepared = prepare_bundle(bundle)
