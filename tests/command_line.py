@@ -58,11 +58,11 @@ def run(
 
 
 def put_kernels(cache: Path) -> None:
-    """Copy the CPU kernels into an `XDG_CACHE_HOME` of a test's own, if there is a compiler."""
+    """Copy the kernels into an `XDG_CACHE_HOME` of a test's own, if there is a compiler."""
     if ops.cpu_kernels() is not None:
-        built = build.cpu_library().parent
-        place = built.relative_to(build.user_cache().parent)
-        shutil.copytree(built, cache / place)
+        for built in (build.cpu_library().parent, build.operator_library().parent):
+            if built.is_relative_to(build.cache_directory()):  # not what a distribution brings
+                shutil.copytree(built, cache / built.relative_to(build.user_cache().parent))
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

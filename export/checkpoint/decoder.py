@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.bundle.specs import MAX_LAYERS, LanguageSpec
 from internvl_edge.export.checkpoint import config_keys
 from internvl_edge.export.checkpoint.rotary import Rope, read_rope
 from internvl_edge.export.checkpoint.section import REQUIRED, Section
@@ -114,4 +114,5 @@ def _refuse_other_attention(llm: Section, spec: LanguageSpec) -> None:
     unbounded = isinstance(window, int) and window >= spec.max_context
     if llm.raw("use_sliding_window", None) is None and not unbounded:
         llm.only("sliding_window", None)
-    llm.only("layer_types", ["full_attention"] * spec.num_hidden_layers)
+    # More layers are refused as such, and are not listed before.
+    llm.only("layer_types", ["full_attention"] * min(spec.num_hidden_layers, MAX_LAYERS))
