@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from campaign.damage import Campaign, Totals
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:

@@ -12,6 +12,8 @@ from internvl_edge.bench.answers import accuracy
 from internvl_edge.bench.common.intervals import Estimate
 from internvl_edge.cli.main import main
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 
 def test_rows_of_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

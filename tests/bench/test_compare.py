@@ -19,6 +19,8 @@ from internvl_edge.bench.latency.compare import _notes, compare, difference, hol
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.cli.main import main
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 RUNS = 30
 
 

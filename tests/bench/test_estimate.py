@@ -27,6 +27,8 @@ from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.export.tensorrt.targets import GIB, TARGETS, get_target
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 #: What docs/performance.md states: the worst of the published figures of each kind.
 STATED = {"decode": 0.25, "prefill": 0.20}
 INT4 = Request("int8", "int4", "int8", 13, 100, 4452)

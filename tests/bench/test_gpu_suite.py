@@ -29,6 +29,8 @@ from internvl_edge.runtime import DeviceError, LimitError
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.decoding import device_sampling
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:

@@ -23,6 +23,8 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import InternVL
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 TILE = 56
 
 

@@ -32,6 +32,8 @@ from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.decoding.sequence import TokenSequence
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 needs_llama = pytest.mark.skipif(
     find_spec("llama_cpp") is None or find_spec("gguf") is None,
     reason="llama-cpp-python and gguf are not installed",

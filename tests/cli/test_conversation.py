@@ -23,6 +23,8 @@ from internvl_edge.cli.progress import ProgressLine, told
 from internvl_edge.runtime import InternVL, Progress
 from internvl_edge.runtime.decoding.request import Timings
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 SLOWLY = """
 from internvl_edge.runtime.decoding.passes import Engine
 def slowly(*arguments, following=Engine.following):

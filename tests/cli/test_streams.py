@@ -21,6 +21,8 @@ from internvl_edge.bundle.contract import MANIFEST
 from internvl_edge.cli.streams import news_at_terminal, terminal_width
 from internvl_edge.runtime.inspection import render
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 ENCODINGS = ["ascii", "latin-1", "cp437", "utf-8"]
 QUESTION = "这是什么？ 模型 – “what”?"
 

@@ -62,6 +62,8 @@ from internvl_edge.runtime.backends.plans import (
 )
 from internvl_edge.runtime.backends.tensorrt_library import APIS, Library
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 ORIN = Machine(87, "tensorrt", "10.16.2", "Orin (nvgpu)", 13020)
 PLACE = Place("Orin", ORIN, 60 * GIB, shared=True)
 LIMITS = Limits(context=256, tokens=64)

@@ -42,6 +42,8 @@ from internvl_edge.export.formats.quantize import (
 from internvl_edge.runtime import ExportError, InternVL, LeftoverWarning
 from internvl_edge.runtime.backends.products import use_exact_products
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}
 

@@ -34,6 +34,8 @@ from internvl_edge.runtime.backends.blocks import NO_KERNEL
 from internvl_edge.runtime.backends.prepared import find_prepared, packed_graphs
 from internvl_edge.runtime.backends.products import UNPACKED, UNSIGNED
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 #: The external data entry that names a packed form: "key|offset;length;flags".
 PACKED_FORM = "prepacked_0"
 #: ONNX Runtime begins each weight of a file on a page.

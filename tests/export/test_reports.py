@@ -45,6 +45,8 @@ from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.output.workspace import Workspace
 from internvl_edge.runtime import DeviceError, ExportError, InternVL
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 BLOCK32 = QuantOptions(block=32)
 ALL = {"vision": "int8", "language": "int4", "options": BLOCK32, **KV8}
 RECIPE = Recipe("int8", "int4", "fp32", BLOCK32)

@@ -23,6 +23,8 @@ from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.ranges import END, sqnr_db
 from internvl_edge.runtime import InternVL, RangeError
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 FAMILIES = ("qwen2", "qwen2, tied", "qwen3", "llama", "internlm3")
 LAYER = "language_model.model.layers.{}."
 DOWN = f"{LAYER.format(0)}mlp.down_proj.weight"

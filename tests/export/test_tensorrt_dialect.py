@@ -36,6 +36,8 @@ from internvl_edge.runtime import DeviceError, ExportError, InternVL
 from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.reference import KEY_BUCKET, ReferenceBackend
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
 #: Pictures the dialects are compared on.
 PICTURES = 4

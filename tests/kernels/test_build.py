@@ -14,6 +14,8 @@ import pytest
 
 from internvl_edge.kernels import build, ops
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 #: Stands in for a compiler: notes each run, takes a moment, and writes its arguments to `-o`.
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo "stub $STUB_VERSION"; exit 0; fi

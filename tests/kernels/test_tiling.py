@@ -27,6 +27,8 @@ from internvl_edge.kernels.jobs import TilePlan
 from internvl_edge.kernels.weights import FRACTION_BITS, axis_weights
 from internvl_edge.runtime.images.preprocess import resize, select_grid
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 GRIDS = [(c, r) for c in range(1, 41) for r in range(1, 41) if c * r <= 40]
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)

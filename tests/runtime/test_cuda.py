@@ -17,6 +17,8 @@ from internvl_edge.kernels.device import DeviceArray, Driver
 from internvl_edge.runtime import DeviceError
 from internvl_edge.runtime.backends.cuda import Cuda
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 

@@ -28,6 +28,8 @@ from internvl_edge.runtime.decoding.sampling import filter_logits
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.sequence import TokenSequence
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 PLAIN = Sampling(speculate=0)
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -28,6 +28,8 @@ from internvl_edge.runtime import (
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.images.identity import TiledImage
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 
 @pytest.fixture
 def model(golden_bundle: Path) -> Iterator[InternVL]:
