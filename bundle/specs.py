@@ -6,14 +6,13 @@ reads them back. Field names are the checkpoint's own where it has one.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal
 
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.spec_fields import MAX_INTEGER, read_part, written
 
 NormType = Literal["rms_norm", "layer_norm"]
 PixelShuffleVersion = Literal["v1", "v2"]
@@ -23,10 +22,6 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 STORED_FREQUENCIES = ("llama3", "yarn", "longrope")
 STRETCHING = ("linear", "dynamic")
 
-_Spec = TypeVar("_Spec")
-
-#: Largest size or position: they are int32 in the graphs' contract.
-MAX_INTEGER = 2**31 - 1
 #: More layers than any known tower or decoder has.
 MAX_LAYERS = 1024
 #: More experts than any known decoder's layer has.
@@ -213,8 +208,7 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; a field that has its default is left out."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: _written(part) for name, part in parts.items()}
+        return {name: written(part) for name, part in written(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -224,10 +218,10 @@ class ModelSpec:
             BundleError: a field is missing, unknown or of another type, or does not go with others.
         """
         spec = cls(
-            vision=_read(VisionSpec, data, "vision"),
-            language=_read(LanguageSpec, data, "language"),
-            tiling=_read(TilingSpec, data, "tiling"),
-            prompt=_read(PromptSpec, data, "prompt"),
+            vision=read_part(VisionSpec, data, "vision"),
+            language=read_part(LanguageSpec, data, "language"),
+            tiling=read_part(TilingSpec, data, "tiling"),
+            prompt=read_part(PromptSpec, data, "prompt"),
         )
         if (problem := inconsistency(spec)) is not None:
             raise BundleError(f"bundle.json: {problem}; export the checkpoint again")
@@ -334,66 +328,3 @@ def _indivisible(name: str, value: int, divisor: int) -> Iterator[str]:
 def _too_large(name: str, value: int, limit: int) -> Iterator[str]:
     if value > limit:
         yield f"{name} is {value}, at most {limit} is supported"
-
-
-_EXPECTED: dict[Any, str] = {
-    int: "a positive integer",
-    float: "a positive number",
-    bool: "true or false",
-    str: "text",
-    int | None: "a positive integer",
-    tuple[float, ...]: "a list of positive numbers",
-    tuple[int, ...]: "a list of positive integers",
-}
-
-
-#: Fields whose integers need not be positive.
-_SIGNED = ("select_layer", "stop_ids")
-
-
-def _written(part: Any) -> dict[str, Any]:
-    """Return the fields of one part; bundles of before a field had its default."""
-    return {
-        field.name: value
-        for field in dataclasses.fields(part)
-        if (value := getattr(part, field.name)) != field.default
-    }
-
-
-def _read(kind: type[_Spec], data: Mapping[str, Any], part: str) -> _Spec:
-    values = data.get(part)
-    if not isinstance(values, Mapping):
-        raise BundleError(f"bundle.json: spec has no object '{part}'")
-    hints = get_type_hints(kind)
-    fields = dataclasses.fields(cast(Any, kind))
-    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
-    if odd := sorted((values.keys() ^ hints.keys()) - (optional - values.keys())):
-        raise BundleError(f"bundle.json: spec.{part} has missing or unknown fields: {quoted(odd)}")
-    for name, hint in ((name, hint) for name, hint in hints.items() if name in values):
-        if not _fits(values[name], hint, signed=name in _SIGNED):
-            expected = _EXPECTED.get(hint, hint)
-            raise BundleError(
-                f"bundle.json: spec.{part}.{name} is {quoted(values[name])}, expected {expected}"
-            )
-    return kind(**{name: _frozen(value) for name, value in values.items()})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _fits(value: object, hint: Any, *, signed: bool) -> bool:
-    if hint in (tuple[float, ...], tuple[int, ...]):
-        items = value if isinstance(value, (list, tuple)) else [None]
-        return all(_fits(item, get_args(hint)[0], signed=signed) for item in items)
-    if hint == (int | None):
-        hint = int  # None is the default, which is not written
-    if hint in (int, float):
-        kinds = (int, float) if hint is float else int
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            return False
-        return signed or 0 < value <= (MAX_INTEGER if hint is int else sys.float_info.max)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    options = get_args(hint)  # Literal[...] or str | None
-    return value in options or (str in options and (value is None or isinstance(value, str)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl_edge.bundle.errors import CheckpointError
 from internvl_edge.bundle.quoting import quoted
-from internvl_edge.bundle.specs import MAX_INTEGER
+from internvl_edge.bundle.spec_fields import MAX_INTEGER
 
 #: The default of a key that has none.
 REQUIRED = object()
