@@ -255,6 +255,10 @@ class VersionWarning(InternVLEdgeWarning):
     """A package is in a version that was not tried."""
 
 
+class CheckpointWarning(InternVLEdgeWarning):
+    """A checkpoint asks for something that changes answers and is left out: what."""
+
+
 class RangeWarning(InternVLEdgeWarning):
     """Values come near the ends of float16, or lose precision in it."""
 

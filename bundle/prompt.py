@@ -18,6 +18,9 @@ IMAGE_START = "<img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
 
+#: What ends an answer in one family or another: a fine-tune may end with another than its own.
+END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end|>")
+
 #: Around the reasoning of an answer, in InternVL 3.5.
 THINK_START = "<think>"
 THINK_END = "</think>"

@@ -198,6 +198,23 @@ class PromptSpec:
 
 
 @dataclass(frozen=True)
+class GenerationSpec:
+    """How answers are made where the caller does not say; greedy unless the checkpoint samples.
+
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition_penalty: as of the runtime's `Sampling`.
+        max_new_tokens: an answer ends there; None where the checkpoint does not say.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A whole InternVL model."""
 
@@ -205,9 +222,10 @@ class ModelSpec:
     language: LanguageSpec
     tiling: TilingSpec
     prompt: PromptSpec
+    generation: GenerationSpec = GenerationSpec()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; a field that has its default is left out."""
+        """Return plain values for JSON; a part or field that has its default is left out."""
         return {name: written(part) for name, part in written(self).items()}
 
     @classmethod
@@ -222,6 +240,7 @@ class ModelSpec:
             language=read_part(LanguageSpec, data, "language"),
             tiling=read_part(TilingSpec, data, "tiling"),
             prompt=read_part(PromptSpec, data, "prompt"),
+            generation=read_part(GenerationSpec, {"generation": {}, **data}, "generation"),
         )
         if (problem := inconsistency(spec)) is not None:
             raise BundleError(f"bundle.json: {problem}; export the checkpoint again")
@@ -241,6 +260,9 @@ def _inconsistencies(spec: ModelSpec) -> Iterator[str]:
     yield from _of_vision(spec.vision)
     yield from _of_language(spec.language)
     yield from _of_tiling(spec.tiling)
+    for name in ("top_p", "min_p"):
+        if (got := getattr(spec.generation, name)) > 1:
+            yield f"generation.{name} is {got:.6g}, expected at most 1"
     stops, vocab = spec.prompt.stop_ids, spec.language.vocab_size
     if stops and not 0 <= min(stops) <= max(stops) < vocab:
         yield f"prompt.stop_ids (eos_token_id) must be in 0..{vocab - 1}, got {quoted(stops)}"

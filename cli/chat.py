@@ -70,12 +70,12 @@ def _add_shown(group: ArgumentGroup) -> None:
 
 def _add_answers(group: ArgumentGroup) -> None:
     group.add_argument(
-        "--max-new-tokens", type=int, default=1024, help="an answer ends there (default: 1024)"
+        "--max-new-tokens", type=int, help="an answer ends there (default: the model's own or 1024)"
     )
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     group.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum"
+        "--temperature", type=float, help="0 is greedy (default: the model's own, else 0)"
     )
+    group.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this sum")
     group.add_argument("--seed", type=int, help="draws the same tokens again")
     group.add_argument(
         "--speculate",
@@ -99,12 +99,10 @@ def _add_conversation(group: ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask once, or hold a conversation; returns the exit status."""
-    sampling = Sampling(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        speculate=arguments.speculate,
-    )
+    sampling = {
+        name: getattr(arguments, name) for name in ("temperature", "top_p", "seed", "speculate")
+    }
+    Sampling.of(sampling)  # what is wrong with it is said before minutes of loading
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise PromptError("the prompt is empty; ask something about the image or the text")
     for image in arguments.images:

@@ -19,7 +19,6 @@ from internvl_edge.cli.streams import print_json
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.decoding.generation import TokenStream
 from internvl_edge.runtime.decoding.request import Reply, Timings
-from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.sources import Picture
 
 WELCOME = "Ask about the images. /help: commands; Ctrl-C ends an answer, Ctrl-D leaves."
@@ -38,8 +37,8 @@ class Asking:
         json: whether replies are printed as lines of JSON.
     """
 
-    max_new_tokens: int
-    sampling: Sampling
+    max_new_tokens: int | None
+    sampling: Mapping[str, float | None]
     stop: Sequence[str]
     frame: int | None
     upright: bool

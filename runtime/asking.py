@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -20,7 +20,7 @@ from internvl_edge.runtime.arguments import (
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.decoding.inputs import Inputs
 from internvl_edge.runtime.decoding.progress import ProgressCallback
-from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS, Request, Timings
+from internvl_edge.runtime.decoding.request import Request, Timings
 from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.sources import Images
@@ -34,10 +34,14 @@ class AnswerOptions(TypedDict, total=False):
     """How an answer is made.
 
     Attributes:
-        max_new_tokens: the answer ends there with finish_reason "length"; 1,024 unless told
-            otherwise.
-        sampling: greedy unless told otherwise.
+        max_new_tokens: the answer ends there with finish_reason "length"; the checkpoint's own or
+            1,024 unless told otherwise.
+        sampling: the checkpoint's own, which is `InternVL.sampling`, or greedy unless told
+            otherwise; fields by name leave the others as they are there.
         stop: texts that end the answer; they are not part of it.
+        extra_stops: end at tokens that end answers of other models too, where the vocabulary has
+            them (`<|endoftext|>`, `</s>`, `<|im_end|>`, `<|end|>`), which is the default: a
+            fine-tune may have learnt another than its template's. False ends as the reference does.
         ignore_eos: go on after the model's own end of the answer, to `max_new_tokens` or a stop
             text: for measurements.
         skip_special_tokens: leave control tokens out of the text, as the reference does, which is
@@ -53,6 +57,7 @@ class AnswerOptions(TypedDict, total=False):
     max_new_tokens: int | None
     sampling: Sampling | Mapping[str, Any] | None
     stop: str | Sequence[str] | None
+    extra_stops: bool | None
     ignore_eos: bool | None
     skip_special_tokens: bool | None
     clean_up: bool | None
@@ -100,18 +105,18 @@ def check_names(options: Mapping[str, Any], kind: type) -> None:
             raise UsageError(f"there is no option {quoted(name)}; known: {', '.join(known)}")
 
 
-def new_tokens(options: AnswerOptions) -> int:
+def new_tokens(inputs: Inputs, options: AnswerOptions) -> int:
     """Return the most tokens of an answer.
 
     Raises:
         UsageError: it is no whole number.
     """
-    return whole_or("max_new_tokens", options.get("max_new_tokens"), MAX_NEW_TOKENS)
+    return whole_or("max_new_tokens", options.get("max_new_tokens"), inputs.max_new_tokens)
 
 
 def request(
+    inputs: Inputs,
     ids: Sequence[int],
-    stop_ids: Collection[int],
     images: Sequence[TiledImage],
     options: AnswerOptions,
     started: Started,
@@ -122,17 +127,19 @@ def request(
     """Return the request for an answer to token ids.
 
     Args:
+        inputs: of the model.
         cache, thinking: see `Request`.
 
     Raises:
         PromptError, LimitError: an option is not what it must be; the message names it.
     """
+    extra = flag("extra_stops", options.get("extra_stops"), default=True)
     return Request(
         ids,
-        stop_ids,
+        {*inputs.stop_ids, *(inputs.extra_stop_ids if extra else ())},
         images,
-        max_new_tokens=new_tokens(options),
-        sampling=Sampling.of(options.get("sampling")),
+        max_new_tokens=new_tokens(inputs, options),
+        sampling=Sampling.of(options.get("sampling"), inputs.sampling),
         stop=texts("stop", options.get("stop")),
         ignore_eos=flag("ignore_eos", options.get("ignore_eos")),
         form=TextForm(
@@ -172,7 +179,7 @@ def prompt_request(
     else:
         ids = token_ids("prompt", prompt)
     answer = cast(AnswerOptions, options)
-    return request(ids, inputs.stop_ids, tiled, answer, started, thinking=thinking)
+    return request(inputs, ids, tiled, answer, started, thinking=thinking)
 
 
 def item_request(

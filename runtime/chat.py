@@ -121,11 +121,11 @@ class Chat(NotCopied):
         shown = [*earlier, *new]
         limit = self._answering.max_context
         if self._drop_oldest:  # keep room for an answer
-            limit -= min(new_tokens(options), limit // 4)
+            limit -= min(new_tokens(inputs, options), limit // 4)
         ids, needed = self._prompt([*self.history, (question, None)], shown, limit)
         cache, thinking = self._cache, self._thinking
         stream = self._begin(
-            request(ids, inputs.stop_ids, needed, options, started, cache, thinking=thinking)
+            request(inputs, ids, needed, options, started, cache, thinking=thinking)
         )
         self._active = Turn(len(self.history), question, shown, stream)
         return stream

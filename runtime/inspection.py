@@ -12,7 +12,8 @@ from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.json_reader import read_object
 from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
 from internvl_edge.bundle.quoting import named, reason
-from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
+from internvl_edge.bundle.spec_fields import written
+from internvl_edge.bundle.specs import GenerationSpec, LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.blocks import PROBES, bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -201,7 +202,11 @@ def describe(spec: ModelSpec, parameters: Mapping[str, int], cache: CachePrecisi
             "trained_length": language.max_position_embeddings,
             "max_context": language.max_context,
         },
-        "prompt": {"template": spec.prompt.template, "max_tiles": spec.tiling.max_tiles},
+        "prompt": {
+            "template": spec.prompt.template,
+            "max_tiles": spec.tiling.max_tiles,
+            "sampling": _sampling(spec.generation),
+        },
         "kv_cache": {
             "token_bytes": kv_token,
             "largest_image_bytes": kv_token * most_tiles * vision.tokens_per_tile,
@@ -249,6 +254,11 @@ def _rotary(language: LanguageSpec) -> str:
     if language.rope_type == "default":
         return f"theta {language.rope_theta:.6g}"
     return f"theta {language.rope_theta:.6g}, {language.rope_type} by {language.rope_factor:.6g}"
+
+
+def _sampling(told: GenerationSpec) -> str:
+    """What the checkpoint has answers drawn with, where the caller does not say."""
+    return ", ".join(f"{name} {value:.6g}" for name, value in written(told).items()) or "greedy"
 
 
 def _experts(language: LanguageSpec) -> Report:

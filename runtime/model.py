@@ -82,7 +82,7 @@ class InternVL(NotCopied):
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
-        self.context_id = self.inputs.context_id
+        self.context_id, self.sampling = self.inputs.context_id, self.inputs.sampling
         prefixes = PrefixStore(shelf := Shelf(reuse_bytes))
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
         self.home = HomeProcess()

@@ -163,7 +163,9 @@ def test_greedy_answers(
     question = prompt if "<image>" in prompt or not tiled else f"<image>\n{prompt}"
     ids = golden_model.encode_conversation([(question, None)], tiled, None)
     assert ids == chat_arrays[f"{name}_input_ids"][0].tolist()
-    reply = golden_model.generate(prompt, images[name], max_tiles=6, max_new_tokens=len(expected))
+    reply = golden_model.generate(
+        prompt, images[name], max_tiles=6, max_new_tokens=len(expected), extra_stops=False
+    )
     assert reply.token_ids == expected
     assert reply.text == golden_chats[name]["response"]
     assert reply.timings.prompt_tokens == len(ids)
@@ -179,6 +181,7 @@ def test_two_turns(
             golden_chats[name]["question"],
             [golden_images["img0"]] if turn == 0 else [],
             max_new_tokens=len(expected),
+            extra_stops=False,
         )
         assert reply.token_ids == expected
         assert reply.text == golden_chats[name]["response"]
@@ -186,7 +189,9 @@ def test_two_turns(
 
 
 def test_stop_id_ends_the_answer(golden_model: InternVL, chat_arrays: Arrays) -> None:
-    reply = golden_model.generate(chat_arrays["early_stop_input_ids"][0].tolist())
+    reply = golden_model.generate(
+        chat_arrays["early_stop_input_ids"][0].tolist(), extra_stops=False
+    )
     assert reply.token_ids == chat_arrays["early_stop_generated"][0].tolist()
     assert reply.finish_reason == "stop"
 
@@ -194,6 +199,6 @@ def test_stop_id_ends_the_answer(golden_model: InternVL, chat_arrays: Arrays) ->
 def test_decoding_across_the_trained_length(golden_model: InternVL, logits_arrays: Arrays) -> None:
     """Each step beyond it takes its own rotary base; cached keys keep theirs."""
     reply = golden_model.generate(
-        logits_arrays["ntk_cross_input_ids"][0].tolist(), max_new_tokens=16
+        logits_arrays["ntk_cross_input_ids"][0].tolist(), max_new_tokens=16, extra_stops=False
     )
     assert reply.token_ids == logits_arrays["ntk_cross_generated"][0].tolist()

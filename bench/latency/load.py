@@ -20,7 +20,7 @@ from PIL import Image
 
 from internvl_edge.bench.kernels.cpu import photo
 from internvl_edge.bench.latency.measure import JPEG_QUALITY, grid_shape, grid_tiles, question
-from internvl_edge.runtime import InternVL
+from internvl_edge.runtime import InternVL, Sampling
 from internvl_edge.runtime.asking import prompt_request
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
@@ -139,6 +139,7 @@ def _request(model: InternVL, asked: Asked) -> Request:
         max_tiles=asked.max_tiles,
         max_new_tokens=asked.new_tokens,
         ignore_eos=True,
+        sampling=Sampling(),
     )
 
 
@@ -151,6 +152,7 @@ async def answer(model: InternVL, asked: Asked) -> Answered:
         max_tiles=asked.max_tiles,
         max_new_tokens=asked.new_tokens,
         ignore_eos=True,
+        sampling=Sampling(),
     )
     reply = await stream.finish()
     ended, timings = perf_counter(), reply.timings

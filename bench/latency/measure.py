@@ -154,7 +154,7 @@ def converse(
     seconds["prefill"] = timings.prefill_s
     seconds["ttft"] = timings.ttft_s
     seconds["end_to_end"] = timings.token_s[-1]
-    second = chat.send(FOLLOW_UP, max_new_tokens=1, ignore_eos=True).timings
+    second = chat.send(FOLLOW_UP, max_new_tokens=1, ignore_eos=True, sampling=ONE_BY_ONE).timings
     seconds["second_turn_ttft"] = second.ttft_s
     return Run(seconds, timings.itl_s, timings.prompt_tokens, energy)
 

@@ -44,7 +44,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 begun = time.perf_counter()
-from internvl_edge.runtime import InternVL
+from internvl_edge.runtime import InternVL, Sampling
 model = InternVL.load(
     request["bundle"],
     device="cpu",
@@ -60,7 +60,8 @@ side = model.spec.vision.tile_size
 image = np.random.default_rng(0).integers(0, 256, (side, side * request["columns"], 3), np.uint8)
 prompt = "<image>\\nWhat is written here?"
 chat = model.chat(max_tiles=request["columns"])
-first = chat.send(prompt, [image], max_new_tokens=request["new_tokens"], sampling={"speculate": 0})
+greedy = Sampling(speculate=0)
+first = chat.send(prompt, [image], max_new_tokens=request["new_tokens"], sampling=greedy)
 timings = first.timings
 done.set()
 watcher.join()

@@ -1,8 +1,8 @@
-"""Files beside config.json that say how a checkpoint in transformers' own layout is used."""
+"""Files beside config.json that say how a checkpoint is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,21 +21,26 @@ TEMPLATE_TEXT = "chat_template.jinja"
 
 #: The key a text stands under that is no object.
 TEXT = "text"
-_OBJECTS = (PREPROCESSOR, PROCESSOR, GENERATION, TOKENIZER_CONFIG, TEMPLATE_JSON)
+#: All; a checkpoint in the original layout has its pictures and prompts told in config.json.
+ALL = (PREPROCESSOR, PROCESSOR, GENERATION, TOKENIZER_CONFIG, TEMPLATE_JSON, TEMPLATE_TEXT)
+ORIGINAL = (GENERATION,)
 _TEMPLATE_BYTES = 1 << 20
 
 Beside = Mapping[str, Mapping[str, Any]]
 NOTHING_BESIDE: Beside = MappingProxyType({})
 
 
-def read_beside(directory: Path) -> Beside:
+def read_beside(directory: Path, names: Collection[str] = ALL) -> Beside:
     """Read those that are there, by file name; a template as `{TEXT: ...}`.
+
+    Args:
+        names: those to be read.
 
     Raises:
         CheckpointError: one is malformed or cannot be read.
     """
     found: dict[str, Mapping[str, Any]] = {}
-    for name in (*_OBJECTS, TEMPLATE_TEXT):
+    for name in names:
         path = directory / name
         try:
             if name == TEMPLATE_TEXT:

@@ -17,7 +17,7 @@ from internvl_edge.bundle.files import FileIdentity, check_no_pointer
 from internvl_edge.bundle.json_reader import JsonError, read_object
 from internvl_edge.bundle.quoting import named, quoted, reason
 from internvl_edge.bundle.specs import ModelSpec
-from internvl_edge.export.checkpoint.beside import NOTHING_BESIDE, read_beside
+from internvl_edge.export.checkpoint.beside import ALL, ORIGINAL, read_beside
 from internvl_edge.export.checkpoint.config import describe_config
 from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.checkpoint.native import is_native
@@ -92,7 +92,7 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         config = _read_json(self.directory / "config.json")
-        beside = read_beside(self.directory) if is_native(config) else NOTHING_BESIDE
+        beside = read_beside(self.directory, ALL if is_native(config) else ORIGINAL)
         described = describe_config(config, beside)
         self._files = without_buffers(_tensor_files(self.directory))
         described = described.holding(self._files)

@@ -11,6 +11,7 @@ from internvl_edge.bundle.specs import ModelSpec, inconsistency
 from internvl_edge.export.checkpoint import native, original
 from internvl_edge.export.checkpoint.beside import NOTHING_BESIDE, Beside
 from internvl_edge.export.checkpoint.family import Family
+from internvl_edge.export.checkpoint.generation import read_generation
 from internvl_edge.export.checkpoint.layouts import NATIVE, ORIGINAL, Layout
 from internvl_edge.export.checkpoint.names import EMBEDDING, HEAD
 from internvl_edge.export.checkpoint.origin import Table
@@ -60,6 +61,9 @@ def describe_config(config: Mapping[str, Any], beside: Beside = NOTHING_BESIDE) 
     Raises:
         CheckpointError: a key is missing or malformed, contradicts another, or names something not
             supported.
+
+    Warns:
+        CheckpointWarning: see `read_generation`.
     """
     top = Section(config, "")
     top.refuse_quantised()
@@ -70,6 +74,7 @@ def describe_config(config: Mapping[str, Any], beside: Beside = NOTHING_BESIDE) 
     else:
         spec, family = original.read_original(top)
         layout = ORIGINAL
+    spec = replace(spec, generation=read_generation(beside))
     if (problem := inconsistency(spec)) is not None:
         raise CheckpointError(f"config.json: {problem}")
     return Description(spec, family, layout)

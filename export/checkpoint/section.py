@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from internvl_edge.bundle.errors import CheckpointError
@@ -100,6 +100,12 @@ class Section:
                     " not known here and may change what the model computes: remove it if it does"
                     " not"
                 )
+
+    def others(self, known: Collection[str]) -> Iterator[tuple[str, Any]]:
+        """Keys that are not known, in order, and their values; notes aside, as in `finish`."""
+        for key in sorted(self._data.keys() - set(known)):
+            if not key.startswith("_"):
+                yield key, self._data[key]
 
     def bad(self, key: str, value: object, expected: str) -> CheckpointError:
         return CheckpointError(

@@ -67,7 +67,7 @@ def _check_size(tokenizer: Tokenizer, rows: int) -> None:
 
 def _check_stop(directory: Path, text: str, stop: int) -> None:
     """See that the template's last token is one that ends an answer by generation_config.json."""
-    told = read_beside(directory).get(GENERATION, {}).get("eos_token_id")
+    told = read_beside(directory, [GENERATION]).get(GENERATION, {}).get("eos_token_id")
     ends = told if isinstance(told, list) else [told]
     if told is not None and stop not in ends:
         raise CheckpointError(

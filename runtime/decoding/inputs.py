@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import ContextError, PromptError, UsageError
 from internvl_edge.bundle.prompt import (
+    END_TOKENS,
     IMAGE_CONTEXT,
     THINK_END,
     THINKING_MESSAGE,
@@ -24,6 +25,8 @@ from internvl_edge.bundle.specs import MAX_TILES, ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer
 from internvl_edge.runtime.arguments import token_ids, whole_or
 from internvl_edge.runtime.decoding.passes import shortening
+from internvl_edge.runtime.decoding.request import MAX_NEW_TOKENS
+from internvl_edge.runtime.decoding.sampling import Sampling
 from internvl_edge.runtime.decoding.sequence import check_slots
 from internvl_edge.runtime.images.identity import TiledImage
 from internvl_edge.runtime.images.preprocess import Content, Tiler, Tiling, check_tiles
@@ -49,6 +52,9 @@ class Inputs:
     Attributes:
         context_id: token id of image slots.
         stop_ids: token ids that end an answer, the template's first.
+        extra_stop_ids: those that end answers of other models and stand in this vocabulary.
+        sampling: how tokens are chosen unless told otherwise.
+        max_new_tokens: where an answer ends unless told otherwise.
     """
 
     def __init__(
@@ -63,6 +69,10 @@ class Inputs:
         self.context_id = tokenizer.token_id(IMAGE_CONTEXT)
         stop = tokenizer.token_id(self._template.stop)
         self.stop_ids = (stop, *(one for one in spec.prompt.stop_ids if one != stop))
+        found = (tokenizer.added.get(text) for text in END_TOKENS)
+        self.extra_stop_ids = tuple(token.id for token in found if token and token.special)
+        self.sampling = Sampling.of_checkpoint(spec.generation)
+        self.max_new_tokens = spec.generation.max_new_tokens or MAX_NEW_TOKENS
 
     def tile(self, image: ImageLike, max_tiles: int | None) -> TiledImage:
         """Decode, hash and cut an image; see `InternVL.tile`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.specs import GenerationSpec
 from internvl_edge.runtime.arguments import number, whole
 
 #: Temperatures below are greedy: dividing by them would leave nothing but the largest logit.
@@ -67,16 +68,27 @@ class Sampling:
         return max(self.top_k, 2) if self.top_k and self.repetition_penalty == 1 else 0
 
     @classmethod
-    def of(cls, value: Sampling | Mapping[str, Any] | None) -> Sampling:
-        """Return a Sampling: of itself, of its fields by name, or the default for None.
+    def of_checkpoint(cls, told: GenerationSpec) -> Sampling:
+        """Return what a checkpoint's own settings say."""
+        return cls(told.temperature, told.top_k, told.top_p, told.min_p, told.repetition_penalty)
+
+    @classmethod
+    def of(
+        cls, value: Sampling | Mapping[str, Any] | None, default: Sampling | None = None
+    ) -> Sampling:
+        """Return a Sampling: itself, or the default with some of its fields told by name.
+
+        Args:
+            default: of what is not told, or None; greedy unless given.
 
         Raises:
             UsageError: it is something else.
         """
         if isinstance(value, Sampling):
             return value
+        default = cls() if default is None else default
         if value is None:
-            return cls()
+            return default
         if not isinstance(value, Mapping):
             raise UsageError(f"sampling is {quoted(value)}, it must be a Sampling or its fields")
         known = {field.name for field in fields(cls)}
@@ -85,7 +97,7 @@ class Sampling:
                 raise UsageError(
                     f"sampling has no field {quoted(name)}; known: {', '.join(sorted(known))}"
                 )
-        return cls(**value)
+        return replace(default, **{k: told for k, told in value.items() if told is not None})
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -214,11 +214,15 @@ def test_golden(
     expected = chat_arrays["single_generated"][0].tolist()
     question = golden_chats["single"]["question"]
     reply = model.generate(
-        question, [golden_images["img0"]], max_tiles=6, max_new_tokens=len(expected)
+        question,
+        [golden_images["img0"]],
+        max_tiles=6,
+        max_new_tokens=len(expected),
+        extra_stops=False,
     )
     assert reply.token_ids == expected
     crossing = logits_arrays["ntk_cross_input_ids"][0].tolist()
-    reply = model.generate(crossing, max_new_tokens=16)
+    reply = model.generate(crossing, max_new_tokens=16, extra_stops=False)
     assert reply.token_ids == logits_arrays["ntk_cross_generated"][0].tolist()
     if precision is FP32:
         got = model.logits(logits_arrays["single_input_ids"][0], [golden_images["img0"]], 6)

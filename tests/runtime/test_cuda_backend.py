@@ -78,7 +78,11 @@ def test_golden_answers(
     wanted = chat_arrays[f"{name}_generated"][0].tolist()
     images = [golden_images[stem] for stem in shown]
     got = model.generate(
-        golden_chats[name]["question"], images, max_tiles=6, max_new_tokens=len(wanted)
+        golden_chats[name]["question"],
+        images,
+        max_tiles=6,
+        max_new_tokens=len(wanted),
+        extra_stops=False,
     )
     assert got.token_ids == wanted
 

@@ -56,7 +56,11 @@ def test_golden_answers(
     question = golden_chats["single"]["question"]
     for _ in range(2):  # the second time over captured steps
         got = model.generate(
-            question, [golden_images["img0"]], max_tiles=6, max_new_tokens=len(wanted)
+            question,
+            [golden_images["img0"]],
+            max_tiles=6,
+            max_new_tokens=len(wanted),
+            extra_stops=False,
         )
         assert got.token_ids == wanted
 
