@@ -24,7 +24,15 @@ from internvl_edge.export.calibration.decisions import (
     decide_experts,
     make_plan,
 )
-from internvl_edge.export.calibration.observe import HERE, Collector, Site, run_float, run_planned
+from internvl_edge.export.calibration.experts import ExpertInputs
+from internvl_edge.export.calibration.observe import (
+    HERE,
+    Collector,
+    Site,
+    Watch,
+    run_float,
+    run_planned,
+)
 from internvl_edge.export.calibration.ranges import RangeCollector
 from internvl_edge.export.calibration.units import (
     KEY,
@@ -127,10 +135,11 @@ class Calibration:
         compensate = unit.name.startswith("language.") and self._recipe.compensates
         collector = Collector(layer, with_moments=compensate)
         ranges = RangeCollector()
+        watch = Watch(collector, ranges, ExpertInputs() if self._looks_inside(unit) else None)
         reader = WeightReader(self._source, "float32")
         results: list[Floats] = []
         sizes: dict[str, Floats] = {}
-        runs = run_float(unit.build, unit.feeds("fp32"), reader, collector, ranges, self._site)
+        runs = run_float(unit.build, unit.feeds("fp32"), reader, watch, self._site)
         for outputs in runs:
             results.append(outputs[NEXT])
             for part in (KEY, VALUE):
@@ -143,8 +152,7 @@ class Calibration:
         decisions = decide(
             groups, collector, self._source, form, naive=naive, compensate=compensate
         )
-        if unit.name.startswith("language."):
-            decisions |= decide_experts(self._spec.language, layer)
+        decisions |= self._decide_experts(unit, layer, watch)
         if sizes:
             decisions |= decide_cache(
                 self._spec.language, layer, decisions, sizes[KEY], sizes[VALUE]
@@ -152,6 +160,22 @@ class Calibration:
         decisions |= ranges.decisions()
         decisions |= self._compare(unit, decisions, results)
         return decisions, np.concatenate(results)
+
+    def _looks_inside(self, unit: Unit) -> bool:
+        """Whether it counts what the experts of a decoder layer compute, if it has any."""
+        recipe = self._recipe
+        wanted = recipe.computes_in_float16(EMBEDDING)
+        return wanted and unit.name.startswith("language.")
+
+    def _decide_experts(self, unit: Unit, layer: int, watch: Watch) -> Decisions:
+        """What is decided of a layer's experts; nothing where it has none."""
+        if not unit.name.startswith("language."):
+            return {}
+        decisions = decide_experts(self._spec.language, layer)
+        if watch.experts is None:
+            return decisions
+        watch.experts.measure(watch.ranges)
+        return decisions
 
     def _compare(self, unit: Unit, decisions: Decisions, exact: Sequence[Floats]) -> Decisions:
         """SQNR in dB and cosine of the unit's output, quantised against float."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.errors import RangeError, RangeWarning
 from internvl_edge.bundle.remedies import Remedy, told
+from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
 from internvl_edge.export.checkpoint.names import is_language
@@ -22,11 +23,12 @@ _CACHED = ".qkv.weight"
 _PHRASES = {INPUT: "what {} reads", OUTPUT: "what {} gives", NORM: "what {} reads"}
 
 
-def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
+def check_ranges(found: Sequence[ValueRange], recipe: Recipe, spec: ModelSpec) -> None:
     """Refuse values that overflow in a recipe's graphs.
 
     Args:
         found: the values that float16 does not hold, as calibration saw them.
+        spec: of the model.
 
     Raises:
         RangeError: one overflows that is computed or cached in float16.
@@ -37,10 +39,10 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe) -> None:
     exposed = [value for value in found if _is_exposed(value, recipe)]
     for value in exposed:
         if value.overflows:
-            raise RangeError(_describe(value), _remedies(value, recipe))
+            raise RangeError(_describe(value), _remedies(value, recipe, spec))
     if exposed and not recipe.traits.layer_dtypes:
         worst = max(exposed, key=lambda value: value.largest)
-        remedies = _remedies(worst, recipe)
+        remedies = _remedies(worst, recipe, spec)
         warnings.warn(
             f"{len(exposed)} values come near the ends of float16 or lose precision in it:"
             f" {_describe(worst)}; if answers are refused or poor, {told(remedies, flags=True)}",
@@ -70,7 +72,7 @@ def _describe(value: ValueRange) -> str:
     return f"{subject} reaches {value.largest:.3g}, float16 ends at {END:.0f}"
 
 
-def _remedies(value: ValueRange, recipe: Recipe) -> dict[Remedy, str]:
+def _remedies(value: ValueRange, recipe: Recipe, spec: ModelSpec) -> dict[Remedy, str]:
     decoder = is_language(value.weight)
     if decoder and not recipe.computes_in_float16(value.weight):
         return {Remedy.FP32_CACHE: ""}
@@ -78,5 +80,7 @@ def _remedies(value: ValueRange, recipe: Recipe) -> dict[Remedy, str]:
     if recipe.traits.layer_dtypes:
         return whole
     integers = Remedy.INT8_LANGUAGE if decoder else Remedy.INT8_VISION
+    if decoder and spec.language.experts is not None:  # TensorRT's graphs have none
+        return {**whole, integers: ""}
     kept = "whose graphs keep single layers in float32"
     return {**whole, integers: "", Remedy.FOR_TENSORRT: kept}

@@ -90,7 +90,7 @@ def language_groups(spec: LanguageSpec, layer: int) -> list[Group]:
             tie=(spec.num_key_value_heads, repeats),
         ),
     ]
-    if spec.has_experts(layer):  # nobody sees what goes into one; see `decide_experts`
+    if spec.has_experts(layer):  # one operator; see `ExpertInputs`
         return attention
     gate, up, down = (f"{prefix}{name}.weight" for name in ("gate", "up", "down"))
     return [

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from internvl_edge.bundle.contract import CachePrecision, Tensor
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.quoting import reason
+from internvl_edge.export.calibration.experts import ExpertInputs
 from internvl_edge.export.calibration.gptq import moments
 from internvl_edge.export.calibration.ranges import RangeCollector, RangeProbes
 from internvl_edge.export.calibration.search import InputStats
 from internvl_edge.export.checkpoint.weights import Weight, WeightReader
 from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.formats.quantize import Floats
+from internvl_edge.export.graphs.dialects import Experts
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
@@ -56,6 +58,7 @@ HERE = Site()
 #: Inputs kept per layer for the search.
 SAMPLE_ROWS = 128
 _PREFIX = "observed:"
+_ROUTED = "routed:"
 
 
 class ObservingDialect(OnnxRuntimeDialect):
@@ -65,6 +68,7 @@ class ObservingDialect(OnnxRuntimeDialect):
         super().__init__(graph)
         self.probes = RangeProbes(graph)
         self._inputs: dict[str, list[Weight]] = {}
+        self._mixture: tuple[str, Experts] | None = None  # a unit is one layer at most
 
     def linear(
         self, x: str, weight: Weight, bias: Weight | None, name: str, gain: Weight | None = None
@@ -89,6 +93,22 @@ class ObservingDialect(OnnxRuntimeDialect):
         y, total = super().add_rms_norm(x, residual, weight, eps, name)
         self.probes.norm(weight.name, total)
         return y, total
+
+    def mixture(self, x: str, experts: Experts, name: str) -> str:
+        y = super().mixture(x, experts, name)
+        _, logits, *_ = self.graph.sources(y)
+        self._mixture = logits, experts
+        return y
+
+    def expose_router(self, experts: ExpertInputs) -> str | None:
+        """Make the router's logits an output for what looks into experts; return its name."""
+        if self._mixture is None:
+            return None
+        logits, experts.experts = self._mixture
+        router = experts.experts.router
+        name = f"{_ROUTED}{router.name}"
+        self.graph.output(logits, Tensor(name, "float32", ("rows", router.shape[0])))
+        return name
 
     def expose(self) -> dict[str, list[str]]:
         """Make the inputs outputs; returns output name -> names of the weights that read it."""
@@ -154,26 +174,42 @@ class Collector:
         self._rows[name] = held
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What looks on while a float unit runs.
+
+    Attributes:
+        inputs: sees the input of every linear layer.
+        ranges: sees how large values get.
+        experts: sees what experts are given, where a unit has any and somebody asks.
+    """
+
+    inputs: Collector
+    ranges: RangeCollector
+    experts: ExpertInputs | None = None
+
+
 def run_float(
     build: Build,
     feeds: Iterable[Feeds],
     reader: WeightReader,
-    collector: Collector,
-    ranges: RangeCollector,
+    watch: Watch,
     site: Site = HERE,
 ) -> Iterator[Arrays]:
-    """Run one float unit over all feeds, showing `collector` the input of every linear layer and
-    `ranges` how large values get.
-    """
+    """Run one float unit over all feeds, while `watch` looks on."""
     dialect = ObservingDialect(GraphBuilder("unit"))
     build(dialect, reader, "fp32")
     exposed = dialect.expose()
     measured = dialect.probes.expose()
+    routed = dialect.expose_router(watch.experts) if watch.experts else None
     for outputs in _run(dialect.graph, feeds, site):
+        if watch.experts and routed:
+            x = outputs[f"{_PREFIX}{routed.removeprefix(_ROUTED)}"]
+            watch.experts.add(x, outputs.pop(routed))
         for name, readers in exposed.items():
-            collector.add(readers[0], outputs.pop(name))
+            watch.inputs.add(readers[0], outputs.pop(name))
         for name in measured:
-            ranges.add(name, outputs.pop(name))
+            watch.ranges.add(name, outputs.pop(name))
         yield outputs
 
 

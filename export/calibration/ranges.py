@@ -123,6 +123,16 @@ class RangeCollector:
             [np.maximum(before[0], largest), before[1] + signal, before[2] + noise]
         )
 
+    def see(self, place: str, weight: str, values: NDArray[np.float32]) -> None:
+        """Take in values that were computed outside of a graph, measured as its probes do."""
+        if not values.size:
+            return
+        wide = values.astype(np.float64)
+        with np.errstate(over="ignore"):
+            error = wide - values.astype(np.float16)
+        measured = [np.abs(wide).max(), (wide**2).sum(), (error**2).sum()]
+        self.add(f"{_PREFIX}{place}:{weight}", np.array(measured))
+
     def values(self) -> Iterator[ValueRange]:
         for name, (largest, signal, noise) in self._seen.items():
             place, weight = name[len(_PREFIX) :].split(":", 1)

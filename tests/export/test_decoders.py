@@ -84,10 +84,11 @@ def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow(seconds=30)
 @pytest.mark.usefixtures("few_items")
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, "qwen3 moe"])
 def test_halves(tmp_path: Path, name: str) -> None:
     """float16 has 73 dB for one rounding, and some tens of them follow each other."""
-    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(DECODERS[name], (8, 2)))
+    decoder = (DECODERS | EXPERTS)[name]
+    checkpoint = write_checkpoint(tmp_path / "model", decoder_config(decoder, (8, 2)))
     exact = run_bundle(export_bundle(checkpoint, tmp_path / "float"))
     bundle = export_bundle(checkpoint, tmp_path / "half", vision="fp16", language="fp16")
     got = run_bundle(bundle, exact.rows)
@@ -164,7 +165,6 @@ def test_heads_that_no_operator_takes(tmp_path: Path) -> None:
     [
         ({"dialect": "tensorrt"}, "experts.* no such operator; export for onnxruntime"),
         ({"dialect": "tensorrt-portable"}, "experts.* no such operator; export for onnxruntime"),
-        ({"language": "fp16"}, "not exported as fp16; pass --language fp32, int8 or int4"),
         (
             {"language": "int4", "options": QuantOptions(block=128)},
             r"mlp.experts.* 64 inputs.* pass a --block that divides 64",

@@ -17,6 +17,7 @@ from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.float16 import check_ranges
 from internvl_edge.export.calibration.ranges import RangeCollector, ValueRange
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.runtime import ExportError, InternVL, InternVLEdgeWarning
 
 TINY_OCR = Path(__file__).parents[2] / "examples" / "tiny_ocr" / "checkpoint"
@@ -119,7 +120,8 @@ def test_what_is_no_number_overflows() -> None:
     collector.add(f"range:norm:{NORM}", np.array([[1.0, 1.0, 0.0]]))
     (value,) = collector.values()
     assert value.overflows
+    spec = parse_config(small_config())
     with pytest.raises(ExportError, match="reaches nan"):
-        check_ranges([value], Recipe("fp16", "fp32", "fp32"))
-    check_ranges([value], Recipe("int8", "fp32", "fp32"))
+        check_ranges([value], Recipe("fp16", "fp32", "fp32"), spec)
+    check_ranges([value], Recipe("int8", "fp32", "fp32"), spec)
     assert not ValueRange("norm", NORM, 65504.0, 73.0).overflows

@@ -31,6 +31,7 @@ from internvl_edge.export.calibration.ranges import (
     sqnr_db,
     wide_linears,
 )
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.tensorrt.oracle import run_bundle
 from internvl_edge.runtime import ExportError
@@ -158,7 +159,8 @@ def test_attention_that_overflows_is_refused(tmp_path: Path) -> None:
         export_bundle(checkpoint, tmp_path / "bundle", dialect="tensorrt", **HALF)
     assert not (tmp_path / "bundle").exists()
     recipe = Recipe("fp16", "fp16", "fp16", dialect="tensorrt")
-    check_ranges([ValueRange("input", WO, 6e4, 70)], recipe)  # only near the end: goes on
+    spec = parse_config(small_config())
+    check_ranges([ValueRange("input", WO, 6e4, 70)], recipe, spec)  # only near the end: goes on
 
 
 @settings(max_examples=40, deadline=None)
