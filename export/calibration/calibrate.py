@@ -24,6 +24,7 @@ from internvl_edge.export.calibration.decisions import (
     decide_experts,
     make_plan,
 )
+from internvl_edge.export.calibration.expert_gptq import compensate_experts
 from internvl_edge.export.calibration.experts import ExpertInputs
 from internvl_edge.export.calibration.observe import (
     HERE,
@@ -164,7 +165,7 @@ class Calibration:
     def _looks_inside(self, unit: Unit) -> bool:
         """Whether it counts what the experts of a decoder layer compute, if it has any."""
         recipe = self._recipe
-        wanted = recipe.computes_in_float16(EMBEDDING)
+        wanted = recipe.compensates or recipe.computes_in_float16(EMBEDDING)
         return wanted and unit.name.startswith("language.")
 
     def _decide_experts(self, unit: Unit, layer: int, watch: Watch) -> Decisions:
@@ -174,6 +175,8 @@ class Calibration:
         decisions = decide_experts(self._spec.language, layer)
         if watch.experts is None:
             return decisions
+        if self._recipe.compensates:
+            return decisions | compensate_experts(watch.experts, self._recipe.language_form)
         watch.experts.measure(watch.ranges)
         return decisions
 

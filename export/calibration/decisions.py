@@ -249,7 +249,7 @@ def _compensated(
 def decide_experts(spec: LanguageSpec, layer: int) -> Decisions:
     """Return what is decided of a layer's experts: rounding to nearest, all inputs alike.
 
-    Which tokens an expert gets depends on the router; few calibration tokens reach each.
+    At 4 bits `compensate_experts` rounds them by what each is given.
     """
     decisions: Decisions = {}
     for name in EXPERT_MATRICES if spec.has_experts(layer) else ():

@@ -36,6 +36,32 @@ def moments(x: Floats) -> list[Floats]:
     return [chunk.T @ chunk for chunk in chunks]
 
 
+def shrunk_moments(x: Floats) -> list[Floats]:
+    """Mean second moments of few inputs, drawn towards a multiple of the identity.
+
+    As far as the rows leave them uncertain (Ledoit and Wolf 2004, "A well-conditioned estimator for
+    large-dimensional covariance matrices"): none at all gives zeros, one alone the multiple itself.
+    """
+    starts = range(0, x.shape[1], CHUNK)
+    return [_shrunk(x[:, start : start + CHUNK].astype(np.float64)) for start in starts]
+
+
+def _shrunk(x: NDArray[np.float64]) -> Floats:
+    rows, columns = x.shape
+    if not rows:
+        return np.zeros((columns, columns), np.float32)
+    mean: NDArray[np.float64] = x.T @ x / rows
+    diagonal = np.diag_indices(columns)
+    target = mean[diagonal].mean()
+    size = (mean**2).sum()
+    spread = ((x**2).sum(axis=1) ** 2).mean() - size  # of one row's moments round the mean
+    away = size - columns * target**2  # of the mean from the target, squared
+    share = min(spread / rows / away, 1.0) if rows > 1 and away > 0 else 1.0
+    mean *= 1 - share
+    mean[diagonal] += share * target
+    return mean.astype(np.float32)
+
+
 def error_factors(second: Sequence[Floats], factors: Floats) -> list[Floats]:
     """Upper Cholesky factors of the inverse damped moments, of inputs divided by `factors`."""
     results, start = [], 0
