@@ -145,6 +145,28 @@ class LanguageSpec:
         return self.dense_size or self.intermediate_size if dense else self.intermediate_size
 
     @property
+    def expert_weights(self) -> int:
+        """Weights of the experts of all layers."""
+        widths = (self.mlp_size(i) for i in range(self.num_hidden_layers) if self.has_experts(i))
+        return 3 * self.hidden_size * (self.experts or 0) * sum(widths)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the matrices of all layers."""
+        attention = 2 * (self.query_size + self.key_value_size)
+        layers = range(self.num_hidden_layers)
+        widths = [attention + (0 if self.has_experts(i) else 3 * self.mlp_size(i)) for i in layers]
+        return self.hidden_size * sum(widths) + self.expert_weights
+
+    @property
+    def token_weights(self) -> int:
+        """Those of them that one token goes through."""
+        if self.experts is None:
+            return self.linear_weights
+        left_out = self.experts - (self.experts_per_token or 0)
+        return self.linear_weights - self.expert_weights * left_out // self.experts
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether query, key and value have a bias."""
         return self.bias or self.qkv_bias

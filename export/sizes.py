@@ -101,7 +101,7 @@ def part_entries(weights: Iterable[Weight], plan: QuantPlan) -> dict[str, PartEn
 def _label(stored: list[Weight], plan: LinearPlan | None) -> str:
     """Precision, for people, of one matrix stored as these tensors: the largest are its values."""
     scales = [weight for weight in stored if weight.name.endswith(".scales")]
-    if plan is not None and plan.form is not None and any(len(s.shape) == 2 for s in scales):
+    if plan is not None and plan.form is not None and any(len(s.shape) > 1 for s in scales):
         return f"int{plan.form.bits} block {plan.form.block}"
     dtype = max(stored, key=lambda weight: weight.nbytes).dtype
     return {"float32": "fp32", "float16": "fp16"}.get(dtype, dtype)

@@ -91,7 +91,8 @@ def _memory(path: Path, manifest: Manifest) -> Report:
             mapped=mapped,
         ).total
 
-    copied = "copied when loaded, those in blocks mapped" if mapped else "copied when loaded"
+    blocks = "those in blocks mapped" + " but for experts" * bool(spec.language.experts)
+    copied = f"copied when loaded, {blocks}" if mapped else "copied when loaded"
     return {
         "weights": "mapped from prepared files" if prepared else copied,
         "one_tile_bytes": total(1, low_memory=False),

@@ -120,7 +120,7 @@ def plan_memory(
         vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
         language_weights=_language_weights(manifest, prepared, mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
-        language=DOUBLING * LANGUAGE_WIDE * chunk * language.intermediate_size * 4,
+        language=DOUBLING * LANGUAGE_WIDE * chunk * _inner_width(language) * 4,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
@@ -129,8 +129,25 @@ def plan_memory(
 
 def _language_weights(manifest: Manifest, prepared: bool, mapped: bool) -> int:
     if mapped and manifest.parts:
-        return sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
+        copied = sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
+        return copied + (0 if prepared else int(PACKED_GROWTH * _expert_bytes(manifest)))
     return 0 if prepared else _weights(manifest, LANGUAGE_FILES)
+
+
+def _expert_bytes(manifest: Manifest) -> int:
+    """Bytes of experts, which ONNX Runtime's operator packs, of a decoder in blocks."""
+    language = manifest.spec.language
+    decoder = _part_bytes(manifest, "decoder_linears")
+    return decoder * language.expert_weights // language.linear_weights
+
+
+def _inner_width(language: LanguageSpec) -> int:
+    """Return the inner width of the MLPs that a token goes through at once."""
+    chosen = language.experts_per_token or 1
+    return max(
+        language.mlp_size(layer) * (chosen if language.has_experts(layer) else 1)
+        for layer in range(language.num_hidden_layers)
+    )
 
 
 def _copied(manifest: Manifest, part: str) -> int:
@@ -154,13 +171,17 @@ def _packing(manifest: Manifest, mapped: bool) -> int:
         )
     )
     if mapped:
-        return int(PACKED_GROWTH * vision) + _copied(manifest, "head")
+        experts = language if manifest.spec.language.experts else 0
+        return int(PACKED_GROWTH * (vision + experts)) + _copied(manifest, "head")
     return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
 
 
 def _mlp_weights(part: VisionSpec | LanguageSpec) -> int:
-    """Return the number of weights of a layer's largest matrix."""
-    return part.hidden_size * part.intermediate_size
+    """Return the number of weights of a layer's largest matrix; experts have one for all of them,
+    of gate and up."""
+    size = part.hidden_size * part.intermediate_size
+    experts = part.experts if isinstance(part, LanguageSpec) else None
+    return size if experts is None else 2 * experts * size
 
 
 def _part_bytes(manifest: Manifest, part: str) -> int:

@@ -80,16 +80,15 @@ def language_work(
         parts: bytes of the weights by part.
         cache_token_bytes: of one position's keys and values in all layers.
     """
-    hidden = spec.hidden_size
-    layer = hidden * (2 * spec.query_size + 2 * spec.key_value_size)
-    layer += 3 * hidden * spec.intermediate_size
-    head = logit_rows * hidden * spec.vocab_size
+    head = logit_rows * spec.hidden_size * spec.vocab_size
+    # Of experts those of one token at least; more rows may need more.
+    decoder = parts["decoder_linears"] * spec.token_weights / spec.linear_weights
     # Row i of the new ones sees cached + i + 1 keys.
     keys = tokens * cached + tokens * (tokens + 1) / 2
     return Work(
-        linear=2.0 * (tokens * spec.num_hidden_layers * layer + head),
+        linear=2.0 * (tokens * spec.token_weights + head),
         attention=4.0 * spec.num_hidden_layers * spec.query_size * keys,
-        read_bytes=parts["decoder_linears"] + parts["head"] + cache_token_bytes * cached,
+        read_bytes=decoder + parts["head"] + cache_token_bytes * cached,
     )
 
 

@@ -2,8 +2,9 @@
 
 A bundle directory may hold `prepared/<machine key>/` with graphs again, their matrices packed for
 one version of ONNX Runtime on one kind of CPU: both, or, where our own kernel computes the language
-graph from mapped weights, the vision graph. Another version or CPU looks for another key, so
-a stale directory is never used; `internvl-edge prepare` writes the one that fits.
+graph from mapped weights, the vision graph alone; experts are packed all the same. Another version
+or CPU looks for another key, so a stale directory is never used; `internvl-edge prepare` writes the
+one that fits.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def superseded(folder: Path) -> list[Path]:
 def packed_graphs(bundle: Bundle) -> dict[str, tuple[str, ...]]:
     """Return the files of each graph, by its name, whose weights ONNX Runtime packs here."""
     graphs: dict[str, tuple[str, ...]] = {VISION_GRAPH: VISION_FILES}
-    if bundle_kernel(bundle).library is None:
+    if bundle_kernel(bundle).library is None or bundle.spec.language.experts is not None:
         graphs[LANGUAGE_GRAPH] = LANGUAGE_FILES
     return graphs
 

@@ -26,7 +26,12 @@ from internvl_edge.runtime.backends.own_kernels import (
     bundle_kernels,
     vision_kernels,
 )
-from internvl_edge.runtime.backends.prepared import PREPARE_AGAIN, verified_prepared, why_none
+from internvl_edge.runtime.backends.prepared import (
+    PREPARE_AGAIN,
+    packed_graphs,
+    verified_prepared,
+    why_none,
+)
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
 from internvl_edge.runtime.backends.tower import TowerKernel
 from internvl_edge.runtime.memory import MemoryGuard
@@ -114,7 +119,8 @@ class CpuGraphs:
     """Both graphs of a bundle on the CPU, prepared for this machine where they are.
 
     Where prepared ones do not fit, the plain graphs are opened instead, with a warning. A graph
-    that our own kernel computes is always the plain one: its weights are mapped as they are.
+    that our own kernel computes is always the plain one, unless it has experts: its weights are
+    mapped as they are.
 
     Args:
         bundle: a verified bundle.
@@ -138,6 +144,7 @@ class CpuGraphs:
         )
         self._form = bundle_form(bundle.manifest)
         self._vision = vision_kernels(bundle.manifest)
+        self._packed = packed_graphs(bundle)
         self._prepared = self._find_prepared()
         self._held: list[HeldFiles] = []
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -211,7 +218,7 @@ class CpuGraphs:
     def _part(self, graph: str) -> _Part:
         """Return what is opened of a graph."""
         own = self._own if graph == contract.LANGUAGE_GRAPH else self._vision
-        if self._prepared is None or own.blocks.library is not None:
+        if self._prepared is None or graph not in self._packed:
             return _Part(self._bundle.verified, graph, Provider(form=self._form, own=own))
         return _Part(self._prepared, graph, Provider(optimise="none", form=self._form, own=own))
 

@@ -21,11 +21,12 @@ from internvl_edge.bench.common.ceilings import Ceilings
 from internvl_edge.bench.common.limits import Weights, phase_limits
 from internvl_edge.bench.common.roofline import Ceiling, Work
 from internvl_edge.bench.latency.operators import Phase, profile_bundle
-from internvl_edge.bench.scale.members import internvl_1_5
+from internvl_edge.bench.scale.members import CONFIGS, internvl_1_5
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.rope import rope_rows
 from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
+from internvl_edge.export.checkpoint.config import parse_config
 from internvl_edge.export.sizes import bundle_bytes
 
 WITHIN = 0.01
@@ -193,3 +194,19 @@ def test_patch_embedding_is_nothing_at_true_width() -> None:
     parts = bundle_bytes(spec, Recipe("int8", "int4", "int8", QuantOptions()))
     patch = 4 * 3 * vision.patch_size**2 * vision.hidden_size  # float32
     assert patch < 0.002 * (parts["vision_linears"] + parts["projector"])
+
+
+def test_a_token_goes_through_some_experts() -> None:
+    """Operations and bytes of InternVL3.5-30B-A3B: 3 of its 30 thousand million weights a token."""
+    spec = parse_config(CONFIGS["internvl3_5-30b-a3b"])
+    recipe = Recipe("int8", "int4", "fp32", QuantOptions())
+    parts = bundle_bytes(spec, recipe)
+    work = Weights(spec, parts, "int8", "int4", "fp32").language_pass(1, 0)
+    head = spec.language.vocab_size * spec.language.hidden_size
+    attention, expert = 2048 * (2 * 32 + 2 * 4) * 128, 3 * 2048 * 768
+    weights = 48 * (attention + 8 * expert)
+    assert work.linear == 2 * (weights + head)
+    whole = 48 * (attention + 128 * expert)
+    read = parts["decoder_linears"] * weights / whole + parts["head"]
+    assert work.read_bytes == pytest.approx(read, rel=1e-9)
+    assert 0.05 < work.read_bytes / sum(parts.values()) < 0.15

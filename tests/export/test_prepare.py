@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import onnxruntime
 import pytest
 from calibrating import few_items
 from checkpoints import small_config, write_checkpoint
+from loaded_memory import anonymous_bytes
 from numpy.typing import NDArray
 from packaging.version import Version
 
@@ -48,23 +47,6 @@ PRECISIONS = [
     {"vision": "int8", "language": "int4"},
     {"vision": "int8", "language": "int8"},
 ]
-
-#: Anonymous bytes in use once the bundle is loaded, beyond those before: not what glibc keeps free.
-LOADED = """
-import ctypes, sys
-from internvl_edge.runtime.backends.sessions import CpuGraphs
-from internvl_edge.bundle.manifest import file_entry, open_bundle
-def anonymous():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-bundle = open_bundle(sys.argv[1], verify="size")
-import onnxruntime
-before = anonymous()
-graphs = CpuGraphs(bundle, 1, one_at_a_time=False)
-if hasattr(ctypes.CDLL(None), "malloc_trim"):
-    ctypes.CDLL(None).malloc_trim(0)
-print(anonymous() - before)
-"""
 
 
 def write_bundle(folder: Path, **precision: str) -> Path:
@@ -147,13 +129,6 @@ def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
     prepare_bundle(bundle)
     # What remains is the sessions themselves, a few MB whatever the model.
     assert anonymous_bytes(bundle) < plain - 0.7 * weights
-
-
-def anonymous_bytes(bundle: Path) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
 
 
 def packed_initializers(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,135 @@
+"""Experts are packed by ONNX Runtime's operator beside our own kernels: mapped once prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibrating import few_items
+from checkpoints import write_checkpoint
+from decoders import EXPERTS, decoder_config
+from loaded_memory import anonymous_bytes
+
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.bundle.manifest import Bundle, open_bundle
+from internvl_edge.bundle.specs import LanguageSpec
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.calibration.decisions import QuantOptions
+from internvl_edge.export.checkpoint.config import parse_config
+from internvl_edge.export.checkpoint.names import language_shapes
+from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.runtime import InternVL
+from internvl_edge.runtime.backends.blocks import bundle_kernel
+from internvl_edge.runtime.backends.prepared import find_prepared
+from internvl_edge.runtime.memory import PACKED_GROWTH, MemoryPlan, plan_memory
+
+pytestmark = pytest.mark.slow(seconds=3)
+
+IDS = [1, 5, 9, 200, 17, 3]
+LARGE = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 512,
+    "num_experts": 16,
+    "num_hidden_layers": 5,
+}
+
+
+@pytest.fixture(params=["int4", "int8"], scope="module")
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of experts that are large enough to be mapped."""
+    config = decoder_config(EXPERTS["qwen3 moe"] | LARGE, (8, 2))
+    folder = tmp_path_factory.mktemp("experts")
+    checkpoint = write_checkpoint(folder / "model", config)
+    options = QuantOptions(naive=True)
+    with few_items():
+        return export_bundle(
+            checkpoint,
+            folder / "bundle",
+            vision="int8",
+            language=request.param,
+            options=options,
+            sensitivity=False,
+        )
+
+
+def test_the_same_results_from_less_memory(bundle: Path) -> None:
+    """Bit for bit, and no more than is planned, plain or prepared."""
+    opened = open_bundle(bundle)
+    experts = expert_bytes(opened)
+    assert experts > 30e6
+    plain, taken = InternVL.load(bundle, device="cpu", threads=1), anonymous_bytes(bundle)
+    folder = prepare_bundle(bundle)
+    assert {VISION_GRAPH, LANGUAGE_GRAPH} <= {path.name for path in folder.iterdir()}
+    packed = InternVL.load(bundle, device="cpu", threads=1)
+    assert find_prepared(open_bundle(bundle)) == folder
+    assert taken - anonymous_bytes(bundle) > 0.5 * experts
+    np.testing.assert_array_equal(packed.logits(IDS), plain.logits(IDS))
+    asked: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    assert packed.generate("Hello", **asked).token_ids == plain.generate("Hello", **asked).token_ids
+    planned = planned_memory(opened, prepared=False)
+    assert taken < planned.sessions + planned.vision_weights + planned.language_weights
+
+
+def test_what_experts_take_is_planned(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    language = opened.manifest.language
+    layers = opened.spec.language.num_hidden_layers
+    decoder = opened.manifest.parts["decoder_linears"]
+    assert decoder.precision == {f"{language} block 128": 4 * layers}
+    if bundle_kernel(opened).library is None:
+        pytest.skip("ONNX Runtime packs all of the decoder here")
+    planned = planned_memory(opened, prepared=False).language_weights
+    assert planned == int(PACKED_GROWTH * expert_bytes(opened))
+    assert planned_memory(opened, prepared=True).language_weights == 0
+
+
+def expert_bytes(bundle: Bundle) -> int:
+    spec = bundle.spec.language
+    decoder = bundle.manifest.parts["decoder_linears"].bytes
+    return decoder * spec.expert_weights // spec.linear_weights
+
+
+def planned_memory(bundle: Bundle, *, prepared: bool) -> MemoryPlan:
+    return plan_memory(
+        bundle.manifest,
+        tokens=64,
+        tiles=1,
+        prepared=prepared,
+        low_memory=False,
+        mapped=bundle_kernel(bundle).library is not None,
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"num_experts": 4, "num_experts_per_tok": 4},
+        {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+    ],
+    ids=str,
+)
+def test_weights_are_counted(changed: dict[str, Any]) -> None:
+    """As tensors have them; of a token's experts as many as it goes through."""
+    spec = parse_config(decoder_config(EXPERTS["qwen3 moe"] | changed, (8, 2))).language
+    sizes = {name: int(np.prod(shape)) for name, shape in language_shapes(spec).items()}
+
+    def total(*ends: str) -> int:
+        return sum(size for name, size in sizes.items() if name.endswith(ends))
+
+    experts = total("experts_gated.weight", "experts_down.weight")
+    others = total(".qkv.weight", ".out.weight", ".gate.weight", ".up.weight", ".down.weight")
+    assert spec.expert_weights == experts
+    assert spec.linear_weights == experts + others
+    share = (spec.experts_per_token or 0) / (spec.experts or 1)
+    assert spec.token_weights == others + share * experts
+
+
+def test_without_experts_a_token_goes_through_all() -> None:
+    spec: LanguageSpec = parse_config(
+        decoder_config({"architectures": ["LlamaForCausalLM"]}, (4, 2))
+    ).language
+    assert spec.expert_weights == 0
+    assert spec.token_weights == spec.linear_weights
