@@ -193,7 +193,7 @@ def _decide(
     )
     outside = ranges_of(decisions)
     try:
-        check_ranges(outside, recipe, source.spec)
+        check_ranges(outside, recipe, source)
     except RangeError:
         work.forget_calibration()  # the same export would only fail again
         raise

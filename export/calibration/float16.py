@@ -9,12 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from internvl_edge.bundle.contract import stored_name
 from internvl_edge.bundle.errors import RangeError, RangeWarning
 from internvl_edge.bundle.remedies import Remedy, told
-from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.calibration.decisions import Recipe
 from internvl_edge.export.calibration.ranges import END, INPUT, NORM, OUTPUT, ValueRange
+from internvl_edge.export.checkpoint.checkpoint import WeightSource
 from internvl_edge.export.checkpoint.names import is_language
 
 #: Linear layers that read what attention gives; in the decoder, one that makes what is cached.
@@ -23,12 +22,12 @@ _CACHED = ".qkv.weight"
 _PHRASES = {INPUT: "what {} reads", OUTPUT: "what {} gives", NORM: "what {} reads"}
 
 
-def check_ranges(found: Sequence[ValueRange], recipe: Recipe, spec: ModelSpec) -> None:
+def check_ranges(found: Sequence[ValueRange], recipe: Recipe, source: WeightSource) -> None:
     """Refuse values that overflow in a recipe's graphs.
 
     Args:
         found: the values that float16 does not hold, as calibration saw them.
-        spec: of the model.
+        source: of the model's weights.
 
     Raises:
         RangeError: one overflows that is computed or cached in float16.
@@ -39,13 +38,13 @@ def check_ranges(found: Sequence[ValueRange], recipe: Recipe, spec: ModelSpec) -
     exposed = [value for value in found if _is_exposed(value, recipe)]
     for value in exposed:
         if value.overflows:
-            raise RangeError(_describe(value), _remedies(value, recipe, spec))
+            raise RangeError(_describe(value, source), _remedies(value, recipe, source))
     if exposed and not recipe.traits.layer_dtypes:
         worst = max(exposed, key=lambda value: value.largest)
-        remedies = _remedies(worst, recipe, spec)
+        described, remedies = _describe(worst, source), _remedies(worst, recipe, source)
         warnings.warn(
             f"{len(exposed)} values come near the ends of float16 or lose precision in it:"
-            f" {_describe(worst)}; if answers are refused or poor, {told(remedies, flags=True)}",
+            f" {described}; if answers are refused or poor, {told(remedies, flags=True)}",
             RangeWarning,
             stacklevel=2,
         )
@@ -66,13 +65,13 @@ def _is_attended(value: ValueRange) -> bool:
     return value.place == INPUT and value.weight.endswith(_ATTENDED)
 
 
-def _describe(value: ValueRange) -> str:
+def _describe(value: ValueRange, source: WeightSource) -> str:
     phrase = "attention in front of {}" if _is_attended(value) else _PHRASES[value.place]
-    subject = phrase.format(stored_name(value.weight))
+    subject = phrase.format(source.origin(value.weight))
     return f"{subject} reaches {value.largest:.3g}, float16 ends at {END:.0f}"
 
 
-def _remedies(value: ValueRange, recipe: Recipe, spec: ModelSpec) -> dict[Remedy, str]:
+def _remedies(value: ValueRange, recipe: Recipe, source: WeightSource) -> dict[Remedy, str]:
     decoder = is_language(value.weight)
     if decoder and not recipe.computes_in_float16(value.weight):
         return {Remedy.FP32_CACHE: ""}
@@ -80,7 +79,7 @@ def _remedies(value: ValueRange, recipe: Recipe, spec: ModelSpec) -> dict[Remedy
     if recipe.traits.layer_dtypes:
         return whole
     integers = Remedy.INT8_LANGUAGE if decoder else Remedy.INT8_VISION
-    if decoder and spec.language.experts is not None:  # TensorRT's graphs have none
+    if decoder and source.spec.language.experts is not None:  # TensorRT's graphs have none
         return {**whole, integers: ""}
     kept = "whose graphs keep single layers in float32"
     return {**whole, integers: "", Remedy.FOR_TENSORRT: kept}

@@ -37,6 +37,8 @@ SINGLE = "model.safetensors"
 #: Bytes read at a time. Keeps the resident part of a memory-mapped shard small: the output head
 #: of the 26B model alone is 1.1 GB.
 BLOCK_BYTES = 64 << 20
+#: Stored tensors that a message names of those that make one; experts are made of hundreds.
+MOST_NAMES = 3
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -127,7 +129,10 @@ class Checkpoint:
         return self._table[name].order
 
     def origin(self, name: str) -> str:
-        return " and ".join(self._table[name].names)
+        names = self._table[name].names
+        if len(names) > MOST_NAMES:
+            return f"{names[0]} to {names[-1]} ({len(names)} tensors)"
+        return " and ".join(names)
 
     def _run(self, shape: tuple[int, ...], part: Rows) -> Iterator[NDArray[np.generic]]:
         """Yield a part of a tensor of this shape."""

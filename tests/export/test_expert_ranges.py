@@ -51,11 +51,12 @@ def checkpoint_with(folder: Path, factors: dict[str, float]) -> Path:
     [
         (
             {"experts.5.up_proj.weight": LOUD, "experts.5.down_proj.weight": 1 / LOUD},
-            r"experts_(gated.weight gives|down.weight reads) reaches \d",
+            rf"what {LAYER}experts.0.\w+_proj.weight to .*experts.7.\w+_proj.weight"
+            r" \((16 tensors\) gives|8 tensors\) reads) reaches \d",
         ),
         (
             {"experts.3.down_proj.weight": LOUD, "gate.weight": 0.01},
-            r"experts_down.weight gives reaches \d",
+            r"experts.7.down_proj.weight \(8 tensors\) gives reaches \d",
         ),
     ],
     ids=["inner", "result"],

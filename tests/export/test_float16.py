@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import small_config, write_checkpoint
+from decoders import DECODERS, decoder_config
 from safetensors.numpy import load_file, save_file
 
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration import run as calibration_run
 from internvl_edge.export.calibration.decisions import Recipe
@@ -81,6 +83,16 @@ def test_a_decoder_that_overflows_is_refused(tmp_path: Path) -> None:
     assert InternVL.load(bundle, device="cpu", threads=1).generate("Hi", max_new_tokens=2)
 
 
+def test_layers_go_by_the_checkpoints_names(tmp_path: Path) -> None:
+    """Another family's said nothing to whoever looked for them in the files."""
+    config = decoder_config(DECODERS["qwen3"], (4, 2))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, dtype=np.dtype(np.float32))
+    layer = "language_model.model.layers.0.mlp."
+    scale(checkpoint, {f"{layer}gate_proj.weight": 6e4, f"{layer}down_proj.weight": 1e-6})
+    with pytest.raises(ExportError, match=rf"what {layer}(gate|down)_proj.weight (gives|reads)"):
+        export_bundle(checkpoint, tmp_path / "bundle", language="fp16")
+
+
 @pytest.mark.parametrize("language", ["fp32", "int8"])
 def test_a_float16_cache_that_overflows_is_refused(tmp_path: Path, language: Any) -> None:
     checkpoint = loud_keys(tmp_path / "checkpoint")
@@ -120,8 +132,8 @@ def test_what_is_no_number_overflows() -> None:
     collector.add(f"range:norm:{NORM}", np.array([[1.0, 1.0, 0.0]]))
     (value,) = collector.values()
     assert value.overflows
-    spec = parse_config(small_config())
+    source = SyntheticWeights(parse_config(small_config()))
     with pytest.raises(ExportError, match="reaches nan"):
-        check_ranges([value], Recipe("fp16", "fp32", "fp32"), spec)
-    check_ranges([value], Recipe("int8", "fp32", "fp32"), spec)
+        check_ranges([value], Recipe("fp16", "fp32", "fp32"), source)
+    check_ranges([value], Recipe("int8", "fp32", "fp32"), source)
     assert not ValueRange("norm", NORM, 65504.0, 73.0).overflows

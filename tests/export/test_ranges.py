@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import QUANTISATION_REPORT, Tensor
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
@@ -159,8 +160,8 @@ def test_attention_that_overflows_is_refused(tmp_path: Path) -> None:
         export_bundle(checkpoint, tmp_path / "bundle", dialect="tensorrt", **HALF)
     assert not (tmp_path / "bundle").exists()
     recipe = Recipe("fp16", "fp16", "fp16", dialect="tensorrt")
-    spec = parse_config(small_config())
-    check_ranges([ValueRange("input", WO, 6e4, 70)], recipe, spec)  # only near the end: goes on
+    source = SyntheticWeights(parse_config(small_config()))
+    check_ranges([ValueRange("input", WO, 6e4, 70)], recipe, source)  # only near the end: goes on
 
 
 @settings(max_examples=40, deadline=None)
