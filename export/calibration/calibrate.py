@@ -135,8 +135,11 @@ class Calibration:
         layer = int(unit.name.rpartition(".")[2]) if "." in unit.name else 0
         compensate = unit.name.startswith("language.") and self._recipe.compensates
         collector = Collector(layer, with_moments=compensate)
-        ranges = RangeCollector()
-        watch = Watch(collector, ranges, ExpertInputs() if self._looks_inside(unit) else None)
+        watch = Watch(
+            collector,
+            RangeCollector() if self._recipe.has_halves else None,
+            ExpertInputs() if self._looks_inside(unit) else None,
+        )
         reader = WeightReader(self._source, "float32")
         results: list[Floats] = []
         sizes: dict[str, Floats] = {}
@@ -158,7 +161,7 @@ class Calibration:
             decisions |= decide_cache(
                 self._spec.language, layer, decisions, sizes[KEY], sizes[VALUE]
             )
-        decisions |= ranges.decisions()
+        decisions |= watch.ranges.decisions() if watch.ranges else {}
         decisions |= self._compare(unit, decisions, results)
         return decisions, np.concatenate(results)
 
@@ -177,7 +180,8 @@ class Calibration:
             return decisions
         if self._recipe.compensates:
             return decisions | compensate_experts(watch.experts, self._recipe.language_form)
-        watch.experts.measure(watch.ranges)
+        if watch.ranges is not None:
+            watch.experts.measure(watch.ranges)
         return decisions
 
     def _compare(self, unit: Unit, decisions: Decisions, exact: Sequence[Floats]) -> Decisions:

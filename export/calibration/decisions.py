@@ -108,8 +108,12 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything depends on the model's values: scales, or that float16 holds them."""
-        halves = any(map(self._is_half, (self.vision, self.language)))
-        return self.has_integers or halves or self.kv == "fp16"
+        return self.has_integers or self.has_halves
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether anything is computed or cached in float16."""
+        return self.kv == "fp16" or any(map(self._is_half, (self.vision, self.language)))
 
     def computes_in_float16(self, name: str) -> bool:
         """Whether the graph of a tensor's part computes in float16."""

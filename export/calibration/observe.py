@@ -180,12 +180,13 @@ class Watch:
 
     Attributes:
         inputs: sees the input of every linear layer.
-        ranges: sees how large values get.
+        ranges: sees how large values get, where anything is to be float16: probes take half of a
+            run's time, and of its memory.
         experts: sees what experts are given, where a unit has any and somebody asks.
     """
 
     inputs: Collector
-    ranges: RangeCollector
+    ranges: RangeCollector | None = None
     experts: ExpertInputs | None = None
 
 
@@ -200,7 +201,7 @@ def run_float(
     dialect = ObservingDialect(GraphBuilder("unit"))
     build(dialect, reader, "fp32")
     exposed = dialect.expose()
-    measured = dialect.probes.expose()
+    measured = dialect.probes.expose() if watch.ranges else []
     routed = dialect.expose_router(watch.experts) if watch.experts else None
     for outputs in _run(dialect.graph, feeds, site):
         if watch.experts and routed:
@@ -208,8 +209,9 @@ def run_float(
             watch.experts.add(x, outputs.pop(routed))
         for name, readers in exposed.items():
             watch.inputs.add(readers[0], outputs.pop(name))
-        for name in measured:
-            watch.ranges.add(name, outputs.pop(name))
+        if watch.ranges is not None:
+            for name in measured:
+                watch.ranges.add(name, outputs.pop(name))
         yield outputs
 
 

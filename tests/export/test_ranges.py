@@ -220,3 +220,36 @@ def _against_float32(bundle: Path, exact: Path) -> list[float]:
 def _sqnr(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
     wide = expected.astype(np.float64)
     return sqnr_db(float((wide**2).sum()), float(((got - wide) ** 2).sum()))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "probed"),
+    [
+        ({"vision": "int8", "language": "int4"}, False),
+        ({"vision": "int8", "language": "int8", "kv": "int8"}, False),
+        ({"vision": "int8", "language": "fp16"}, True),
+        ({"vision": "int8", "kv": "fp16"}, True),
+        ({"vision": "int8", "dialect": "tensorrt"}, True),
+    ],
+    ids=str,
+)
+def test_nobody_looks_where_nothing_is_float16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, Any], probed: bool
+) -> None:
+    """Probes copied every value four times, of exports that asked nothing of them."""
+    measured: list[str] = []
+
+    def measure(probes: RangeProbes, name: str, value: str) -> str:
+        measured.append(name)
+        return real(probes, name, value)
+
+    real = RangeProbes._measure
+    monkeypatch.setattr(RangeProbes, "_measure", measure)
+    export_bundle(
+        scaled_checkpoint(tmp_path / "checkpoint", {}),
+        tmp_path / "bundle",
+        options=QuantOptions(block=32),
+        sensitivity=False,
+        **wanted,
+    )
+    assert bool(measured) == probed
