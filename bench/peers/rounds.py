@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from internvl_edge.bench.peers.comparison import Standing
 from internvl_edge.bench.peers.worker import Round, Worker
 
 #: Seconds between turns, for the threads of the last one to stop spinning.
@@ -57,23 +58,24 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What two systems' rounds say.
+class DecoderStanding(Standing):
+    """What rounds of decoders say.
 
     Attributes:
         decode: by the number of sequences.
-        features: what the peer says it uses of this CPU.
-        call: how it was called.
     """
 
-    name: str
-    versions: dict[str, str]
-    features: str
-    call: str
     prefill: Rate
     decode: dict[int, Rate]
     own_rounds: list[Round]
     rounds: list[Round]
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """Tokens a second of each phase."""
+        decode = {f"decode of {count}": rate for count, rate in self.decode.items()}
+        for name, rate in {"prefill": self.prefill, **decode}.items():
+            yield f"  {name:12} {rate.peer:9.2f}, here {rate.own:9.2f}: {rate.ratio:5.2f}x"
 
 
 def rate(own: Sequence[float], peer: Sequence[float]) -> Rate:

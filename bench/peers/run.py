@@ -12,18 +12,17 @@ system runs in a process of its own and waits asleep for its turn.
 from __future__ import annotations
 
 import argparse
-import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_args
 
-from internvl_edge.bench.common.machine import busy_note, describe_machine
-from internvl_edge.bench.common.stored import check_writable, write_result
+from internvl_edge.bench.common.stored import check_writable
+from internvl_edge.bench.peers.comparison import MODEL, Comparison, add_options, write_bundle
 from internvl_edge.bench.peers.openvino_writer import Packing
 from internvl_edge.bench.peers.rounds import (
+    DecoderStanding,
     Settings,
-    Standing,
     decode_rate,
     in_turns,
     prefill_rate,
@@ -36,23 +35,20 @@ from internvl_edge.bench.peers.systems import (
     language_parameters,
     obstacle,
 )
-from internvl_edge.bench.peers.table import FORMAT, VERSION
+from internvl_edge.bench.peers.table import FORMAT
 from internvl_edge.bench.peers.worker import Worker, versions
-from internvl_edge.bench.scale.run import synthetic_spec, write_pictures
+from internvl_edge.bench.scale.run import synthetic_spec
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
 from internvl_edge.bundle.contract import CachePrecision, LanguagePrecision, default_cache
 from internvl_edge.bundle.errors import DeviceError, UsageError
-from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions, Recipe
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
 from internvl_edge.export.output.marker import scratch_folder
-from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.kernels.ops import available_cores
-from internvl_edge.runtime.options import add_threads, at_least
+from internvl_edge.runtime.options import at_least
 
 OWN = "internvl-edge"
-SYNTHETIC = "internvl-chat-v1-5"
-SYNTHETIC_LAYERS = 8
+LAYERS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,23 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="default: a published model's true shapes with drawn weights",
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help=f"whose shapes are drawn (default: {SYNTHETIC})"
-    )
-    parser.add_argument(
-        "--layers", type=int, metavar="N", help=f"of the drawn model (default: {SYNTHETIC_LAYERS})"
-    )
+    add_options(parser, LAYERS)
     parser.add_argument("--language", choices=get_args(LanguagePrecision), default="int4")
     parser.add_argument("--kv", choices=get_args(CachePrecision), help="default: as computed")
     parser.add_argument("--block", type=int, choices=(32, 64, 128, 256), default=128)
     parser.add_argument("--head", choices=("int8", "int4"), default="int8")
-    parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME", help="its name's beginning; repeat"
-    )
     for option, default, told in (
         ("--prompt", 256, "tokens prefilled"),
         ("--new-tokens", 16, "tokens decoded, of each sequence"),
-        ("--repeat", 5, "measured rounds of each pair"),
     ):
         parser.add_argument(
             option, type=at_least(1, option), default=default, metavar="N", help=told
@@ -101,8 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimum-python", type=Path, metavar="FILE", help="interpreter that has optimum-onnx"
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="where weights lie meanwhile")
-    add_threads(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store every round there")
 
 
 @dataclass(frozen=True)
@@ -153,6 +138,15 @@ class Task:
             "settings": asdict(self.settings),
         }
 
+    def title(self) -> str:
+        """Return the same in words."""
+        settings = self.settings
+        return (
+            f"{self.name}, {self.source.spec.language.num_hidden_layers} layers, language"
+            f" {self.recipe.language}: prefill of {settings.prompt} tokens, {settings.new_tokens}"
+            f" decoded after them, {settings.runs} rounds in turns; tokens a second, medians"
+        )
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status.
@@ -166,48 +160,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--work {work} is not a directory; make it first")
     task = Task.of(arguments)
     settings = task.settings
-    machine = {**describe_machine(settings.threads), "cpu_features": cpu_features()}
-    note = busy_note(machine)
-    standings: list[Standing] = []
-    skipped: dict[str, str] = {}
+    comparison = Comparison(FORMAT, task.described(), task.title(), settings.threads)
     with scratch_folder(work) as folder:
-        bundle = _export(task, folder)
+        bundle = write_bundle(task.source, folder, task.recipe)
         packing = Packing(head=8 if task.recipe.options.head_bits == 8 else 4)
         files = Files(task.source, folder, settings.threads, packing)
         own = Worker(OWN, bundle, settings.numbers)
-        try:
-            print(_head(task, machine), flush=True)
-            for peer in peers:
-                python = interpreter(peer, arguments.optimum_python)
-                try:
-                    standing = _measure(own, peer, files, task, python)
-                except DeviceError as error:
-                    skipped[peer.name] = str(error)
-                    print(f"{peer.name:28} not measured: {error}", flush=True)
-                else:
-                    standings.append(standing)
-                    print(_lines(standing), flush=True)
-        finally:
-            own.close()
-    if note is not None:
-        print(f"note: {note}")
-    if arguments.json is not None:
-        result = {
-            "format": FORMAT,
-            "version": VERSION,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **task.described(),
-            "machine": machine,
-            "notes": [note] if note else [],
-            "features": own.features,
-            "peers": [asdict(standing) for standing in standings],
-            "not_measured": skipped,
-        }
-        write_result(result, arguments.json)
+
+        def measure(peer: Peer) -> DecoderStanding:
+            python = interpreter(peer, arguments.optimum_python)
+            return _measure(own, peer, files, task, python)
+
+        comparison.run(own, peers, measure, arguments.json)
     return 0
 
 
-def _measure(own: Worker, peer: Peer, files: Files, task: Task, python: str) -> Standing:
+def _measure(own: Worker, peer: Peer, files: Files, task: Task, python: str) -> DecoderStanding:
     """Rounds of both in turns.
 
     Raises:
@@ -218,12 +186,9 @@ def _measure(own: Worker, peer: Peer, files: Files, task: Task, python: str) -> 
     if reason := obstacle(peer, parameters, installed):
         raise DeviceError(reason)
     settings = task.settings
-    worker = Worker(peer.engine, files.path(peer), settings.numbers, python)
-    try:
+    with closing(Worker(peer.engine, files.path(peer), settings.numbers, python)) as worker:
         mine, theirs = in_turns(own, worker, settings)
-    finally:
-        worker.close()
-    return Standing(
+    return DecoderStanding(
         name=peer.name,
         versions=installed,
         features=worker.features,
@@ -245,8 +210,8 @@ def _source(
                 "--model and --layers are for a drawn model; a checkpoint is measured whole"
             )
         return checkpoint.name, Checkpoint(checkpoint)
-    name = model or SYNTHETIC
-    spec = synthetic_spec(name, SYNTHETIC_LAYERS if layers is None else layers)
+    name = model or MODEL
+    spec = synthetic_spec(name, LAYERS if layers is None else layers)
     # The vision tower is not measured: a small one.
     vision = replace(
         spec.vision,
@@ -256,40 +221,3 @@ def _source(
         num_hidden_layers=1,
     )
     return name, SyntheticWeights(replace(spec, vision=vision))
-
-
-def _export(task: Task, folder: Path) -> Path:
-    print("converting the weights", file=sys.stderr)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    return export_bundle(
-        task.source,
-        folder / "bundle",
-        language=task.recipe.language,
-        kv=task.recipe.kv,
-        options=task.recipe.options,
-        calibration=write_pictures(pictures, task.source.spec.vision.tile_size, 1),
-        sensitivity=False,
-    )
-
-
-def _head(task: Task, machine: dict[str, Any]) -> str:
-    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
-    settings = task.settings
-    return (
-        f"{machine['cpu']}, {settings.threads} threads, {' '.join(machine['cpu_features'])};"
-        f" {libraries}\n"
-        f"{task.name}, {task.source.spec.language.num_hidden_layers} layers, language"
-        f" {task.recipe.language}: prefill of {settings.prompt} tokens, {settings.new_tokens}"
-        f" decoded after them, {settings.runs} rounds in turns; tokens a second, medians"
-    )
-
-
-def _lines(standing: Standing) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in standing.versions.items())
-    rates = {"prefill": standing.prefill}
-    rates |= {f"decode of {count}": rate for count, rate in standing.decode.items()}
-    lines = [f"{standing.name} ({packages}; {standing.features})"]
-    for name, rate in rates.items():
-        lines.append(f"  {name:12} {rate.peer:9.2f}, here {rate.own:9.2f}: {rate.ratio:5.2f}x")
-    return "\n".join(lines)

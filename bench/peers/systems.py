@@ -103,6 +103,37 @@ PEERS = (
         "ORTModelForCausalLM.from_pretrained(export=True, use_io_binding=True)",
     ),
 )
+_COMPILE = "compile_model(CPU, LATENCY, INFERENCE_NUM_THREADS) of a TensorRT bundle's vision.onnx"
+TOWER_PEERS = (
+    Peer(
+        "OpenVINO INT8",
+        "openvino tower",
+        ("openvino",),
+        _OPENVINO,
+        "int8",
+        8.0,
+        f"{_COMPILE}: INT8 between QuantizeLinear and DequantizeLinear",
+    ),
+    Peer("OpenVINO", "openvino tower", ("openvino",), _OPENVINO, "fp16", 8.0, _COMPILE),
+    Peer(
+        "llama.cpp f16",
+        "llama.cpp tower",
+        _GGUF,
+        _PEERS,
+        "mtmd",
+        4.0,
+        "mtmd_encode_chunk with n_threads, a tile at a time",
+    ),
+    Peer(
+        "transformers bf16",
+        "transformers tower",
+        _TORCH,
+        _TRAIN,
+        "tower",
+        6.0,
+        "InternVLModel.get_image_features in bfloat16",
+    ),
+)
 
 
 def choose_peers(names: Sequence[str], known: Sequence[Peer] = PEERS) -> list[Peer]:

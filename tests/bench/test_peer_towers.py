@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from internvl_edge.bench.peers import vision
 from internvl_edge.bench.peers.mtmd import write_mtmd
+from internvl_edge.bench.peers.systems import TOWER_PEERS
 from internvl_edge.bench.peers.towers import TOWERS, write_tower
-from internvl_edge.bench.peers.vision import TOWER_PEERS, median_ratio
+from internvl_edge.bench.peers.vision import median_ratio
 from internvl_edge.bundle.errors import LimitError
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
@@ -108,7 +109,7 @@ def test_command(
     words = ["bench", "peers", "vision", "--model", "small", "--layers", "1", "--threads", "1"]
     assert main([*words, "--tiles", "1", "2", "--repeat", "1", "--json", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert f"OpenVINO INT8        not measured: {absent} not installed: pip install" in printed
+    assert f"{'OpenVINO INT8':28} not measured: {absent} not installed: pip install" in printed
     result = json.loads(output.read_text())
     (measured,) = result["peers"]
     assert measured["name"] == "transformers bf16"
