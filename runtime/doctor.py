@@ -16,12 +16,13 @@ from typing import Any, get_args
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.kernels.build import BuildError, cpu_library
 from internvl_edge.kernels.cpu import cpu_features
-from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.blocks import block_kernel
+from internvl_edge.runtime.backends.attention import ATTENTION
+from internvl_edge.runtime.backends.blocks import BLOCKS
 from internvl_edge.runtime.backends.machine import cpu_name
 from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import own_kernel
 from internvl_edge.runtime.backends.products import FORMS, Product, exact_form, wrong_products
-from internvl_edge.runtime.backends.tower import tower_kernel
+from internvl_edge.runtime.backends.tower import TOWER
 from internvl_edge.runtime.free_memory import available_memory
 
 Report = dict[str, Any]
@@ -48,9 +49,9 @@ def examine() -> Report:
         "products": _products(),
         "kernels": {
             "tiling": _tiling(),
-            "block_products": str(block_kernel()),
-            "attention": str(attention_kernel()),
-            "vision": str(tower_kernel()),
+            "block_products": str(own_kernel(BLOCKS)),
+            "attention": str(own_kernel(ATTENTION)),
+            "vision": str(own_kernel(TOWER)),
         },
         "devices": {
             "cpu": "ready",

@@ -19,9 +19,9 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import CachePrecision
 from internvl_edge.export.graphs.dialects.probes import attention_graph
 from internvl_edge.runtime.backends import int8_cache
-from internvl_edge.runtime.backends.attention import AttentionKernel
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 
 #: Heads, heads of keys, and their size: InternLM2-20B's.
 SHAPE = (48, 8, 128)
@@ -60,7 +60,7 @@ class AttentionRow:
     difference: float
 
 
-def measure_attention(kernel: AttentionKernel, threads: int, runs: int) -> list[AttentionRow]:
+def measure_attention(kernel: OwnKernel, threads: int, runs: int) -> list[AttentionRow]:
     """Time every pass with every cache.
 
     Args:
@@ -86,7 +86,7 @@ class _Pair:
     ours: Any
 
     @classmethod
-    def open(cls, kernel: AttentionKernel, threads: int, cache: CachePrecision) -> _Pair:
+    def open(cls, kernel: OwnKernel, threads: int, cache: CachePrecision) -> _Pair:
         heads, kv_heads, head = SHAPE
         spec = replace(
             int8_cache.SPEC,
@@ -214,9 +214,7 @@ class _Given:
         return cls(rows, cached, qkv, cos, sin, [(drawn(), drawn()) for _ in range(sequences)])
 
 
-def render_attention(
-    kernel: AttentionKernel, rows: Sequence[AttentionRow], threads: int
-) -> list[str]:
+def render_attention(kernel: OwnKernel, rows: Sequence[AttentionRow], threads: int) -> list[str]:
     """Return the lines of a report."""
     heads, kv_heads, head = SHAPE
     title = f"attention, {heads} heads over {kv_heads} of {head}, {threads} threads: {kernel}"

@@ -22,8 +22,9 @@ from internvl_edge.export.formats.quantize import BlockFormat, Blocks, block_byt
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
-from internvl_edge.runtime.backends.blocks import NO_KERNEL, BlockKernel
+from internvl_edge.runtime.backends.blocks import NO_KERNEL
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.products import AS_STORED, Form, Product, exact_form
 
 #: Inputs and outputs: the MLP of InternLM2-20B.
@@ -61,7 +62,7 @@ class BlockRow:
     difference: float
 
 
-def measure_blocks(kernel: BlockKernel, threads: int, runs: int) -> list[BlockRow]:
+def measure_blocks(kernel: OwnKernel, threads: int, runs: int) -> list[BlockRow]:
     """Time the products of both widths for every number of rows.
 
     Args:
@@ -145,7 +146,7 @@ def _write_integers(folder: Path) -> Path:
     return folder / "integers.onnx"
 
 
-def _open(graph: Path, threads: int, form: Form, kernel: BlockKernel = NO_KERNEL) -> Any:
+def _open(graph: Path, threads: int, form: Form, kernel: OwnKernel = NO_KERNEL) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -157,7 +158,7 @@ def _open(graph: Path, threads: int, form: Form, kernel: BlockKernel = NO_KERNEL
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def render_blocks(kernel: BlockKernel, rows: Sequence[BlockRow], threads: int) -> list[str]:
+def render_blocks(kernel: OwnKernel, rows: Sequence[BlockRow], threads: int) -> list[str]:
     """Return the lines of a report."""
     inputs, outputs = SHAPE
     head = f"Weights in blocks, {inputs} -> {outputs}, block {BLOCK}, {threads} threads: {kernel}"

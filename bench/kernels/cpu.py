@@ -40,8 +40,9 @@ from internvl_edge.bench.kernels.blocks import (
 )
 from internvl_edge.kernels import ops, reference
 from internvl_edge.kernels.jobs import ShufflePlan
-from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.blocks import block_kernel
+from internvl_edge.runtime.backends.attention import ATTENTION
+from internvl_edge.runtime.backends.blocks import BLOCKS
+from internvl_edge.runtime.backends.own_kernel import own_kernel
 from internvl_edge.runtime.images.preprocess import resize
 
 SIDE = 448
@@ -111,20 +112,20 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
         "runs": runs,
         "rows": [asdict(row) | {"limited_by": row.limited_by} for row in rows],
         "blocks": {
-            "kernel": str(block_kernel()),
+            "kernel": str(own_kernel(BLOCKS)),
             "shape": SHAPE,
             "rows": list(map(asdict, blocks)),
         },
         "attention": {
-            "kernel": str(attention_kernel()),
+            "kernel": str(own_kernel(ATTENTION)),
             "shape": attention_bench.SHAPE,
             "rows": list(map(asdict, attention)),
         },
     }
     lines = [
         _render(report, rows),
-        *render_blocks(block_kernel(), blocks, many),
-        *attention_bench.render_attention(attention_kernel(), attention, many),
+        *render_blocks(own_kernel(BLOCKS), blocks, many),
+        *attention_bench.render_attention(own_kernel(ATTENTION), attention, many),
     ]
     print(json.dumps(report, indent=2) if as_json else "\n".join(lines))
     return 0
@@ -132,9 +133,9 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
 
 def _measure_attention(threads: int, runs: int) -> list[AttentionRow]:
     """Measure attention where our kernel runs."""
-    if attention_kernel().library is None:
+    if own_kernel(ATTENTION).library is None:
         return []
-    rows = attention_bench.measure_attention(attention_kernel(), threads, runs)
+    rows = attention_bench.measure_attention(own_kernel(ATTENTION), threads, runs)
     for row in rows:
         if row.difference > attention_bench.TOLERANCE:
             raise WrongResultError(
@@ -146,9 +147,9 @@ def _measure_attention(threads: int, runs: int) -> list[AttentionRow]:
 
 def _measure_blocks(threads: int, runs: int) -> list[BlockRow]:
     """Measure the products of weights in blocks where our kernel runs."""
-    if block_kernel().library is None:
+    if own_kernel(BLOCKS).library is None:
         return []
-    rows = measure_blocks(block_kernel(), threads, runs)
+    rows = measure_blocks(own_kernel(BLOCKS), threads, runs)
     for row in rows:
         if not row.difference < TOLERANCE:
             raise WrongResultError(

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.kernels.operators.library import OperatorLibrary
+
 #: Fields of a row of `sequences` before the addresses of its caches; see `sequence_row`.
 PLACE_FIELDS = 4
 #: `ive::attention::Kind` by the name of a dtype.
@@ -69,32 +71,11 @@ class Rows:
     value_scales: NDArray[np.float32] | None = None
 
 
-class AttentionLibrary:
-    """A build of the library.
-
-    Args:
-        path: of it; see `build.operator_library`.
-
-    Raises:
-        OSError: it cannot be loaded.
-    """
+class AttentionLibrary(OperatorLibrary):
+    """Attention in a build of the library; see `OperatorLibrary`."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        self._library.ive_attention_path.restype = ctypes.c_char_p
-        self._library.ive_attention_path.argtypes = [ctypes.c_int32]
-        self._library.ive_attention_attend.argtypes = [ctypes.POINTER(Pass), ctypes.c_int32]
-
-    @property
-    def paths(self) -> list[str]:
-        """Names of the paths that run on this CPU, the fastest first; "plain" is the last."""
-        return list(self._paths())
-
-    def _paths(self) -> Iterator[str]:
-        index = 0
-        while (name := self._library.ive_attention_path(index)) is not None:
-            yield name.decode()
-            index += 1
+        super().__init__(path, "attention")
 
     def attend(
         self, rows: Rows, sequences: Sequence[CachedSequence], *, path: str
@@ -121,7 +102,7 @@ class AttentionLibrary:
         kinds = (KINDS[str(rows.query.dtype)], KINDS[str(sequences[0].keys.dtype)])
         sizes = (*apart, count, heads, kv_heads, head, *table.shape, 0)
         given = Pass(*addresses, *sizes, *kinds)
-        status = self._library.ive_attention_attend(ctypes.byref(given), self.paths.index(path))
+        status = self.call("attend", given, path)
         if status == 1:
             raise MemoryError(f"no memory for attention of {count} rows")
         if status:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from internvl_edge.kernels.operators.library import OperatorLibrary
 
 #: Inputs that may share a scale.
 BLOCKS = (32, 64, 128, 256)
@@ -22,32 +23,11 @@ class Product(ctypes.Structure):
     )
 
 
-class BlockLibrary:
-    """A build of the library.
-
-    Args:
-        path: of it; see `build.operator_library`.
-
-    Raises:
-        OSError: it cannot be loaded.
-    """
+class BlockLibrary(OperatorLibrary):
+    """Products of weights in blocks in a build of the library; see `OperatorLibrary`."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        self._library.ive_blocks_path.restype = ctypes.c_char_p
-        self._library.ive_blocks_path.argtypes = [ctypes.c_int32]
-        self._library.ive_blocks_multiply.argtypes = [ctypes.POINTER(Product), ctypes.c_int32]
-
-    @property
-    def paths(self) -> list[str]:
-        """Names of the paths that run on this CPU, the fastest first; "plain" is the last."""
-        return list(self._paths())
-
-    def _paths(self) -> Iterator[str]:
-        index = 0
-        while (name := self._library.ive_blocks_path(index)) is not None:
-            yield name.decode()
-            index += 1
+        super().__init__(path, "blocks")
 
     def multiply(
         self,
@@ -92,6 +72,6 @@ class BlockLibrary:
         y = np.empty((rows, columns), np.float32)
         addresses = [None if a is None else a.ctypes.data for a in (*held, y)]
         product = Product(*addresses, rows, inputs, columns, block, bits)
-        if self._library.ive_blocks_multiply(ctypes.byref(product), self.paths.index(path)):
+        if self.call("multiply", product, path):
             raise MemoryError(f"no memory for {rows} rounded rows")
         return y

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from internvl_edge.kernels.operators.library import OperatorLibrary
 
 Floats = NDArray[np.float32]
 
@@ -69,32 +70,14 @@ class _Attention(ctypes.Structure):
     )
 
 
-class VisionLibrary:
-    """A build of the library. Arrays are contiguous, results float32 unless they are rounded.
+class VisionLibrary(OperatorLibrary):
+    """The operations in a build of the library; see `OperatorLibrary`.
 
-    Args:
-        path: of it; see `build.operator_library`.
-
-    Raises:
-        OSError: it cannot be loaded.
-        AttributeError: it has no such operations.
+    Arrays are contiguous, results float32 unless they are rounded.
     """
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        self._library.ive_vision_path.restype = ctypes.c_char_p
-        self._library.ive_vision_path.argtypes = [ctypes.c_int32]
-
-    @property
-    def paths(self) -> list[str]:
-        """Names of the paths that run on this CPU, the fastest first; "plain" is the last."""
-        return list(self._paths())
-
-    def _paths(self) -> Iterator[str]:
-        index = 0
-        while (name := self._library.ive_vision_path(index)) is not None:
-            yield name.decode()
-            index += 1
+        super().__init__(path, "vision")
 
     def norm(
         self,
@@ -123,14 +106,14 @@ class VisionLibrary:
             *(_address(a) for a in (x, added, total if added is not None else None, weight, bias)),
             *(*x.shape, epsilon, centred, out),
         )
-        self._library.ive_vision_norm(ctypes.byref(norm), self.paths.index(path))
+        self.call("norm", norm, path)
         return held, total
 
     def gelu(self, x: Floats, *, path: str, rounding: Rounding | None = None) -> NDArray[Any]:
         """Return GELU of rows `(rows, width)`."""
         held, out = _output(x.shape, rounding)
         gelu = _Gelu(_address(x), *x.shape, out)
-        self._library.ive_vision_gelu(ctypes.byref(gelu), self.paths.index(path))
+        self.call("gelu", gelu, path)
         return held
 
     def multiply(
@@ -140,7 +123,7 @@ class VisionLibrary:
         y = np.empty((len(x), len(weight)), np.float32)
         addresses = (_address(a) for a in (x, weight, bias, y))
         product = _Product(*addresses, *x.shape, len(weight))
-        self._library.ive_vision_multiply(ctypes.byref(product), self.paths.index(path))
+        self.call("multiply", product, path)
         return y
 
     def attend(
@@ -173,7 +156,7 @@ class VisionLibrary:
             *(_address(a) for a in (query, key, value, *weights)),
             *(tiles, tokens, heads, width // heads, epsilon, out),
         )
-        if self._library.ive_vision_attend(ctypes.byref(attention), self.paths.index(path)):
+        if self.call("attend", attention, path):
             raise MemoryError(f"no memory for {tokens} rounded tokens")
         return held.reshape(query.shape)
 

@@ -5,9 +5,6 @@ Where it cannot, the graph is run as the bundle stores it, with one sequence a p
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,48 +12,14 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
 from internvl_edge.kernels.attention import reference
-from internvl_edge.kernels.attention.library import AttentionLibrary, CachedSequence, Rows
-from internvl_edge.kernels.build import BuildError, operator_library
+from internvl_edge.kernels.attention.library import CachedSequence, Rows
 from internvl_edge.runtime.backends import int8_cache
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention
-from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import KernelKind, OwnKernel
 
 #: Positions cached, new rows, and the capacity of each sequence that is tried.
 _TRIED = ((5, 1, 9), (0, 3, 3), (40, 7, 47))
 _ERROR = 1e-4
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """The kernel that attends on this machine.
-
-    Attributes:
-        library: of ONNX Runtime operators; None where there is none.
-        name: the instructions it uses, or why there is none.
-    """
-
-    library: Path | None
-    name: str
-
-    def __str__(self) -> str:
-        return self.name if self.library else f"onnxruntime's GroupQueryAttention: {self.name}"
-
-
-NO_ATTENTION = AttentionKernel(None, "not used")
-
-
-@functools.cache
-def attention_kernel() -> AttentionKernel:
-    """Return the kernel of this machine: built on first use, and tried before it is trusted."""
-    try:
-        library = operator_library()
-        fastest = AttentionLibrary(library).paths[0]
-    except (BuildError, OSError) as error:
-        return AttentionKernel(None, f"no library ({str(error).splitlines()[0]})")
-    if not _is_right(library):
-        version = load_onnxruntime().__version__
-        return AttentionKernel(None, f"onnxruntime {version} does not run it, or not rightly")
-    return AttentionKernel(library, fastest)
 
 
 def addresses(arrays: list[NDArray[Any]]) -> list[int]:
@@ -64,13 +27,10 @@ def addresses(arrays: list[NDArray[Any]]) -> list[int]:
     return [array.ctypes.data for array in arrays]
 
 
-def _is_right(library: Path) -> bool:
+def _is_right(kernel: OwnKernel) -> bool:
     """Whether attention as `export` writes it gives NumPy's, run by ONNX Runtime."""
     rows, sequences = _tried()
-    try:
-        got = _run_probe(library, rows, sequences)
-    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class
-        return False
+    got = _run_probe(kernel, rows, sequences)
     wanted = reference.attend(rows, sequences)
     return bool(np.abs(got.reshape(wanted.shape) - wanted).max() <= _ERROR * np.abs(wanted).max())
 
@@ -100,14 +60,9 @@ def _integers(rows: int, heads: int, head: int, step: int = 5) -> NDArray[np.flo
     return ((index * index + index // 7) % 7 - 3).astype(np.float32).reshape(rows, heads, head)
 
 
-def _run_probe(library: Path, rows: Rows, sequences: list[CachedSequence]) -> NDArray[np.floating]:
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.register_custom_ops_library(str(library))
-    model = give_attention(int8_cache.PROBE.read_bytes())
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def _run_probe(
+    kernel: OwnKernel, rows: Rows, sequences: list[CachedSequence]
+) -> NDArray[np.floating]:
     flat = [part.reshape(len(part), -1) for part in (rows.query, rows.key, rows.value)]
     places, first = [], 0
     for one in sequences:
@@ -120,5 +75,17 @@ def _run_probe(library: Path, rows: Rows, sequences: list[CachedSequence]) -> ND
         contract.ROPE_SIN: rows.sin,
         SEQUENCES: np.array(places, np.int64),
     }
-    (attended,) = session.run([int8_cache.ATTENDED], feeds)
+    (attended,) = kernel.open_probe(int8_cache.PROBE).run([int8_cache.ATTENDED], feeds)
     return np.asarray(attended)
+
+
+ATTENTION = KernelKind(
+    room="attention",
+    instead="onnxruntime's GroupQueryAttention",
+    give=give_attention,
+    is_right=_is_right,
+    probes=(int8_cache.PROBE,),
+    verdict="rightly",
+    on_any_cpu=True,
+)
+NO_ATTENTION = OwnKernel(ATTENTION, None, "not used")

@@ -16,6 +16,7 @@ from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.trials import open_probe, probe_options, succeeds
 
 #: The probe's attention; all scales of its cache are one.
 SPEC = LanguageSpec(
@@ -54,14 +55,12 @@ def check_int8_cache() -> None:
 
 @functools.cache
 def takes_int8_cache() -> bool:
-    """Whether int8 keys and values come back as they were given.
+    """Whether int8 keys and values come back as they were given."""
+    return succeeds("int8 cache", map(Path.read_bytes, [PROBE]), _comes_back)
 
-    The first row sees itself alone, so that its result is its value.
-    """
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
+
+def _comes_back() -> bool:
+    """The first row sees itself alone, so that its result is its value."""
     values = np.arange(SPEC.head_dim, dtype=np.float32) - SPEC.head_dim // 2
     width = SPEC.query_size + 2 * SPEC.key_value_size
     qkv = np.zeros((_ROWS, width), np.float32)
@@ -78,7 +77,7 @@ def takes_int8_cache() -> bool:
         contract.past_value(0): empty,
     }
     try:
-        session = ort.InferenceSession(str(PROBE), options, providers=["CPUExecutionProvider"])
+        session = open_probe(str(PROBE), probe_options({}))
         attended, cached = session.run([ATTENDED, VALUE], feeds)
     except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common class
         return False

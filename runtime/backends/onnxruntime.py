@@ -77,7 +77,8 @@ class OnnxRuntimeBackend:
 
     @property
     def numerics(self) -> str:
-        return f"{PROVIDERS['cpu']} {machine_key()} {self._graphs.tower.numerics}".rstrip()
+        tower = "" if self._graphs.tower.library is None else " own tower"
+        return f"{PROVIDERS['cpu']} {machine_key()}{tower}"
 
     @property
     def most_slices(self) -> int:

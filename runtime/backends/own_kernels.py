@@ -10,22 +10,16 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import LANGUAGE_GRAPH, Tensor
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.bundle.manifest import Bundle, Manifest
-from internvl_edge.runtime.backends.attention import (
-    NO_ATTENTION,
-    AttentionKernel,
-    attention_kernel,
-)
+from internvl_edge.runtime.backends.attention import ATTENTION, NO_ATTENTION
 from internvl_edge.runtime.backends.attention_nodes import give_attention, has_caches
-from internvl_edge.runtime.backends.blocks import (
+from internvl_edge.runtime.backends.blocks import NO_KERNEL, bundle_kernel
+from internvl_edge.runtime.backends.own_kernel import (
     GRAPH_BYTES,
-    NO_KERNEL,
-    WEIGHTS_FOLDER,
-    BlockKernel,
-    bundle_kernel,
+    OwnKernel,
+    give_nodes,
+    own_kernel,
 )
-from internvl_edge.runtime.backends.own_nodes import give_products, has_own_nodes
-from internvl_edge.runtime.backends.tower import NO_TOWER, TowerKernel, bundle_tower
-from internvl_edge.runtime.backends.tower_nodes import give_tower
+from internvl_edge.runtime.backends.tower import NO_TOWER, bundle_tower
 
 
 @dataclass(frozen=True)
@@ -33,9 +27,9 @@ class OwnKernels:
     """Kernels of a language graph's products of weights in blocks and of its attention, or of the
     float operations of a vision graph; none by default."""
 
-    blocks: BlockKernel = NO_KERNEL
-    attention: AttentionKernel = NO_ATTENTION
-    tower: TowerKernel = NO_TOWER
+    blocks: OwnKernel = NO_KERNEL
+    attention: OwnKernel = NO_ATTENTION
+    tower: OwnKernel = NO_TOWER
 
     @property
     def library(self) -> Path | None:
@@ -43,34 +37,8 @@ class OwnKernels:
         return self.blocks.library or self.attention.library or self.tower.library
 
     def give(self, graph: Path, options: Any) -> str | bytes:
-        """Let the kernels compute what they can of a graph.
-
-        Args:
-            graph: an ONNX file.
-            options: `onnxruntime.SessionOptions`, which get the library.
-
-        Returns:
-            What to open with these options: the graph, changed, or its path.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        if self.library is None:
-            return str(graph)
-        model = given = read_bytes(graph, GRAPH_BYTES)
-        if has_own_nodes(model):
-            return str(graph)  # ONNX Runtime says that it does not know them
-        if self.blocks.library is not None:
-            given = give_products(given) or given
-        if self.attention.library is not None:
-            given = give_attention(given) or given
-        if self.tower.library is not None:
-            given = give_tower(given) or given
-        if given is model:
-            return str(graph)
-        options.register_custom_ops_library(str(self.library))
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
-        return given
+        """Let the kernels compute what they can of a graph; see `give_nodes`."""
+        return give_nodes(graph, options, self.blocks, self.attention, self.tower)
 
 
 NO_KERNELS = OwnKernels()
@@ -86,11 +54,11 @@ def vision_kernels(manifest: Manifest) -> OwnKernels:
     return OwnKernels(tower=bundle_tower(manifest))
 
 
-def bundle_attention(bundle: Bundle) -> AttentionKernel:
+def bundle_attention(bundle: Bundle) -> OwnKernel:
     """Return the kernel of a bundle's attention on the CPU."""
     if bundle.manifest.dialect != "onnxruntime":
         return NO_ATTENTION
-    kernel = attention_kernel()
+    kernel = own_kernel(ATTENTION)
     try:
         graph = read_bytes(bundle.file(LANGUAGE_GRAPH), GRAPH_BYTES)
     except OSError:  # said when it is opened
@@ -98,7 +66,7 @@ def bundle_attention(bundle: Bundle) -> AttentionKernel:
     if kernel.library is None:
         return kernel
     if give_attention(graph) is None or not has_caches(graph, _caches(bundle)):
-        return AttentionKernel(None, "the bundle's attention is of another kind")
+        return OwnKernel(ATTENTION, None, "the bundle's attention is of another kind")
     return kernel
 
 

@@ -8,10 +8,7 @@ values in the very operators that `export` writes, are compared with NumPy's int
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +21,14 @@ from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.kernels.build import user_cache
-from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.trials import (
+    open_probe,
+    probe_options,
+    recalled,
+    remember,
+    trial_key,
+)
 
 #: An operator that multiplies integers: W8A8, and MatMulNBits with weights of 8 and 4 bits.
 Product = Literal["w8a8", "int8", "int4"]
@@ -100,17 +102,13 @@ def bundle_form(manifest: Manifest) -> Form:
     products = products_of(manifest)
     if not products:
         return AS_STORED
-    place = user_cache() / "products" / _key(manifest, products)
-    known = {form.name: form for form in FORMS}
-    with contextlib.suppress(OSError, ValueError):  # not there, or not ours
-        if (form := known.get(place.read_text(encoding="utf-8"))) is not None:
+    key = _key(manifest, products)
+    found = recalled(key)
+    for form in FORMS:
+        if form.name == found:
             return form
     form = exact_form(products)
-    with contextlib.suppress(OSError):  # tried again next time
-        place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_name(f"{place.name}.{os.getpid()}")
-        aside.write_text(form.name, encoding="utf-8")
-        aside.replace(place)
+    remember(key, form.name)
     return form
 
 
@@ -150,16 +148,8 @@ def wrong_products(form: Form, products: Sequence[Product]) -> list[Product]:
 
 
 def _is_exact(form: Form, product: Product) -> bool:
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    for key, value in form.entries.items():
-        options.add_session_config_entry(key, value)
     path = str(probe_file(product))
-    return gives_integers(
-        lambda: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), product
-    )
+    return gives_integers(lambda: open_probe(path, probe_options(form.entries)), product)
 
 
 def probe_file(product: Product) -> Path:
@@ -202,10 +192,6 @@ def probe_input(rows: int) -> NDArray[np.int64]:
 
 
 def _key(manifest: Manifest, products: Sequence[Product]) -> str:
-    """Return a name of what the result depends on: machine, graphs, and the probes themselves."""
-    digest = hashlib.sha256(machine_key().encode())
-    for graph in (VISION_GRAPH, LANGUAGE_GRAPH):
-        digest.update(manifest.files[graph].sha256.encode())
-    for product in products:
-        digest.update(probe_file(product).read_bytes())
-    return digest.hexdigest()[:32]
+    """Return a name of what the result depends on: graphs, and the probes themselves."""
+    graphs = [manifest.files[graph].sha256.encode() for graph in (VISION_GRAPH, LANGUAGE_GRAPH)]
+    return trial_key([*graphs, *(probe_file(product).read_bytes() for product in products)])

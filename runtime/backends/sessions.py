@@ -20,6 +20,7 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
 from internvl_edge.runtime.backends import attention_nodes
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import (
     NO_KERNELS,
     OwnKernels,
@@ -33,7 +34,6 @@ from internvl_edge.runtime.backends.prepared import (
     why_none,
 )
 from internvl_edge.runtime.backends.products import AS_STORED, Form, bundle_form
-from internvl_edge.runtime.backends.tower import TowerKernel
 from internvl_edge.runtime.memory import MemoryGuard
 from internvl_edge.runtime.niceness import give_way
 
@@ -168,7 +168,7 @@ class CpuGraphs:
         return self._own.attention.library is not None
 
     @property
-    def tower(self) -> TowerKernel:
+    def tower(self) -> OwnKernel:
         """What computes the float operations of an INT8 vision graph."""
         return self._vision.tower
 

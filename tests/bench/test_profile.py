@@ -23,7 +23,8 @@ from internvl_edge.bench.latency.operators import (
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime.backends.tower import tower_kernel
+from internvl_edge.runtime.backends.own_kernel import own_kernel
+from internvl_edge.runtime.backends.tower import TOWER
 
 
 def node(name: str, operator: str = "Gemm", dtype: str = "float", seconds: float = 1.0) -> Node:
@@ -68,7 +69,7 @@ def test_a_bundle(integer_bundle: Path) -> None:
             assert list(parts.values()) == sorted(parts.values(), reverse=True)
     layers = bundle.spec.vision.layers_run
     operators = [found.operator for found in vision.nodes]
-    ours = tower_kernel().library is not None
+    ours = own_kernel(TOWER).library is not None
     attention = "IntegerAttentionRounded" if ours else "MultiHeadAttention"
     assert operators.count(attention) == layers
     # Query, key and value apart; proj, fc1, fc2; and the projector's two.

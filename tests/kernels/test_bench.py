@@ -17,8 +17,9 @@ from internvl_edge.bench.kernels import cuda as cuda_bench
 from internvl_edge.cli.main import main
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.device import Driver
-from internvl_edge.runtime.backends.attention import attention_kernel
-from internvl_edge.runtime.backends.blocks import BlockKernel, block_kernel
+from internvl_edge.runtime.backends.attention import ATTENTION
+from internvl_edge.runtime.backends.blocks import BLOCKS
+from internvl_edge.runtime.backends.own_kernel import KernelKind, OwnKernel, own_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +40,10 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     tiling = report["rows"][0]
     assert tiling["megabytes"] == round((90 * 60 * 3 + 3 * 3 * 448 * 448 * 4) / 1e6, 1)
     assert min(row["kernel_ms"] for row in report["rows"]) > 0
-    if block_kernel().library is not None:
+    if own_kernel(BLOCKS).library is not None:
         assert [row["rows"] for row in report["blocks"]["rows"]] == list(blocks_bench.ROWS) * 2
         assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["blocks"]["rows"])
-    if attention_kernel().library is not None:
+    if own_kernel(ATTENTION).library is not None:
         attended = report["attention"]["rows"]
         assert {row["sequences"] for row in attended} == {1, 3}
         assert all(row["gflops"] > 0 < row["speedup"] for row in attended)
@@ -66,7 +67,7 @@ def test_a_wrong_result_is_not_timed(
 def test_a_wrong_product_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if block_kernel().library is None:
+    if own_kernel(BLOCKS).library is None:
         pytest.skip("no kernel for weights in blocks here")
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)
     assert main(["bench", "kernels", "--threads", "1"]) == 1
@@ -76,7 +77,7 @@ def test_a_wrong_product_is_not_reported(
 def test_wrong_attention_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if attention_kernel().library is None:
+    if own_kernel(ATTENTION).library is None:
         pytest.skip("no attention kernel here")
     monkeypatch.setattr(attention_bench, "TOLERANCE", 0.0)
     assert main(["bench", "kernels", "--threads", "1"]) == 1
@@ -86,7 +87,10 @@ def test_wrong_attention_is_not_reported(
 def test_without_the_kernel_the_reason_stands_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "block_kernel", lambda: BlockKernel(None, "no library (why)"))
+    def without(kind: KernelKind) -> OwnKernel:
+        return OwnKernel(kind, None, "no library (why)")
+
+    monkeypatch.setattr(bench, "own_kernel", without)
     assert main(["bench", "kernels", "--threads", "1"]) == 0
     assert "onnxruntime's MatMulNBits: no library (why)" in capsys.readouterr().out
 

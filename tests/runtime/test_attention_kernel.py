@@ -26,13 +26,13 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.formats.plan import CacheScales
 from internvl_edge.export.graphs.dialects.probes import attention_graph
 from internvl_edge.export.prepare.prepare import prepare_bundle
-from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import Slice, attention, int8_cache, sessions
-from internvl_edge.runtime.backends.attention import AttentionKernel, attention_kernel
+from internvl_edge.runtime.backends import Slice, int8_cache, own_kernel, own_kernels, sessions
+from internvl_edge.runtime.backends.attention import ATTENTION, addresses
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from internvl_edge.runtime.backends.ort_passes import MOST_SLICES
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, bundle_attention
 from internvl_edge.runtime.backends.sessions import Provider, open_session
 
@@ -44,8 +44,8 @@ ERRORS: dict[CachePrecision, float] = {"fp32": 2e-6, "fp16": 4e-3, "int8": 2e-6}
 
 
 @pytest.fixture
-def kernel() -> AttentionKernel:
-    if (found := attention_kernel()).library is None:
+def kernel() -> OwnKernel:
+    if (found := own_kernel.own_kernel(ATTENTION)).library is None:
         pytest.skip(found.name)
     return found
 
@@ -84,7 +84,7 @@ def test_a_session_gives_what_groupqueryattention_gives(
     heads: tuple[int, int],
     head: int,
     cache: CachePrecision,
-    kernel: AttentionKernel,
+    kernel: OwnKernel,
 ) -> None:
     if cache == "int8" and not int8_cache.takes_int8_cache():
         pytest.skip("this onnxruntime has no int8 cache")
@@ -117,7 +117,7 @@ def test_a_session_gives_what_groupqueryattention_gives(
         }
         attended, key, value = theirs.run(None, feeds)
         rows.append(qkv), wanted.append(attended), given.append(slice(cached, total))
-        places.append([first, new, cached, total + free, *attention.addresses(pair)])
+        places.append([first, new, cached, total + free, *addresses(pair)])
         caches.append(pair), grown.append((key[:, :, :total], value[:, :, :total]))
         first += new
     feeds = {
@@ -157,7 +157,7 @@ def check_cached(got: NDArray[np.generic], wanted: NDArray[np.generic]) -> None:
     ],
 )
 def test_places_that_make_no_sense_are_refused(
-    places: list[list[int]], said: str, kernel: AttentionKernel
+    places: list[list[int]], said: str, kernel: OwnKernel
 ) -> None:
     """Before anything is written where they say."""
     model = give_attention(attention_model(attention_spec(2, 1, 64), "fp32"))
@@ -174,18 +174,16 @@ def test_places_that_make_no_sense_are_refused(
         opened(model, kernel.library).run(None, feeds | {SEQUENCES: np.array(rows, np.int64)})
 
     with pytest.raises(Exception, match=said):
-        run(places, attention.addresses(cache))
+        run(places, addresses(cache))
     with pytest.raises(Exception, match="a cache has no address"):
         run([[0, 3, 0, 9]], [0, 0])
     assert not np.any(cache)
-    run([[0, 3, 0, 9]], attention.addresses(cache))
+    run([[0, 3, 0, 9]], addresses(cache))
     assert np.all(cache[0][:, :, :3])
     assert not np.any(cache[0][:, :, 3:])
 
 
-def test_nodes_of_ours_that_come_with_a_file_do_not_run(
-    kernel: AttentionKernel, tmp_path: Path
-) -> None:
+def test_nodes_of_ours_that_come_with_a_file_do_not_run(kernel: OwnKernel, tmp_path: Path) -> None:
     """They would write where the file says."""
     changed = give_attention(attention_model(attention_spec(2, 1, 64), "fp32"))
     assert changed is not None
@@ -201,7 +199,7 @@ def float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def backend(float_bundle: Path, kernel: AttentionKernel) -> OnnxRuntimeBackend:
+def backend(float_bundle: Path, kernel: OwnKernel) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(open_bundle(float_bundle), 2)
 
 
@@ -252,7 +250,7 @@ def test_a_batch_is_each_alone_but_for_rounding(
     language: LanguagePrecision,
     kv: CachePrecision,
     error: float,
-    kernel: AttentionKernel,
+    kernel: OwnKernel,
     tmp_path: Path,
 ) -> None:
     """Of integer weights inputs are rounded to int8, and some the other way: attention is the same
@@ -271,7 +269,7 @@ def test_a_batch_is_each_alone_but_for_rounding(
 
 
 def test_greedy_answers_are_those_of_groupqueryattention(
-    float_bundle: Path, kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch
+    float_bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answers() -> list[list[int]]:
         model = InternVL.load(float_bundle, device="cpu", threads=2, reuse_bytes=0)
@@ -326,14 +324,9 @@ def test_a_pass_beyond_a_cache_is_refused(backend: OnnxRuntimeBackend) -> None:
 def test_without_a_library_there_is_one_sequence_a_pass(
     float_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_compiler() -> Path:
-        raise BuildError("no C++ compiler found\nand more")
-
     wanted = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
-    monkeypatch.setattr(attention, "operator_library", no_compiler)
-    monkeypatch.setattr(
-        "internvl_edge.runtime.backends.own_kernels.attention_kernel", attention_kernel.__wrapped__
-    )
+    monkeypatch.setattr(own_kernel, "built_library", lambda: "no C++ compiler found")
+    monkeypatch.setattr(own_kernels, "own_kernel", own_kernel.own_kernel.__wrapped__)
     found = bundle_attention(open_bundle(float_bundle))
     assert str(found).endswith("GroupQueryAttention: no library (no C++ compiler found)")
     model = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0)
@@ -349,29 +342,8 @@ def test_without_a_library_there_is_one_sequence_a_pass(
         backend.forward([new, new])
 
 
-def test_a_kernel_that_is_wrong_is_not_used(
-    kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Wrong(ort.InferenceSession):  # type: ignore[misc]
-        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-            (attended,) = super().run(names, feeds)
-            attended[-1, -1] += 0.01
-            return [attended]
-
-    monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
-    found = attention_kernel.__wrapped__()
-    assert found.library is None
-    assert "does not run it, or not rightly" in found.name
-
-
-def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(attention, "operator_library", lambda: tmp_path / "damaged.so")
-    assert attention_kernel.__wrapped__().name.startswith("no library (")
-
-
 def test_prepared_bundles_attend_with_it_too(
-    float_bundle: Path, tmp_path: Path, kernel: AttentionKernel
+    float_bundle: Path, tmp_path: Path, kernel: OwnKernel
 ) -> None:
     float_bundle = Path(shutil.copytree(float_bundle, tmp_path / "bundle"))
     wanted = InternVL.load(float_bundle, device="cpu", threads=1, reuse_bytes=0).logits(IDS)
@@ -383,7 +355,7 @@ def test_prepared_bundles_attend_with_it_too(
     np.testing.assert_allclose(model.logits(IDS), wanted, atol=2e-5)
 
 
-def test_low_memory_opens_it_again(float_bundle: Path, kernel: AttentionKernel) -> None:
+def test_low_memory_opens_it_again(float_bundle: Path, kernel: OwnKernel) -> None:
     backend = OnnxRuntimeBackend(open_bundle(float_bundle), 1, low_memory=True)
     counts = [(3, 2), (1, 1)]
     first = passes(backend, counts, together=True)
@@ -393,7 +365,7 @@ def test_low_memory_opens_it_again(float_bundle: Path, kernel: AttentionKernel) 
 
 
 def test_inspect_and_doctor_say_it(
-    float_bundle: Path, kernel: AttentionKernel, capsys: pytest.CaptureFixture[str]
+    float_bundle: Path, kernel: OwnKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command, part in ((["inspect", str(float_bundle)], "here"), (["doctor"], "kernels")):
         assert main([*command, "--json"]) == 0

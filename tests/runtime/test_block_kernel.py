@@ -30,16 +30,11 @@ from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.kernels.blocks.library import BLOCKS
-from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL, PreparedWarning
-from internvl_edge.runtime.backends import blocks, own_kernels, prepared, sessions
-from internvl_edge.runtime.backends.blocks import (
-    NO_KERNEL,
-    PROBES,
-    BlockKernel,
-    block_kernel,
-    bundle_kernel,
-)
+from internvl_edge.runtime.backends import blocks, own_kernel, own_kernels, prepared, sessions
+from internvl_edge.runtime.backends.blocks import BLOCKS as KIND
+from internvl_edge.runtime.backends.blocks import NO_KERNEL, PROBES, bundle_kernel
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.backends.prepared import find_prepared
 from internvl_edge.runtime.backends.products import Product, probe_file
@@ -57,8 +52,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def kernel() -> BlockKernel:
-    if (found := block_kernel()).library is None:
+def kernel() -> OwnKernel:
+    if (found := own_kernel.own_kernel(KIND)).library is None:
         pytest.skip(found.name)
     return found
 
@@ -89,7 +84,7 @@ def write_product(folder: Path, inputs: int, columns: int, form: BlockFormat, bi
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_session_gives_what_matmulnbits_gives(
-    block: int, bits: int, bias: bool, kernel: BlockKernel, tmp_path: Path
+    block: int, bits: int, bias: bool, kernel: OwnKernel, tmp_path: Path
 ) -> None:
     path = write_product(tmp_path, 640, 203, BlockFormat(bits, block), bias)
     options = ort.SessionOptions()
@@ -105,7 +100,7 @@ def test_a_session_gives_what_matmulnbits_gives(
 
 
 def test_a_bundle_answers_as_on_matmulnbits(
-    bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for inputs that round the other way, where values differ in their last bits."""
     ours = logits(bundle)
@@ -115,7 +110,7 @@ def test_a_bundle_answers_as_on_matmulnbits(
     assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
 
 
-def test_many_threads_answer_alike(bundle: Path, kernel: BlockKernel) -> None:
+def test_many_threads_answer_alike(bundle: Path, kernel: OwnKernel) -> None:
     ids = (IDS * 40)[:200]
     models = [InternVL.load(bundle, device="cpu", threads=n, reuse_bytes=0) for n in (1, 3)]
     one, three = (model.logits(ids) for model in models)
@@ -125,12 +120,9 @@ def test_many_threads_answer_alike(bundle: Path, kernel: BlockKernel) -> None:
 def test_the_same_file_runs_without_a_library(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_compiler() -> Path:
-        raise BuildError("no C++ compiler found\nand more")
-
     wanted = logits(bundle)
-    monkeypatch.setattr(blocks, "operator_library", no_compiler)
-    monkeypatch.setattr(blocks, "block_kernel", block_kernel.__wrapped__)
+    monkeypatch.setattr(own_kernel, "built_library", lambda: "no C++ compiler found")
+    monkeypatch.setattr(blocks, "own_kernel", own_kernel.own_kernel.__wrapped__)
     found = bundle_kernel(open_bundle(bundle))
     assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
     model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
@@ -138,42 +130,10 @@ def test_the_same_file_runs_without_a_library(
     assert np.linalg.norm(model.logits(IDS) - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
-def test_a_kernel_that_is_wrong_is_not_used(
-    kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Wrong(ort.InferenceSession):  # type: ignore[misc]
-        def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-            first, *others = super().run(names, feeds)
-            first[-1, -1] += 1
-            return [first, *others]
-
-    monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
-    found = block_kernel.__wrapped__()
-    assert found.library is None
-    assert "does not run it, or not exactly" in found.name
-
-
-def test_a_cpu_without_instructions_for_it_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Plain:
-        paths = ("plain",)
-
-        def __init__(self, path: Path) -> None: ...
-
-    monkeypatch.setattr(blocks, "BlockLibrary", Plain)
-    monkeypatch.setattr(blocks, "operator_library", lambda: Path("any"))
-    assert block_kernel.__wrapped__().library is None
-
-
-def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(blocks, "operator_library", lambda: tmp_path / "damaged.so")
-    assert block_kernel.__wrapped__().name.startswith("no library (")
-
-
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("attribute", ["K", "N", "block_size"])
 def test_a_node_that_its_weight_does_not_fit_is_refused(
-    attribute: str, probe: Product, kernel: BlockKernel, tmp_path: Path
+    attribute: str, probe: Product, kernel: OwnKernel, tmp_path: Path
 ) -> None:
     model = onnx.load(str(probe_file(probe)))
     for node in model.graph.node:
@@ -188,7 +148,7 @@ def test_a_node_that_its_weight_does_not_fit_is_refused(
         opened.run(None, {"x": np.zeros((3, 256), np.float32)})
 
 
-def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: BlockKernel) -> None:
+def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: OwnKernel) -> None:
     with few_items():
         bundle = export_bundle(
             GOLDEN / "model",
@@ -201,7 +161,7 @@ def test_zero_points_stay_with_matmulnbits(tmp_path: Path, kernel: BlockKernel) 
     assert np.isfinite(logits(bundle)).all()
 
 
-def test_prepared_bundles_run_on_it_too(bundle: Path, kernel: BlockKernel) -> None:
+def test_prepared_bundles_run_on_it_too(bundle: Path, kernel: OwnKernel) -> None:
     """Only the vision graph is packed for ONNX Runtime; both are where the kernel is not."""
     wanted = logits(bundle)
     folder = prepare_bundle(bundle, overwrite=True)
@@ -213,7 +173,7 @@ def test_prepared_bundles_run_on_it_too(bundle: Path, kernel: BlockKernel) -> No
 
 
 def test_what_was_prepared_with_the_kernel_is_not_enough_without(
-    bundle: Path, kernel: BlockKernel, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_bundle(bundle, overwrite=True)
     with monkeypatch.context() as patch:
@@ -228,7 +188,7 @@ def test_what_was_prepared_with_the_kernel_is_not_enough_without(
 
 
 def test_inspect_and_doctor_say_it(
-    bundle: Path, kernel: BlockKernel, capsys: pytest.CaptureFixture[str]
+    bundle: Path, kernel: OwnKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "--json", str(bundle)]) == 0
     assert json.loads(capsys.readouterr().out)["here"]["block_products"] == kernel.name
@@ -272,7 +232,7 @@ print(anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read memory from")
-def test_weights_are_mapped_and_not_copied(tmp_path: Path, kernel: BlockKernel) -> None:
+def test_weights_are_mapped_and_not_copied(tmp_path: Path, kernel: OwnKernel) -> None:
     config = small_config(hidden=1024, vision_hidden=64, heads=8, kv_heads=2)
     with few_items():
         bundle = export_bundle(

@@ -16,10 +16,14 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.calibration.decisions import QuantOptions
 from internvl_edge.export.graphs.dialects.probes import cache_probe
 from internvl_edge.runtime import DeviceError, InternVL
-from internvl_edge.runtime.backends import int8_cache
+from internvl_edge.runtime.backends import int8_cache, trials
 from internvl_edge.runtime.backends.int8_cache import takes_int8_cache
 
 PROBE = Path(int8_cache.__file__).with_name("probes") / "cache.onnx"
+
+needs_int8 = pytest.mark.skipif(
+    not takes_int8_cache(), reason="this ONNX Runtime has no int8 cache to export"
+)
 
 
 def test_the_probe_is_what_export_writes() -> None:
@@ -48,7 +52,15 @@ def test_each_fault_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert not takes_int8_cache.__wrapped__()
 
 
-@pytest.mark.skipif(not takes_int8_cache(), reason="this ONNX Runtime has no int8 cache to export")
+@needs_int8
+def test_it_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "user_cache", lambda: tmp_path)
+    assert takes_int8_cache.__wrapped__()
+    monkeypatch.setattr(int8_cache, "_comes_back", lambda: False)
+    assert takes_int8_cache.__wrapped__()
+
+
+@needs_int8
 def test_a_bundle_it_cannot_run_is_refused_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from internvl_edge.bundle.contract import VISION_GRAPH
 from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.manifest import FileEntry, Manifest, read_manifest
 from internvl_edge.export.graphs.dialects.probes import probe
-from internvl_edge.runtime.backends import products
+from internvl_edge.runtime.backends import products, trials
 from internvl_edge.runtime.backends.products import (
     AS_STORED,
     COLUMNS,
@@ -163,7 +163,7 @@ def other_graph(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Manifest
 
 
 def other_machine(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    monkeypatch.setattr(products, "machine_key", lambda: "onnxruntime-9-x86_64-other")
+    monkeypatch.setattr(trials, "machine_key", lambda: "onnxruntime-9-x86_64-other")
     return manifest
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_memory_is_no_answer(
 ) -> None:
     bundle_form(manifest)
     tried.clear()
-    (remembered,) = (tmp_path / "cache/internvl-edge/products").iterdir()
+    (remembered,) = (tmp_path / "cache/internvl-edge/trials").iterdir()
     for content in (b"another form", b"", b"\xff\xfe"):
         remembered.write_bytes(content)
         assert bundle_form(manifest) == AS_STORED

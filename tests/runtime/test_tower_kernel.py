@@ -21,17 +21,11 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.graphs.dialects.probes import tower_probe
 from internvl_edge.export.graphs.dialects.tower_probe import wanted_bits
 from internvl_edge.export.prepare.prepare import prepare_bundle
-from internvl_edge.kernels.build import BuildError
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import sessions, tower
+from internvl_edge.runtime.backends import own_kernel, sessions, tower
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
-from internvl_edge.runtime.backends.tower import (
-    NO_TOWER,
-    TowerKernel,
-    bundle_tower,
-    probe_file,
-    tower_kernel,
-)
+from internvl_edge.runtime.backends.tower import NO_TOWER, TOWER, bundle_tower, probe_file
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +37,8 @@ def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernel() -> TowerKernel:
-    if (found := tower_kernel()).library is None:
+def kernel() -> OwnKernel:
+    if (found := own_kernel.own_kernel(TOWER)).library is None:
         pytest.skip(found.name)
     return found
 
@@ -66,19 +60,19 @@ def error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
-def test_the_probe_is_what_export_writes(kernel: TowerKernel, tmp_path: Path) -> None:
+def test_the_probe_is_what_export_writes(kernel: OwnKernel, tmp_path: Path) -> None:
     """Its bits included: another arithmetic is another probe, and other embeddings everywhere."""
     assert onnx.load(probe_file()) == tower_probe(tmp_path)
 
 
-def test_the_probes_bits_are_those_of_its_operations(kernel: TowerKernel) -> None:
+def test_the_probes_bits_are_those_of_its_operations(kernel: OwnKernel) -> None:
     """ONNX Runtime's operators give them too, but for their rounding."""
     computed = cpu_session(probe_file()).run(["y"], {tower.PROBE_INPUT: tower.probe_input()})[0]
     assert 0 < error(wanted_bits(probe_file()), computed) < 1e-3
 
 
 def test_embeddings_are_as_near_the_float_ones(
-    int8_bundle: Path, kernel: TowerKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int8_bundle: Path, kernel: OwnKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles = pictures(int8_bundle, 6)
     ours = embeddings(load(int8_bundle), tiles)
@@ -89,7 +83,7 @@ def test_embeddings_are_as_near_the_float_ones(
     assert error(ours, exact) < 1.1 * error(theirs, exact)
 
 
-def test_threads_and_batches_give_the_same_bits(int8_bundle: Path, kernel: TowerKernel) -> None:
+def test_threads_and_batches_give_the_same_bits(int8_bundle: Path, kernel: OwnKernel) -> None:
     tiles = pictures(int8_bundle, 3)
     one, three = load(int8_bundle), load(int8_bundle, threads=3)
     wanted = embeddings(one, tiles)
@@ -99,7 +93,7 @@ def test_threads_and_batches_give_the_same_bits(int8_bundle: Path, kernel: Tower
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_towers_of_both_kinds_of_norm(norm: str, kernel: TowerKernel, tmp_path: Path) -> None:
+def test_towers_of_both_kinds_of_norm(norm: str, kernel: OwnKernel, tmp_path: Path) -> None:
     config = small_config()
     config["vision_config"] |= {"norm_type": norm, "qk_normalization": norm == "rms_norm"}
     with few_items():
@@ -119,7 +113,7 @@ def test_towers_of_both_kinds_of_norm(norm: str, kernel: TowerKernel, tmp_path: 
 _EXACT = {"Cast", "Div", "Sub", "Add", "Reshape", "Transpose", "Shape", "Slice", "Concat", "Expand"}
 
 
-def test_prepared_bundles_give_the_same_bits(int8_bundle: Path, kernel: TowerKernel) -> None:
+def test_prepared_bundles_give_the_same_bits(int8_bundle: Path, kernel: OwnKernel) -> None:
     tiles = pictures(int8_bundle, 2)
     wanted = embeddings(load(int8_bundle), tiles)
     prepare_bundle(int8_bundle, overwrite=True)
@@ -131,11 +125,8 @@ def test_prepared_bundles_give_the_same_bits(int8_bundle: Path, kernel: TowerKer
 def test_without_a_library_the_graph_runs_as_it_is(
     int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_compiler() -> Path:
-        raise BuildError("no C++ compiler found\nand more")
-
-    monkeypatch.setattr(tower, "operator_library", no_compiler)
-    monkeypatch.setattr(tower, "tower_kernel", tower_kernel.__wrapped__)
+    monkeypatch.setattr(own_kernel, "built_library", lambda: "no C++ compiler found")
+    monkeypatch.setattr(tower, "own_kernel", own_kernel.own_kernel.__wrapped__)
     found = bundle_tower(open_bundle(int8_bundle).manifest)
     assert str(found) == "onnxruntime's operators: no library (no C++ compiler found)"
     backend = load(int8_bundle).engine.backend
@@ -144,32 +135,11 @@ def test_without_a_library_the_graph_runs_as_it_is(
 
 
 def test_kept_rows_are_told_apart(
-    int8_bundle: Path, kernel: TowerKernel, monkeypatch: pytest.MonkeyPatch
+    int8_bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = load(int8_bundle).engine.backend.numerics
     monkeypatch.setattr(sessions, "vision_kernels", lambda manifest: NO_KERNELS)
     assert load(int8_bundle).engine.backend.numerics != ours
-
-
-def test_a_kernel_that_is_wrong_is_not_used(
-    kernel: TowerKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Wrong(ort.InferenceSession):  # type: ignore[misc]
-        def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-            first, *others = super().run(names, feeds)
-            first[-1, -1] = np.nextafter(first[-1, -1], 9)
-            return [first, *others]
-
-    monkeypatch.setattr("onnxruntime.InferenceSession", Wrong)
-    found = tower_kernel.__wrapped__()
-    assert found.library is None
-    assert "does not run it, or not exactly" in found.name
-
-
-def test_a_library_of_no_use_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(tower, "operator_library", lambda: tmp_path / "damaged.so")
-    assert tower_kernel.__wrapped__().name.startswith("no library (")
 
 
 def test_other_precisions_leave_it(tmp_path: Path) -> None:
@@ -186,7 +156,7 @@ def test_other_precisions_leave_it(tmp_path: Path) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    operator: str, name: str, reason: str, kernel: TowerKernel, tmp_path: Path
+    operator: str, name: str, reason: str, kernel: OwnKernel, tmp_path: Path
 ) -> None:
     model = onnx.load(probe_file())
     for weight in model.graph.initializer:
@@ -201,7 +171,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 
 def test_inspect_and_doctor_say_it(
-    int8_bundle: Path, kernel: TowerKernel, capsys: pytest.CaptureFixture[str]
+    int8_bundle: Path, kernel: OwnKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "--json", str(int8_bundle)]) == 0
     assert json.loads(capsys.readouterr().out)["here"]["vision_kernels"] == kernel.name

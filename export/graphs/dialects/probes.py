@@ -30,6 +30,7 @@ from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.build import operator_library
 from internvl_edge.runtime.backends import int8_cache
 from internvl_edge.runtime.backends.ort import load_onnxruntime
+from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.products import (
     BLOCKS,
     COLUMNS,
@@ -38,7 +39,7 @@ from internvl_edge.runtime.backends.products import (
     Product,
     full_range,
 )
-from internvl_edge.runtime.backends.tower import PROBE_INPUT, TowerKernel, probe_input
+from internvl_edge.runtime.backends.tower import PROBE_INPUT, TOWER, probe_input
 
 
 def write_probes(folder: Path) -> None:
@@ -106,7 +107,7 @@ def tower_probe(folder: Path) -> onnx.ModelProto:
     onnx.save(model, folder / "tower.onnx")
     ort = load_onnxruntime()
     options = ort.SessionOptions()
-    given = TowerKernel(operator_library(), "").give(folder / "tower.onnx", options)
+    given = OwnKernel(TOWER, operator_library(), "").give(folder / "tower.onnx", options)
     session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     add_wanted(model, session.run(None, {PROBE_INPUT: probe_input()})[0])
     return model
