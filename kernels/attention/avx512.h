@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../blocks/avx512.h"
-#include "path.h"
+#include "avx2.h"
 
 namespace ive::attention::avx512 {
 
@@ -29,14 +29,11 @@ IVE_TARGET IVE_INLINE Vec take(const char* from) {
 }
 
 IVE_TARGET IVE_INLINE void sum_four(const Vec (&given)[4], float* to) {
-  __m256 half[4];
+  avx2::Vec half[4];
   for (int i = 0; i < 4; ++i) {
     half[i] = _mm256_add_ps(_mm512_castps512_ps256(given[i]), _mm512_extractf32x8_ps(given[i], 1));
   }
-  const __m256 pairs = _mm256_hadd_ps(half[0], half[1]);
-  const __m256 others = _mm256_hadd_ps(half[2], half[3]);
-  const __m256 sums = _mm256_hadd_ps(pairs, others);
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  avx2::sum_four(half, to);
 }
 
 IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t count) {
@@ -54,15 +51,7 @@ IVE_TARGET inline void widen(const char* from, Kind kind, float* to, int64_t cou
   }
 }
 
-IVE_TARGET inline void narrow(const float* from, const float* scales, Kind kind, char* to,
-                              int64_t count) {
-  if (kind == kFloat) return std::memcpy(to, from, count * sizeof(float)), void();
-  if (kind == kInt8) return round_to_bytes(from, scales, to, count);
-  for (int64_t i = 0; i < count; i += 8) {
-    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i), halves);
-  }
-}
+using avx2::narrow;
 
 IVE_TARGET inline void transpose(const float* from, int64_t count, int given, float* to) {
   blocks::avx512::transpose(

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 
+#include "../operators/paths.h"
 #include "plain.h"
 #if defined(__x86_64__)
 #include "avx2.h"
@@ -26,12 +27,7 @@ constexpr Path kPaths[] = {
 #endif
     plain::kPath};
 
-inline const Path& best_path() {
-  for (const Path& path : kPaths) {
-    if (path.runs_here()) return path;
-  }
-  return kPaths[std::size(kPaths) - 1];
-}
+inline const Path& best_path() { return *path_at(kPaths, 0); }
 
 // What is wrong with the sequences of a pass, or null.
 inline const char* wrong_sequences(const Pass& p) {

@@ -8,26 +8,20 @@ using ive::attention::Work;
 
 // Names of the paths that run on this CPU, the fastest first; null past the last.
 IVE_EXPORT const char* ive_attention_path(int32_t index) {
-  for (const Path& path : ive::attention::kPaths) {
-    if (path.runs_here() && index-- == 0) return path.name;
-  }
-  return nullptr;
+  return ive::path_name(ive::attention::kPaths, index);
 }
 
 // One pass on this thread by the path of that index; 0, 1 where there is no memory, 2 where its
 // sequences are wrong.
 IVE_EXPORT int32_t ive_attention_attend(const Pass* pass, int32_t index) {
-  if (ive::attention::wrong_sequences(*pass) != nullptr) return 2;
-  for (const Path& path : ive::attention::kPaths) {
-    if (!path.runs_here() || index-- != 0) continue;
-    Work work(*pass, path);
-    if (!work.allocate()) return 1;
-    for (int64_t i = 0; i < work.appends(); ++i) work.append(i);
-    for (int64_t i = 0; i < work.tasks(); ++i) work.attend(i);
-    for (int64_t i = 0; i < work.merges(); ++i) work.merge(i);
-    return work.failed() ? 1 : 0;
-  }
-  return 2;
+  const Path* path = ive::path_at(ive::attention::kPaths, index);
+  if (path == nullptr || ive::attention::wrong_sequences(*pass) != nullptr) return 2;
+  Work work(*pass, *path);
+  if (!work.allocate()) return 1;
+  for (int64_t i = 0; i < work.appends(); ++i) work.append(i);
+  for (int64_t i = 0; i < work.tasks(); ++i) work.attend(i);
+  for (int64_t i = 0; i < work.merges(); ++i) work.merge(i);
+  return work.failed() ? 1 : 0;
 }
 
 namespace ive::attention {
