@@ -8,18 +8,21 @@ namespace ive::blocks::avx2 {
 
 #define IVE_AVX2 __attribute__((target("avx2,fma")))
 
-constexpr int kRows = 6, kColumns = 16;
+typedef __m256 Floats;
+typedef __m256i Ints;
+constexpr int kLanes = 8, kRows = 6, kColumns = 16;
+constexpr bool kSignedBytes = true;  // see `Signed`
 // Inputs whose products are added in int16: 8 pairs of at most 2 * 15 * 127 fit.
 constexpr int64_t kRun = 32;
 
 inline bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// Weights of 8 bits are signed here, see `Signed`.
-template <int kBits>
-IVE_AVX2 void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                           float* scales, int32_t* starts) {
-  round_row<kRows, kBits, kBits == 4>(x, inputs, block, values, scales, starts);
-}
+IVE_AVX2 IVE_INLINE Floats all(float value) { return _mm256_set1_ps(value); }
+IVE_AVX2 IVE_INLINE Ints all(int32_t value) { return _mm256_set1_epi32(value); }
+IVE_AVX2 IVE_INLINE Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
+IVE_AVX2 IVE_INLINE void store_floats(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+IVE_AVX2 IVE_INLINE Floats converted(Ints values) { return _mm256_cvtepi32_ps(values); }
+IVE_AVX2 IVE_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
 // 8 columns of 8 times four bytes.
 IVE_AVX2 IVE_INLINE void transpose8(__m256i (&v)[8]) {
@@ -154,72 +157,15 @@ IVE_AVX2 IVE_INLINE void add_nibbles(__m256i (&sums)[R][2], const int8_t* x, con
   }
 }
 
-// Adds a block's sums to the results.
-template <int R>
-IVE_AVX2 IVE_INLINE void finish(__m256 (&results)[R][2], const __m256i (&sums)[R][2],
-                                const float* x_scales, const float* w_scales) {
-  const __m256 scales[2] = {_mm256_loadu_ps(w_scales), _mm256_loadu_ps(w_scales + 8)};
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-    const __m256 scale = _mm256_set1_ps(x_scales[r]);
-#pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) {
-      const __m256 both = _mm256_mul_ps(scale, scales[c]);
-      results[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][c]), both, results[r][c]);
-    }
-  }
-}
-
-template <int R>
-IVE_AVX2 IVE_INLINE void begin(__m256 (&results)[R][2], const float* y, int64_t apart, bool first) {
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < 2; ++c) {
-      results[r][c] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(y + r * apart + 8 * c);
-    }
-  }
-}
-
-template <int R>
-IVE_AVX2 IVE_INLINE void start(__m256i (&sums)[R][2], const int32_t* starts) {
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_set1_epi32(starts[r]);
-}
-
-template <int R>
-IVE_AVX2 IVE_INLINE void store(const __m256 (&results)[R][2], float* y, int64_t apart) {
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < 2; ++c) _mm256_storeu_ps(y + r * apart + 8 * c, results[r][c]);
-  }
-}
-
 template <int R, int kBits>
-IVE_AVX2 void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                       int64_t apart) {
-  __m256 results[R][2];
-  begin(results, y, apart, span.first);
-  for (int64_t b = 0; b < span.blocks; ++b) {
-    const int64_t inputs_before = b * span.block * kRows;
-    const int64_t before = b * span.block * kBits / 8 * kColumns;
-    __m256i sums[R][2];
-    start(sums, inputs.starts + b * kRows);
-    const int8_t* x = inputs.values + inputs_before;
-    if (kBits == 8) {
-      add_bytes(sums, x, panel.values + before, panel.ahead + before, span.block);
-    } else {
-      add_nibbles(sums, x, panel.values + before, panel.ahead + before, span.block);
-    }
-    finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
-  }
-  store(results, y, apart);
+IVE_AVX2 IVE_INLINE void add(Ints (&sums)[R][2], const int8_t* x, const uint8_t* w,
+                             const uint8_t* ahead, int64_t block) {
+  if (kBits == 8) return add_bytes(sums, x, w, ahead, block);
+  add_nibbles(sums, x, w, ahead, block);
 }
 
-template <int kBits>
-void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                   int64_t apart) {
-  constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1, kBits>, multiply<2, kBits>, multiply<3, kBits>,
-      multiply<4, kBits>, multiply<5, kBits>, multiply<6, kBits>};
-  kMultiply[rows - 1](inputs, panel, span, y, apart);
-}
+#define IVE_TARGET IVE_AVX2
+#include "tile.h"
+#undef IVE_TARGET
 
 }  // namespace ive::blocks::avx2

@@ -9,11 +9,6 @@ namespace ive::blocks::avx2 {
 // Bytes read at a time: a block of 32 inputs has as many, or half of them.
 constexpr int64_t kPart = 32;
 
-template <int kBits>
-IVE_AVX2 void round_few(const Product& p, const FewRows& x, int64_t row) {
-  x.round<kBits, kBits == 4>(p, row);
-}
-
 // The scales of the blocks in a part, each for the sums it belongs to; `kWide` blocks have whole
 // parts.
 template <bool kWide>
@@ -116,10 +111,7 @@ IVE_AVX2 void multiply_range(const Product& p, const FewRows& x, int64_t from, i
 
 template <typename Weights, bool kWide>
 void multiply_parts(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      multiply_range<1, Weights, kWide>, multiply_range<2, Weights, kWide>,
-      multiply_range<3, Weights, kWide>, multiply_range<4, Weights, kWide>};
-  kMultiply[p.rows - 1](p, x, from, to);
+  with_rows<kFewRows>(p.rows, [&](auto r) { multiply_range<r, Weights, kWide>(p, x, from, to); });
 }
 
 template <int kBits>

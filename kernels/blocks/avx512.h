@@ -8,7 +8,10 @@ namespace ive::blocks::avx512 {
 
 #define IVE_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 
-constexpr int kRows = 12, kColumns = 32;
+typedef __m512 Floats;
+typedef __m512i Ints;
+constexpr int kLanes = 16, kRows = 12, kColumns = 32;
+constexpr bool kSignedBytes = false;
 
 inline bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -16,11 +19,12 @@ inline bool runs_here() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-template <int kBits>
-IVE_AVX512 void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                             float* scales, int32_t* starts) {
-  round_row<kRows, kBits, true>(x, inputs, block, values, scales, starts);
-}
+IVE_AVX512 IVE_INLINE Floats all(float value) { return _mm512_set1_ps(value); }
+IVE_AVX512 IVE_INLINE Ints all(int32_t value) { return _mm512_set1_epi32(value); }
+IVE_AVX512 IVE_INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+IVE_AVX512 IVE_INLINE void store_floats(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+IVE_AVX512 IVE_INLINE Floats converted(Ints values) { return _mm512_cvtepi32_ps(values); }
+IVE_AVX512 IVE_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
 // 16 columns of 16 times four bytes.
 IVE_AVX512 IVE_INLINE void transpose16(__m512i (&v)[16]) {
@@ -86,79 +90,43 @@ IVE_AVX512 IVE_INLINE Eight load_eight(const uint8_t* w) {
            _mm512_and_si512(_mm512_srli_epi16(v1, 4), low)}};
 }
 
-// R rows of a tile. With few rows, sums of the first and the second four of 8 inputs are kept
-// apart: one sum alone would wait for itself.
+// With few rows, sums of the first and the second four of 8 inputs are kept apart: one sum alone
+// would wait for itself.
 template <int R, int kBits>
-IVE_AVX512 void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                         int64_t apart) {
-  constexpr int kSets = R <= 6 ? 2 : 1;
+IVE_AVX512 IVE_INLINE void add(Ints (&sums)[R][2], const int8_t* x, const uint8_t* w,
+                               const uint8_t* ahead, int64_t block) {
+  constexpr bool kApart = R <= 6;
   constexpr int64_t kEight = kColumns * kBits;  // bytes
-  const int8_t* x = inputs.values;
-  const uint8_t* w = panel.values;
-  __m512 results[R][2];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < 2; ++c) {
-      results[r][c] = span.first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * apart + 16 * c);
-    }
-  }
-  for (int64_t b = 0; b < span.blocks; ++b) {
-    __m512i sums[R][2][kSets];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        sums[r][c][kSets - 1] = _mm512_setzero_si512();
-        sums[r][c][0] = _mm512_set1_epi32(inputs.starts[b * kRows + r]);
-      }
-    }
-    for (int64_t k = 0; k < span.block; k += 8) {
-      const uint8_t* ahead = panel.ahead + (w - panel.values);
+  Ints others[R][2] = {};
+  for (int64_t k = 0; k < block; k += 8) {
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kEight; line += 64) fetch(ahead + line);
-      const Eight weights = load_eight<kBits>(w);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m512i four_inputs = _mm512_set1_epi32(four(x + 4 * r));
-        dot(sums[r][0][0], weights.first[0], four_inputs);
-        dot(sums[r][1][0], weights.first[1], four_inputs);
-      }
-      x += 4 * kRows;
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m512i four_inputs = _mm512_set1_epi32(four(x + 4 * r));
-        dot(sums[r][0][kSets - 1], weights.second[0], four_inputs);
-        dot(sums[r][1][kSets - 1], weights.second[1], four_inputs);
-      }
-      x += 4 * kRows;
-      w += kEight;
-    }
-    const float* scales = panel.scales + b * kColumns;
-    const __m512 scales0 = _mm512_loadu_ps(scales), scales1 = _mm512_loadu_ps(scales + 16);
+    for (int64_t line = 0; line < kEight; line += 64) fetch(ahead + line);
+    const Eight weights = load_eight<kBits>(w);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512 scale = _mm512_set1_ps(inputs.scales[b * kRows + r]);
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        __m512i sum = sums[r][c][0];
-        if (kSets == 2) sum = _mm512_add_epi32(sum, sums[r][c][kSets - 1]);
-        const __m512 both = _mm512_mul_ps(scale, c == 0 ? scales0 : scales1);
-        results[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, results[r][c]);
-      }
+      const Ints four_inputs = all(four(x + 4 * r));
+      dot(sums[r][0], weights.first[0], four_inputs);
+      dot(sums[r][1], weights.first[1], four_inputs);
     }
+    x += 4 * kRows;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Ints four_inputs = all(four(x + 4 * r));
+      dot(kApart ? others[r][0] : sums[r][0], weights.second[0], four_inputs);
+      dot(kApart ? others[r][1] : sums[r][1], weights.second[1], four_inputs);
+    }
+    x += 4 * kRows;
+    w += kEight;
+    ahead += kEight;
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < 2; ++c) _mm512_storeu_ps(y + r * apart + 16 * c, results[r][c]);
+#pragma GCC unroll 12
+  for (int r = 0; kApart && r < R; ++r) {
+    for (int c = 0; c < 2; ++c) sums[r][c] = _mm512_add_epi32(sums[r][c], others[r][c]);
   }
 }
 
-template <int kBits>
-void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                   int64_t apart) {
-  constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1, kBits>, multiply<2, kBits>,  multiply<3, kBits>,  multiply<4, kBits>,
-      multiply<5, kBits>, multiply<6, kBits>,  multiply<7, kBits>,  multiply<8, kBits>,
-      multiply<9, kBits>, multiply<10, kBits>, multiply<11, kBits>, multiply<12, kBits>};
-  kMultiply[rows - 1](inputs, panel, span, y, apart);
-}
+#define IVE_TARGET IVE_AVX512
+#include "tile.h"
+#undef IVE_TARGET
 
 }  // namespace ive::blocks::avx512

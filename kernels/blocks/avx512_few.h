@@ -6,11 +6,6 @@
 
 namespace ive::blocks::avx512 {
 
-template <int kBits>
-IVE_AVX512 void round_few(const Product& p, const FewRows& x, int64_t row) {
-  x.round<kBits, true>(p, row);
-}
-
 // The scales of the blocks in a chunk, each for the sums it belongs to; `kBlocks` of them, or one
 // that may have more chunks.
 template <int kBlocks>
@@ -87,10 +82,7 @@ IVE_AVX512 void multiply_range(const Product& p, const FewRows& x, int64_t from,
 
 template <int kBits, int kBlocks>
 void multiply_blocks(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      multiply_range<1, kBits, kBlocks>, multiply_range<2, kBits, kBlocks>,
-      multiply_range<3, kBits, kBlocks>, multiply_range<4, kBits, kBlocks>};
-  kMultiply[p.rows - 1](p, x, from, to);
+  with_rows<kFewRows>(p.rows, [&](auto r) { multiply_range<r, kBits, kBlocks>(p, x, from, to); });
 }
 
 template <int kBits>

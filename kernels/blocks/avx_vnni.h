@@ -12,8 +12,9 @@ namespace ive::blocks::avx_vnni {
 
 #define IVE_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
 
-using avx2::kColumns;
-using avx2::kRows;
+using avx2::all, avx2::converted, avx2::fma, avx2::load_floats, avx2::store_floats;
+using avx2::Floats, avx2::Ints, avx2::kColumns, avx2::kLanes, avx2::kRows;
+constexpr bool kSignedBytes = false;
 
 inline bool runs_here() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -23,12 +24,6 @@ inline bool runs_here() {
 // As in avx512.h: the sums stay in registers.
 IVE_AVX_VNNI IVE_INLINE void dot(__m256i& sum, __m256i weights, __m256i inputs) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(inputs));
-}
-
-template <int kBits>
-IVE_AVX_VNNI void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
-                               float* scales, int32_t* starts) {
-  round_row<kRows, kBits, true>(x, inputs, block, values, scales, starts);
 }
 
 // Adds the products of four inputs.
@@ -65,30 +60,9 @@ IVE_AVX_VNNI IVE_INLINE void add(__m256i (&sums)[R][2], const int8_t* x, const u
   }
 }
 
-template <int R, int kBits>
-IVE_AVX_VNNI void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                           int64_t apart) {
-  __m256 results[R][2];
-  avx2::begin(results, y, apart, span.first);
-  for (int64_t b = 0; b < span.blocks; ++b) {
-    const int64_t before = b * span.block * kBits / 8 * kColumns;
-    __m256i sums[R][2];
-    avx2::start(sums, inputs.starts + b * kRows);
-    add<R, kBits>(sums, inputs.values + b * span.block * kRows, panel.values + before,
-                  panel.ahead + before, span.block);
-    avx2::finish(results, sums, inputs.scales + b * kRows, panel.scales + b * kColumns);
-  }
-  avx2::store(results, y, apart);
-}
-
-template <int kBits>
-void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                   int64_t apart) {
-  constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1, kBits>, multiply<2, kBits>, multiply<3, kBits>,
-      multiply<4, kBits>, multiply<5, kBits>, multiply<6, kBits>};
-  kMultiply[rows - 1](inputs, panel, span, y, apart);
-}
+#define IVE_TARGET IVE_AVX_VNNI
+#include "tile.h"
+#undef IVE_TARGET
 
 template <int kBits>
 constexpr Path kPath = {"AVX-VNNI",

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "../operators/paths.h"
 #include "plain.h"
 #include "tiles.h"
 #if defined(__x86_64__)
@@ -45,10 +46,7 @@ inline Paths paths(int64_t bits) {
   return {std::begin(kPathsOf<8>), std::end(kPathsOf<8>)};
 }
 
-inline const Path& best_path(int64_t bits) {
-  const Paths all = paths(bits);
-  return *std::find_if(all.first, all.last - 1, [](const Path& path) { return path.runs_here(); });
-}
+inline const Path& best_path(int64_t bits) { return *path_at(paths(bits), 0); }
 
 // Bytes of a column's span: what is transposed of a task's weights at a time stays near for all
 // rows.

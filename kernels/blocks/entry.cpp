@@ -8,23 +8,18 @@ using ive::blocks::Product;
 
 // Names of the paths that run on this CPU, the fastest first; null past the last.
 IVE_EXPORT const char* ive_blocks_path(int32_t index) {
-  for (const Path& path : ive::blocks::paths(4)) {
-    if (path.runs_here() && index-- == 0) return path.name;
-  }
-  return nullptr;
+  return ive::path_name(ive::blocks::paths(4), index);
 }
 
 // One product on this thread by the path of that index; 0, or 1 where there is no memory.
 IVE_EXPORT int32_t ive_blocks_multiply(const Product* product, int32_t index) {
-  for (const Path& path : ive::blocks::paths(product->bits)) {
-    if (!path.runs_here() || index-- != 0) continue;
-    Multiplication work(*product, path);
-    if (!work.allocate()) return 1;
-    for (int64_t i = 0; i < work.roundings(); ++i) work.round(i);
-    for (int64_t i = 0; i < work.products(); ++i) work.multiply(i);
-    return 0;
-  }
-  return 2;
+  const Path* path = ive::path_at(ive::blocks::paths(product->bits), index);
+  if (path == nullptr) return 2;
+  Multiplication work(*product, *path);
+  if (!work.allocate()) return 1;
+  for (int64_t i = 0; i < work.roundings(); ++i) work.round(i);
+  for (int64_t i = 0; i < work.products(); ++i) work.multiply(i);
+  return 0;
 }
 
 namespace ive::blocks {

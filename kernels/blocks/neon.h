@@ -12,7 +12,10 @@ namespace ive::blocks::neon {
 
 #define IVE_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 
-constexpr int kRows = 6, kColumns = 16, kVectors = kColumns / 4;
+typedef float32x4_t Floats;
+typedef int32x4_t Ints;
+constexpr int kLanes = 4, kRows = 6, kColumns = 16;
+constexpr bool kSignedBytes = true;
 
 inline bool runs_here() {
 #if defined(__linux__)
@@ -23,12 +26,12 @@ inline bool runs_here() {
 #endif
 }
 
-// Weights of 8 bits are signed here: theirs is the middle that bytes have.
-template <int kBits>
-void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
-                  int32_t* starts) {
-  round_row<kRows, kBits, kBits == 4>(x, inputs, block, values, scales, starts);
-}
+IVE_DOT IVE_INLINE Floats all(float value) { return vdupq_n_f32(value); }
+IVE_DOT IVE_INLINE Ints all(int32_t value) { return vdupq_n_s32(value); }
+IVE_DOT IVE_INLINE Floats load_floats(const float* from) { return vld1q_f32(from); }
+IVE_DOT IVE_INLINE void store_floats(float* to, Floats values) { vst1q_f32(to, values); }
+IVE_DOT IVE_INLINE Floats converted(Ints values) { return vcvtq_f32_s32(values); }
+IVE_DOT IVE_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
 // Loads weights of column or vector `c`; those of 4 bits in two parts, of even and odd places.
 template <int kBits, int kCount>
@@ -70,69 +73,32 @@ inline void transpose(const Source& source, uint8_t* out) {
   }
 }
 
-template <int R>
-IVE_DOT IVE_INLINE void add(int32x4_t (&sums)[R][kVectors], const int8x16_t (&w)[kVectors],
-                            const int8_t* x) {
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-    const int8x16_t given = vreinterpretq_s8_s32(vdupq_n_s32(four(x + 4 * r)));
-#pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) sums[r][c] = vdotq_s32(sums[r][c], w[c], given);
-  }
-}
-
+// Adds the products of one block.
 template <int R, int kBits>
-IVE_DOT void multiply(const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                      int64_t apart) {
-  const int8_t* x = inputs.values;
-  const uint8_t* w = panel.values;
-  float32x4_t results[R][kVectors];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < kVectors; ++c) {
-      results[r][c] = span.first ? vdupq_n_f32(0) : vld1q_f32(y + r * apart + 4 * c);
-    }
-  }
-  for (int64_t b = 0; b < span.blocks; ++b) {
-    int32x4_t sums[R][kVectors];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < kVectors; ++c) sums[r][c] = vdupq_n_s32(inputs.starts[b * kRows + r]);
-    }
-    for (int64_t k = 0; k < span.block; k += 4 * kParts<kBits>) {
-      fetch(panel.ahead + (w - panel.values));
-      int8x16_t parts[kParts<kBits>][kVectors];
+IVE_DOT IVE_INLINE void add(Ints (&sums)[R][4], const int8_t* x, const uint8_t* w,
+                            const uint8_t* ahead, int64_t block) {
+  for (int64_t k = 0; k < block; k += 4 * kParts<kBits>) {
+    fetch(ahead);
+    int8x16_t parts[kParts<kBits>][4];
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) load_parts<kBits>(w + 16 * c, parts, c);
+    for (int c = 0; c < 4; ++c) load_parts<kBits>(w + 16 * c, parts, c);
 #pragma GCC unroll 2
-      for (int i = 0; i < kParts<kBits>; ++i) {
-        add(sums, parts[i], x);
-        x += 4 * kRows;
-      }
-      w += 4 * kColumns;
-    }
+    for (int i = 0; i < kParts<kBits>; ++i) {
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const float32x4_t scale = vdupq_n_f32(inputs.scales[b * kRows + r]);
+      for (int r = 0; r < R; ++r) {
+        const int8x16_t given = vreinterpretq_s8_s32(vdupq_n_s32(four(x + 4 * r)));
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        const float32x4_t scales = vld1q_f32(panel.scales + b * kColumns + 4 * c);
-        const float32x4_t both = vmulq_f32(scale, scales);
-        results[r][c] = vfmaq_f32(results[r][c], vcvtq_f32_s32(sums[r][c]), both);
+        for (int c = 0; c < 4; ++c) sums[r][c] = vdotq_s32(sums[r][c], parts[i][c], given);
       }
+      x += 4 * kRows;
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < kVectors; ++c) vst1q_f32(y + r * apart + 4 * c, results[r][c]);
+    w += 4 * kColumns;
+    ahead += 4 * kColumns;
   }
 }
 
-template <int kBits>
-void multiply_rows(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
-                   int64_t apart) {
-  constexpr void (*kMultiply[kRows])(const Inputs&, const Panel&, const Span&, float*, int64_t) = {
-      multiply<1, kBits>, multiply<2, kBits>, multiply<3, kBits>,
-      multiply<4, kBits>, multiply<5, kBits>, multiply<6, kBits>};
-  kMultiply[rows - 1](inputs, panel, span, y, apart);
-}
+#define IVE_TARGET IVE_DOT
+#include "tile.h"
+#undef IVE_TARGET
 
 }  // namespace ive::blocks::neon

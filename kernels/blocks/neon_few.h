@@ -9,11 +9,6 @@ namespace ive::blocks::neon {
 // Bytes read at a time: at most those of the smallest block.
 constexpr int64_t kPart = 16;
 
-template <int kBits>
-void round_few(const Product& p, const FewRows& x, int64_t row) {
-  x.round<kBits, kBits == 4>(p, row);
-}
-
 // C columns from `n` on: they share what is loaded of the rows.
 template <int R, int C, int kBits>
 IVE_DOT IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n) {
@@ -73,10 +68,7 @@ IVE_DOT void multiply_range(const Product& p, const FewRows& x, int64_t from, in
 
 template <int kBits>
 void multiply_few(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  constexpr void (*kMultiply[kFewRows])(const Product&, const FewRows&, int64_t, int64_t) = {
-      multiply_range<1, kBits>, multiply_range<2, kBits>, multiply_range<3, kBits>,
-      multiply_range<4, kBits>};
-  kMultiply[p.rows - 1](p, x, from, to);
+  with_rows<kFewRows>(p.rows, [&](auto r) { multiply_range<r, kBits>(p, x, from, to); });
 }
 
 template <int kBits>

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define IVE_INLINE inline __attribute__((always_inline))
 
@@ -90,6 +91,13 @@ IVE_INLINE const float* whole_block(const float* x, int64_t given, int64_t block
   std::memcpy(room, x, given * sizeof(float));
   std::memset(room + given, 0, (block - given) * sizeof(float));
   return room;
+}
+
+// Calls a function with the number of rows, at most kMost, as a constant.
+template <int kMost, typename Function>
+void with_rows(int64_t rows, const Function& function) {
+  if (rows == kMost) return function(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 1) with_rows<kMost - 1>(rows, function);
 }
 
 }  // namespace ive::blocks
