@@ -15,7 +15,7 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.ops import cpu_kernels
 from internvl_edge.runtime.arguments import function_or_none
 from internvl_edge.runtime.backends import Backend
-from internvl_edge.runtime.backends.blocks import bundle_kernel
+from internvl_edge.runtime.backends.own_kernels import mapped_graphs
 from internvl_edge.runtime.backends.prepared import is_prepared
 from internvl_edge.runtime.images.preprocess import Tiler, tile_on_host
 from internvl_edge.runtime.memory import MemoryGuard
@@ -118,8 +118,9 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
     cpu_kernels()  # compiled once per machine: here rather than in the first answer
     if bundle.manifest.traits.engines:
         return Opened(ReferenceBackend(bundle, threads, note), tile_on_host)
-    mapped = bundle_kernel(bundle).library is not None
-    MemoryGuard(bundle.manifest, is_prepared(bundle), low_memory, mapped).check_load()
+    MemoryGuard(
+        bundle.manifest, is_prepared(bundle), low_memory, mapped_graphs(bundle)
+    ).check_load()
     backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)
     guard = MemoryGuard(bundle.manifest, backend.prepared, low_memory, backend.mapped)
     return Opened(backend, tile_on_host, memory=guard)

@@ -22,7 +22,7 @@ from internvl_edge.runtime.backends.machine import cpu_name
 from internvl_edge.runtime.backends.ort import TELEMETRY_OFF, TRIED, is_tried, load_onnxruntime
 from internvl_edge.runtime.backends.own_kernel import own_kernel
 from internvl_edge.runtime.backends.products import FORMS, Product, exact_form, wrong_products
-from internvl_edge.runtime.backends.tower import TOWER
+from internvl_edge.runtime.backends.tower import tower_kernel
 from internvl_edge.runtime.free_memory import available_memory
 
 Report = dict[str, Any]
@@ -51,7 +51,7 @@ def examine() -> Report:
             "tiling": _tiling(),
             "block_products": str(own_kernel(BLOCKS)),
             "attention": str(own_kernel(ATTENTION)),
-            "vision": str(own_kernel(TOWER)),
+            "vision": str(tower_kernel()),
         },
         "devices": {
             "cpu": "ready",

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_edge.bundle.contract import QUANTISATION_REPORT, ROTARY_MULTIPLE, CachePrecision
+from internvl_edge.bundle.contract import (
+    LANGUAGE_GRAPH,
+    QUANTISATION_REPORT,
+    ROTARY_MULTIPLE,
+    VISION_GRAPH,
+    CachePrecision,
+)
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.json_reader import read_object
 from internvl_edge.bundle.manifest import Bundle, Manifest, read_manifest
@@ -17,7 +23,11 @@ from internvl_edge.bundle.specs import GenerationSpec, LanguageSpec, ModelSpec
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime.backends.blocks import PROBES, bundle_kernel
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.own_kernels import bundle_attention
+from internvl_edge.runtime.backends.own_kernels import (
+    bundle_attention,
+    left_products,
+    mapped_graphs,
+)
 from internvl_edge.runtime.backends.prepared import is_prepared, why_none
 from internvl_edge.runtime.backends.products import bundle_form, products_of
 from internvl_edge.runtime.backends.tower import bundle_tower
@@ -59,7 +69,8 @@ def _here(path: Path, manifest: Manifest) -> Report:
     """Describe how this machine's CPU runs the bundle; `doctor` says more of the machine."""
     products = products_of(manifest)
     bundle = Bundle(path, manifest)
-    form = bundle_form(manifest).name if products else "none"
+    left = left_products(manifest, mapped_graphs(bundle))
+    form = bundle_form(manifest, left).name if products else "none"
     blocks = {"block_products": str(bundle_kernel(bundle))} if {*PROBES} & {*products} else {}
     tower = {"vision_kernels": str(bundle_tower(manifest))} if "w8a8" in products else {}
     return {
@@ -78,7 +89,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
     spec = manifest.spec
     most = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
     bundle = Bundle(path, manifest)
-    prepared, mapped = is_prepared(bundle), bundle_kernel(bundle).library is not None
+    prepared, mapped = is_prepared(bundle), mapped_graphs(bundle)
 
     def total(tiles: int, *, low_memory: bool) -> int:
         tokens = tiles * spec.vision.tokens_per_tile + TEXT_TOKENS
@@ -91,15 +102,24 @@ def _memory(path: Path, manifest: Manifest) -> Report:
             mapped=mapped,
         ).total
 
-    blocks = "those in blocks mapped" + " but for experts" * bool(spec.language.experts)
-    copied = f"copied when loaded, {blocks}" if mapped else "copied when loaded"
     return {
-        "weights": "mapped from prepared files" if prepared else copied,
+        "weights": _how_loaded(prepared, mapped, experts=spec.language.experts is not None),
         "one_tile_bytes": total(1, low_memory=False),
         "one_tile_low_memory_bytes": total(1, low_memory=True),
         f"{most}_tiles_bytes": total(most, low_memory=False),
         "available_bytes": available_memory(),
     }
+
+
+def _how_loaded(prepared: bool, mapped: frozenset[str], *, experts: bool) -> str:
+    """Say how weights come into memory."""
+    if mapped == {VISION_GRAPH, LANGUAGE_GRAPH} and not experts:
+        return "mapped as they are"
+    if prepared:
+        return "mapped from prepared files"
+    blocks = "those in blocks mapped" + " but for experts" * experts
+    parts = {VISION_GRAPH: "those of vision mapped", LANGUAGE_GRAPH: blocks}
+    return ", ".join(["copied when loaded", *(parts[graph] for graph in parts if graph in mapped)])
 
 
 def _parts(manifest: Manifest, size: int) -> Report:

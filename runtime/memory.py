@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import LANGUAGE_FILES, VISION_FILES
+from internvl_edge.bundle.contract import (
+    LANGUAGE_FILES,
+    LANGUAGE_GRAPH,
+    VISION_FILES,
+    VISION_GRAPH,
+)
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.remedies import Remedies, Remedy, without_gains
@@ -51,7 +56,7 @@ class MemoryPlan:
     Attributes:
         sessions: both graphs beside their matrices, and what the C library keeps of opening them.
         packing: of the largest matrices, while sessions open.
-        vision_weights: as ONNX Runtime packs them; 0 where prepared weights are mapped.
+        vision_weights: as ONNX Runtime packs them; 0 where they are mapped.
         language_weights: the same.
         vision: activations of the largest pass over tiles.
         language: activations of the largest prefill pass.
@@ -94,7 +99,7 @@ def plan_memory(
     tiles: int,
     prepared: bool,
     low_memory: bool,
-    mapped: bool = False,
+    mapped: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
     """Plan the memory that running a bundle takes.
 
@@ -104,7 +109,7 @@ def plan_memory(
         tiles: of all images in one prompt.
         prepared: whether the weights are mapped; see `runtime.backends.prepared`.
         low_memory: hold one graph at a time.
-        mapped: whether weights in blocks are mapped as they are; see `runtime.backends.blocks`.
+        mapped: graphs whose matrices our kernels map as they are; see `runtime.backends`.
     """
     spec = manifest.spec
     vision, language = spec.vision, spec.language
@@ -117,8 +122,10 @@ def plan_memory(
     return MemoryPlan(
         sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
         packing=_packing(manifest, mapped) if prepared else 0,
-        vision_weights=0 if prepared else _weights(manifest, VISION_FILES),
-        language_weights=_language_weights(manifest, prepared, mapped),
+        vision_weights=0
+        if prepared or VISION_GRAPH in mapped
+        else _weights(manifest, VISION_FILES),
+        language_weights=_language_weights(manifest, prepared, LANGUAGE_GRAPH in mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
         language=DOUBLING * LANGUAGE_WIDE * chunk * _inner_width(language) * 4,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
@@ -160,7 +167,7 @@ def _copied(manifest: Manifest, part: str) -> int:
     return int(PACKED_GROWTH * entry.bytes * others / max(1, sum(entry.precision.values())))
 
 
-def _packing(manifest: Manifest, mapped: bool) -> int:
+def _packing(manifest: Manifest, mapped: frozenset[str]) -> int:
     """Return the bytes of what packing gives while both graphs open, to find the stored form by:
     of the largest matrix of each that is packed."""
     vision, language = (
@@ -170,7 +177,9 @@ def _packing(manifest: Manifest, mapped: bool) -> int:
             (manifest.spec.language, manifest.language),
         )
     )
-    if mapped:
+    if VISION_GRAPH in mapped:
+        vision = 0
+    if LANGUAGE_GRAPH in mapped:
         experts = language if manifest.spec.language.experts else 0
         return int(PACKED_GROWTH * (vision + experts)) + _copied(manifest, "head")
     return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
@@ -211,13 +220,13 @@ class MemoryGuard:
         manifest: of the bundle.
         prepared: whether its weights are mapped.
         low_memory: whether one graph is held at a time.
-        mapped: whether weights in blocks are mapped as they are.
+        mapped: graphs whose matrices our kernels map as they are.
     """
 
     manifest: Manifest
     prepared: bool
     low_memory: bool
-    mapped: bool = False
+    mapped: frozenset[str] = frozenset()
 
     def check_load(self) -> None:
         """Raise CapacityError unless the weights, and a prompt with one tile, fit."""
@@ -264,7 +273,7 @@ class MemoryGuard:
         )
 
     def _check(self, plan: MemoryPlan, tokens: int, what: str, promised: int = 0) -> None:
-        _check(plan, tokens, what, _remedies(self.manifest, plan), promised)
+        _check(plan, tokens, what, _remedies(self.manifest, plan, self.mapped), promised)
 
 
 def _check(plan: MemoryPlan, tokens: int, what: str, remedies: Remedies, promised: int = 0) -> None:
@@ -285,12 +294,15 @@ def _weights(manifest: Manifest, files: Sequence[str]) -> int:
     return int(PACKED_GROWTH * sum(manifest.files[name].bytes for name in files))
 
 
-def _remedies(manifest: Manifest, plan: MemoryPlan) -> dict[Remedy, str]:
+def _remedies(manifest: Manifest, plan: MemoryPlan, mapped: frozenset[str]) -> dict[Remedy, str]:
     """Return what would take less, with what it saves where that is known."""
-    weights = plan.vision_weights, plan.language_weights
+    weights = {VISION_GRAPH: plan.vision_weights, LANGUAGE_GRAPH: plan.language_weights}
+    if manifest.spec.language.experts is not None:
+        mapped -= {LANGUAGE_GRAPH}
+    packed = [weight for graph, weight in weights.items() if graph not in mapped]
     found: dict[Remedy, str] = {}
-    if all(weights) and "fp16" not in (manifest.vision, manifest.language):
-        found[Remedy.PREPARE] = f"maps {gib(sum(weights))} of weights"
+    if packed and all(packed) and "fp16" not in (manifest.vision, manifest.language):
+        found[Remedy.PREPARE] = f"maps {gib(sum(packed))} of weights"
     if not plan.low_memory:
         saved = plan.total - replace(plan, low_memory=True).total
         found[Remedy.LOW_MEMORY] = f"saves {gib(saved)}"

@@ -48,7 +48,7 @@ from internvl_edge.runtime.backends.blocks import BLOCKS
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernel import own_kernel
 from internvl_edge.runtime.backends.products import use_exact_products
-from internvl_edge.runtime.backends.tower import TOWER
+from internvl_edge.runtime.backends.tower import tower_kernel
 from internvl_edge.runtime.options import add_threads
 
 REPEATS = 9
@@ -242,7 +242,7 @@ def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable
     # The other run's threads would spin into this one's first milliseconds.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     tower = any(linear.kind == "int8" for linear in plan.linears.values())
-    model = own_kernel(TOWER if tower else BLOCKS).give(folder / "unit.onnx", options)
+    model = (tower_kernel() if tower else own_kernel(BLOCKS)).give(folder / "unit.onnx", options)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     result = session.get_outputs()[0].name  # not the cache, which a language layer also gives
     return lambda feed: list(session.run([result], feed))

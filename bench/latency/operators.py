@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 PRODUCTS = frozenset(
     {"Gemm", "MatMul", "QGemm", "MatMulNBits", "FusedMatMul", "FusedGemm", "MatMulInteger"}
     | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "GemmFloat8"}
-    | {"FloatProduct"}
+    | {"FloatProduct", "IntegerProduct", "IntegerProductGeluRounded"}
 )
 INTEGER_ATTENTIONS = frozenset({"IntegerAttention", "IntegerAttentionRounded"})
 #: ONNX Runtime's causal attention, and ours.
@@ -173,7 +173,7 @@ def _session(bundle: Bundle, graph: str, threads: int | None, folder: Path) -> o
     if threads is not None:
         options.intra_op_num_threads = threads
     language = graph == contract.LANGUAGE_GRAPH
-    own = bundle_kernels(bundle) if language else vision_kernels(bundle.manifest)
+    own = bundle_kernels(bundle) if language else vision_kernels(bundle)
     model = own.give(bundle.file(graph), options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

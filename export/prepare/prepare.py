@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.errors import OutputError, PrepareError
 from internvl_edge.bundle.manifest import Bundle, file_entry, open_bundle
 from internvl_edge.bundle.quoting import named
@@ -17,6 +16,7 @@ from internvl_edge.export.output.work import NEW, check_space, say_kept, work_fo
 from internvl_edge.export.prepare.check import check_prepared, computed, some_pass
 from internvl_edge.export.prepare.prepack import packed_bytes, prepack_graph
 from internvl_edge.export.writer import ignore_total
+from internvl_edge.runtime.backends.own_kernels import left_products, mapped_graphs
 from internvl_edge.runtime.backends.prepared import (
     MANIFEST,
     packed_graphs,
@@ -37,9 +37,8 @@ def prepare_bundle(
 ) -> Path:
     """Write the graphs of a bundle with their matrices packed for this CPU.
 
-    Loading then maps the weights instead of copying them; a language graph that our own kernel
-    computes from mapped weights is left as it is. Writing takes as much memory as opening
-    the larger graph alone.
+    Loading then maps the weights instead of copying them; a graph whose weights our own kernels
+    map as they are is left. Writing takes as much memory as opening the larger graph alone.
 
     Args:
         path: a bundle of the onnxruntime dialect.
@@ -55,7 +54,8 @@ def prepare_bundle(
         BusyError: another process prepares it.
         OutputError: it exists already, or the bundle cannot be written to.
         CapacityError: no space, or the packed weights of one graph do not fit into memory.
-        PrepareError: a graph is float16, or ONNX Runtime does not load what it packed.
+        PrepareError: a graph is float16, all are mapped as they are, or ONNX Runtime does not load
+            what it packed.
     """
     bundle = open_bundle(path)
     for part in ("vision", "language"):
@@ -67,7 +67,14 @@ def prepare_bundle(
     target = prepared_folder(bundle)
     check_path(target)
     _check_target(target, overwrite)
-    form = bundle_form(bundle.manifest)
+    packed = packed_graphs(bundle)
+    if not packed:
+        raise PrepareError(
+            "on this machine all weights of the bundle are mapped as they are, by kernels of ours:"
+            " there is nothing to prepare"
+        )
+    mapped = mapped_graphs(bundle)
+    form = bundle_form(bundle.manifest, left_products(bundle.manifest, mapped))
     if not form.packs:
         raise PrepareError(
             "on this machine integer products are exact only with weights that are not packed:"
@@ -75,11 +82,10 @@ def prepare_bundle(
         )
     sizes = {
         graph: sum(bundle.manifest.files[name].bytes for name in names)
-        for graph, names in packed_graphs(bundle).items()
+        for graph, names in packed.items()
     }
     total = sum(sizes.values())
     check_space(target, packed_bytes(total))
-    mapped = LANGUAGE_GRAPH not in sizes
     MemoryGuard(bundle.manifest, False, low_memory=True, mapped=mapped).check_prepare()
     advance = (progress or ignore_total)(total)
     with work_folder(target) as work:

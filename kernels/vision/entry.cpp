@@ -2,6 +2,7 @@
 // operators.
 #include "../operators/exported.h"
 #include "attention_operator.h"
+#include "integer_operator.h"
 
 namespace vision = ive::vision;
 
@@ -22,6 +23,9 @@ IVE_EXPORT const char* ive_vision_path(int32_t index) {
   return path == nullptr ? nullptr : path->name;
 }
 
+// Whether that path's integer products are as fast as ONNX Runtime's.
+IVE_EXPORT bool ive_vision_multiplies_fast(int32_t index) { return path_at(index)->integers.fast; }
+
 // Each runs on this thread, by the path of that index.
 IVE_EXPORT void ive_vision_norm(const vision::Norm* norm, int32_t index) {
   for (int64_t row = 0; row < norm->rows; ++row) path_at(index)->norm_row(*norm, row);
@@ -37,6 +41,18 @@ IVE_EXPORT void ive_vision_multiply(const vision::Product* product, int32_t inde
 }
 
 // 0, or 1 where there is no memory.
+IVE_EXPORT int32_t ive_vision_multiply_integers(const vision::IntegerProduct* product,
+                                                int32_t index) {
+  const vision::Integers& how = path_at(index)->integers;
+  vision::InputBlock inputs;
+  if (!inputs.allocate(*product, how.tile_rows, how.unit_inputs)) return 1;
+  while (inputs.next(*product)) {
+    for (int64_t i = 0; i < packings(how, inputs); ++i) how.pack(*product, inputs, i);
+    for (int64_t i = 0; i < product_tasks(*product); ++i) how.multiply(*product, inputs, i);
+  }
+  return 0;
+}
+
 IVE_EXPORT int32_t ive_vision_attend(const vision::Attention* attention, int32_t index) {
   const vision::Path& path = *path_at(index);
   vision::Packed packed;
@@ -63,6 +79,8 @@ ort::Operators operators() {
                                        ort::describe<GeluOperator>(),
                                        ort::describe<GeluRoundedOperator>(),
                                        ort::describe<ProductOperator>(),
+                                       ort::describe<IntegerProductOperator>(),
+                                       ort::describe<IntegerProductGeluOperator>(),
                                        ort::describe<AttentionOperator<false>>(),
                                        ort::describe<AttentionOperator<true>>()};
   return {kAll, std::size(kAll)};

@@ -1,4 +1,4 @@
-// What a vision tower computes between its integer products: norms, GELU, attention, and the float
+// What a quantised vision tower computes: integer products, norms, GELU, attention, and the float
 // product of the patches. A rounded result is that of QuantizeLinear, which the next product takes.
 #pragma once
 
@@ -54,6 +54,20 @@ struct Product {
   const float* bias;    // (columns), or null
   float* y;             // (rows, columns)
   int64_t rows, inputs, columns;
+};
+
+// Products of bytes and signed bytes, added up in integers that wrap around as QGemm's do:
+//   y[m, n] = (bias[n] + sum over k of (x[m, k] - zero) * weight[n, k]) * (scale * scales[n])
+struct IntegerProduct {
+  const uint8_t* x;      // (rows, inputs)
+  const int8_t* weight;  // (columns, inputs)
+  const float* scales;   // (columns)
+  const int32_t* bias;   // (columns), or null
+  int64_t rows, inputs, columns;
+  float scale;
+  int32_t zero;
+  bool gelu;  // of the results
+  Output out;
 };
 
 // Every token of a tile attends to all of them: (tiles, tokens, heads, size).

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 #: Numbers of fields in ONNX's messages.
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
-_GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
+_GRAPH_NODE, _GRAPH_WEIGHT, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR = 1, 2, 3, 4
 _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TEXT = 1, 2, 3, 4
@@ -20,6 +20,7 @@ _ATTRIBUTE_TYPE, _TYPE_FLOAT, _TYPE_INTEGER = 20, 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
 _TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER = 2, 1, 1
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
+_WEIGHT_SIZE, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_BYTES = 1, 2, 8, 9
 
 #: Kinds of fields: a number, 8 bytes, a run of bytes, 4 bytes.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -75,6 +76,17 @@ class Message:
             if one.number == number and isinstance(one.value, int):
                 return one.value
         return None
+
+    def numbers(self, number: int) -> Iterator[int]:
+        """Return the numbers of a field that is repeated, each by itself or packed."""
+        for one in self.fields:
+            if one.number == number and isinstance(one.value, int):
+                yield one.value
+            elif one.number == number:
+                data, at = one.content(), 0
+                while at < len(data):
+                    value, at = _varint(data, at)
+                    yield value
 
     def replace(self, number: int, fields: Iterable[Field]) -> None:
         """Put fields in the place of all that have a number: at its first, or at the end."""
@@ -198,6 +210,21 @@ class Declared:
     shape: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A weight of a graph.
+
+    Attributes:
+        element: ONNX's number of the type (`onnx.TensorProto.DataType`).
+        shape: of it.
+        content: its bytes, where the graph itself has them.
+    """
+
+    element: int | None
+    shape: tuple[int, ...]
+    content: bytes
+
+
 class Graph(Message):
     """Nodes, inputs and outputs; weights stay what they are."""
 
@@ -227,6 +254,17 @@ class Graph(Message):
                     for tensor in kind.messages(_TYPE_TENSOR, Message):
                         found[value.text(_VALUE_NAME)] = _declared(tensor)
         return found
+
+    def weights(self) -> dict[str, Stored]:
+        """Return the weights by name."""
+        return {
+            one.text(_WEIGHT_NAME): Stored(
+                one.number(_WEIGHT_ELEMENT),
+                tuple(one.numbers(_WEIGHT_SIZE)),
+                b"".join(f.content() for f in one.fields if f.number == _WEIGHT_BYTES),
+            )
+            for one in self.messages(_GRAPH_WEIGHT, Message)
+        }
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop inputs and outputs of the graph."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
@@ -62,7 +63,7 @@ class OnnxRuntimeBackend:
         self._description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
         )
-        if self._graphs.mapped:
+        if LANGUAGE_GRAPH in self._graphs.mapped:
             self._description += ", own kernel for weights in blocks"
         if self._graphs.attends:
             self._description += ", own attention"
@@ -90,8 +91,8 @@ class OnnxRuntimeBackend:
         return self._graphs.prepared
 
     @property
-    def mapped(self) -> bool:
-        """Whether weights in blocks are mapped from the bundle, and computed by our own kernel."""
+    def mapped(self) -> frozenset[str]:
+        """The graphs whose matrices are mapped from the bundle, and multiplied by our kernels."""
         return self._graphs.mapped
 
     @property

@@ -33,6 +33,7 @@ class KernelKind:
         probes: files of the graphs it is tried by.
         verdict: how it should run.
         on_any_cpu: whether it is used where the CPU has no instructions for it.
+        left: what ONNX Runtime computes all the same, as it is said after the kernel's name.
     """
 
     room: str
@@ -42,6 +43,7 @@ class KernelKind:
     probes: tuple[Path, ...]
     verdict: str = "exactly"
     on_any_cpu: bool = False
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class OwnKernel:
     name: str
 
     def __str__(self) -> str:
-        return self.name if self.library else f"{self.kind.instead}: {self.name}"
+        if self.library is None:
+            return f"{self.kind.instead}: {self.name}"
+        return f"{self.name}{self.kind.left}"
 
     def give(self, graph: Path, options: Any) -> str | bytes:
         """Let the kernel compute what it can of a graph; see `give_nodes`."""

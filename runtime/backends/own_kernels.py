@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.contract import LANGUAGE_GRAPH, Tensor
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH, Tensor
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.bundle.manifest import Bundle, Manifest
 from internvl_edge.runtime.backends.attention import ATTENTION, NO_ATTENTION
@@ -19,17 +19,23 @@ from internvl_edge.runtime.backends.own_kernel import (
     give_nodes,
     own_kernel,
 )
-from internvl_edge.runtime.backends.tower import NO_TOWER, bundle_tower
+from internvl_edge.runtime.backends.products import Product, products_of
+from internvl_edge.runtime.backends.tower import NO_TOWER, bundle_tower, maps_tower
 
 
 @dataclass(frozen=True)
 class OwnKernels:
     """Kernels of a language graph's products of weights in blocks and of its attention, or of the
-    float operations of a vision graph; none by default."""
+    operations of a vision graph; none by default.
+
+    Attributes:
+        maps: whether they map the graph's matrices as they are stored.
+    """
 
     blocks: OwnKernel = NO_KERNEL
     attention: OwnKernel = NO_ATTENTION
     tower: OwnKernel = NO_TOWER
+    maps: bool = False
 
     @property
     def library(self) -> Path | None:
@@ -46,12 +52,26 @@ NO_KERNELS = OwnKernels()
 
 def bundle_kernels(bundle: Bundle) -> OwnKernels:
     """Return the kernels that compute a bundle's language graph on the CPU."""
-    return OwnKernels(bundle_kernel(bundle), bundle_attention(bundle))
+    blocks = bundle_kernel(bundle)
+    return OwnKernels(blocks, bundle_attention(bundle), maps=blocks.library is not None)
 
 
-def vision_kernels(manifest: Manifest) -> OwnKernels:
+def vision_kernels(bundle: Bundle) -> OwnKernels:
     """Return the kernels that compute a bundle's vision graph on the CPU."""
-    return OwnKernels(tower=bundle_tower(manifest))
+    return OwnKernels(tower=bundle_tower(bundle.manifest), maps=maps_tower(bundle))
+
+
+def mapped_graphs(bundle: Bundle) -> frozenset[str]:
+    """Return the graphs whose matrices are mapped as the bundle stores them, by our kernels; of a
+    decoder, all but experts."""
+    kernels = {VISION_GRAPH: vision_kernels(bundle), LANGUAGE_GRAPH: bundle_kernels(bundle)}
+    return frozenset(graph for graph, own in kernels.items() if own.maps)
+
+
+def left_products(manifest: Manifest, mapped: frozenset[str]) -> tuple[Product, ...]:
+    """Return the integer products that may be ONNX Runtime's on the CPU; see `mapped_graphs`."""
+    ours = {"w8a8"} if VISION_GRAPH in mapped else set()
+    return tuple(one for one in products_of(manifest) if one not in ours)
 
 
 def bundle_attention(bundle: Bundle) -> OwnKernel:

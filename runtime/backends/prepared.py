@@ -1,10 +1,9 @@
 """Bundles whose weights are stored as this machine's kernels want them; see `export.prepack`.
 
 A bundle directory may hold `prepared/<machine key>/` with graphs again, their matrices packed for
-one version of ONNX Runtime on one kind of CPU: both, or, where our own kernel computes the language
-graph from mapped weights, the vision graph alone; experts are packed all the same. Another version
-or CPU looks for another key, so a stale directory is never used; `internvl-edge prepare` writes the
-one that fits.
+one version of ONNX Runtime on one kind of CPU: those graphs whose weights our own kernels do not
+map as they are; experts are packed all the same. Another version or CPU looks for another key, so a
+stale directory is never used; `internvl-edge prepare` writes the one that fits.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from internvl_edge.bundle.manifest import Bundle, FileEntry, check_file
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.seal import SEAL, read_sealed, sealed
 from internvl_edge.bundle.verified import VerifiedFiles
-from internvl_edge.runtime.backends.blocks import bundle_kernel
 from internvl_edge.runtime.backends.machine import machine_key
+from internvl_edge.runtime.backends.own_kernels import left_products, mapped_graphs
 from internvl_edge.runtime.backends.products import AS_STORED, bundle_form
 
 FOLDER = "prepared"
@@ -50,12 +49,15 @@ def superseded(folder: Path) -> list[Path]:
     return [other for other in others if other != folder and (other / MANIFEST).exists()]
 
 
-def packed_graphs(bundle: Bundle) -> dict[str, tuple[str, ...]]:
+def packed_graphs(
+    bundle: Bundle, mapped: frozenset[str] | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return the files of each graph, by its name, whose weights ONNX Runtime packs here."""
-    graphs: dict[str, tuple[str, ...]] = {VISION_GRAPH: VISION_FILES}
-    if bundle_kernel(bundle).library is None or bundle.spec.language.experts is not None:
-        graphs[LANGUAGE_GRAPH] = LANGUAGE_FILES
-    return graphs
+    graphs = {VISION_GRAPH: VISION_FILES, LANGUAGE_GRAPH: LANGUAGE_FILES}
+    left = set(graphs) - (mapped_graphs(bundle) if mapped is None else mapped)
+    if bundle.spec.language.experts is not None:
+        left.add(LANGUAGE_GRAPH)
+    return {graph: files for graph, files in graphs.items() if graph in left}
 
 
 def prepared_folder(bundle: Bundle) -> Path:
@@ -80,6 +82,8 @@ def is_prepared(bundle: Bundle) -> bool:
 def why_none(bundle: Bundle) -> str | None:
     """Explain why what was prepared is not used here and how to mend it; None: nothing was."""
     folder = prepared_folder(bundle)
+    if not packed_graphs(bundle):
+        return None
     if folder.is_dir():
         return (
             f"prepared weights in {named(folder)} were made from another export, by another version"
@@ -120,6 +124,8 @@ def verified_prepared(bundle: Bundle) -> VerifiedFiles | None:
 def _manifest(bundle: Bundle) -> dict[str, Any] | None:
     """What lies there; None if nothing does, or what was made from another bundle."""
     path = prepared_folder(bundle) / MANIFEST
+    if not packed_graphs(bundle):
+        return None
     try:
         data = read_sealed(path, older=OLDER_KEYS)
     except FileNotFoundError:
@@ -165,6 +171,7 @@ def _origin(bundle: Bundle) -> dict[str, Any]:
     files = bundle.manifest.files
     packed = itertools.chain.from_iterable(packed_graphs(bundle).values())
     source = {name: files[name].sha256 for name in packed}
-    form = bundle_form(bundle.manifest)
+    left = left_products(bundle.manifest, mapped_graphs(bundle))
+    form = bundle_form(bundle.manifest, left)
     forms = {} if form == AS_STORED else {"products": form.name}
     return {"source": source, "layout": LAYOUT, **forms}

@@ -90,16 +90,20 @@ def products_of(manifest: Manifest) -> tuple[Product, ...]:
     return tuple(products)
 
 
-def bundle_form(manifest: Manifest) -> Form:
+def bundle_form(manifest: Manifest, products: tuple[Product, ...] | None = None) -> Form:
     """Return the form in which a bundle's products are exact on this machine.
 
     It is tried once for each machine, version of ONNX Runtime and pair of graphs, which takes some
     milliseconds, and remembered in the user's cache.
 
+    Args:
+        manifest: of the bundle.
+        products: those that ONNX Runtime computes; None: all there are.
+
     Raises:
         DeviceError: there is none.
     """
-    products = products_of(manifest)
+    products = products_of(manifest) if products is None else products
     if not products:
         return AS_STORED
     key = _key(manifest, products)

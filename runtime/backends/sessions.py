@@ -25,6 +25,7 @@ from internvl_edge.runtime.backends.own_kernels import (
     NO_KERNELS,
     OwnKernels,
     bundle_kernels,
+    left_products,
     vision_kernels,
 )
 from internvl_edge.runtime.backends.prepared import (
@@ -135,16 +136,15 @@ class CpuGraphs:
 
     def __init__(self, bundle: Bundle, threads: int | None, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads = bundle, threads
-        self._own = bundle_kernels(bundle)
+        self._own, self._vision = bundle_kernels(bundle), vision_kernels(bundle)
         self._guard = MemoryGuard(
             bundle.manifest,
             prepared=False,
             low_memory=one_at_a_time,
             mapped=self.mapped,
         )
-        self._form = bundle_form(bundle.manifest)
-        self._vision = vision_kernels(bundle.manifest)
-        self._packed = packed_graphs(bundle)
+        self._form = bundle_form(bundle.manifest, left_products(bundle.manifest, self.mapped))
+        self._packed = packed_graphs(bundle, self.mapped)
         self._prepared = self._find_prepared()
         self._held: list[HeldFiles] = []
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -158,9 +158,10 @@ class CpuGraphs:
         return self._prepared is not None
 
     @property
-    def mapped(self) -> bool:
-        """Whether weights in blocks are mapped from the bundle, and computed by our own kernel."""
-        return self._own.blocks.library is not None
+    def mapped(self) -> frozenset[str]:
+        """The graphs whose matrices are mapped from the bundle, and multiplied by our kernels."""
+        kernels = {contract.VISION_GRAPH: self._vision, contract.LANGUAGE_GRAPH: self._own}
+        return frozenset(graph for graph, own in kernels.items() if own.maps)
 
     @property
     def attends(self) -> bool:
@@ -169,7 +170,7 @@ class CpuGraphs:
 
     @property
     def tower(self) -> OwnKernel:
-        """What computes the float operations of an INT8 vision graph."""
+        """What computes the operations of an INT8 vision graph."""
         return self._vision.tower
 
     @property

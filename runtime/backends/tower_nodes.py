@@ -1,8 +1,8 @@
-"""Giving the float operations of an INT8 vision graph to operators of ours, when it is loaded.
+"""Giving the operations of an INT8 vision graph to operators of ours, when it is loaded.
 
-Products of integers stay ONNX Runtime's: they are exact. What is between them is done by as few
-operators as the graph allows: norms with the sum before and the rounding after, attention with the
-norms of its queries and keys, GELU with the rounding of every run of columns.
+They are as few as the graph allows: norms with the sum before and the rounding after, attention
+with the norms of its queries and keys, integer products with the GELU and the rounding of every run
+of columns after them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from internvl_edge.runtime.backends.graph_bytes import Model, Node
+from internvl_edge.runtime.backends.graph_bytes import Model, Node, Stored
+from internvl_edge.runtime.backends.integer_nodes import (
+    is_product,
+    shared_inputs,
+    takes_product,
+    weight_inputs,
+)
 from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
 
 #: Norms by whether they are of deviations from the mean, and add their first two inputs.
@@ -31,25 +37,37 @@ _HEADS = {"num_heads", "unidirectional"}
 _MOST_RUNS = 8
 
 
-def give_tower(model: bytes) -> bytes | None:
-    """Give the float operations of an INT8 vision graph to our operators.
+def give_tower(model: bytes, *, products: bool = True) -> bytes | None:
+    """Give the operations of an INT8 vision graph to our operators.
 
     Args:
         model: a serialised `ModelProto`.
+        products: whether integer products are ours too.
 
     Returns:
         The changed model; None where it has no integer products, or the bytes are no model.
     """
     try:
         changed = Model.parse(model)
-        tower = _Tower(changed.graph.nodes, set(changed.graph.outputs))
-        if not any(node.operator == "QGemm" for node in tower.nodes):
+        graph = changed.graph
+        tower = _Tower(graph.nodes, set(graph.outputs), graph.weights() if products else {})
+        if not any(map(is_product, tower.nodes)):
             return None
-        changed.graph.nodes = tower.given()
+        graph.nodes = tower.given()
     except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
         return None
     changed.import_domain(OWN_DOMAIN)
     return changed.serialised()
+
+
+def takes_all_products(model: bytes) -> bool:
+    """Whether our operators compute every integer product of a serialised `ModelProto`."""
+    try:
+        graph = Model.parse(model).graph
+        found, weights = list(filter(is_product, graph.nodes)), graph.weights()
+    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
+        return False
+    return bool(found) and all(takes_product(node, weights) for node in found)
 
 
 @dataclass(frozen=True)
@@ -79,11 +97,15 @@ class _Tower:
     Args:
         nodes: in order.
         kept: values that are outputs of the graph.
+        weights: by name; with none, integer products are left.
     """
 
-    def __init__(self, nodes: Sequence[Node], kept: set[str]) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], kept: set[str], weights: Mapping[str, Stored]
+    ) -> None:
         self.nodes = list(nodes)
         self._kept = kept
+        self._weights = weights
         self._makers = {name: node for node in nodes for name in node.outputs if name}
         self._takers: defaultdict[str, list[Node]] = defaultdict(list)
         for node in nodes:
@@ -109,6 +131,9 @@ class _Tower:
             self._give_gelu(node)
         elif (node.domain, node.operator) == ("", "Gemm") and _is_plain(node):
             self._put(node, [_made(node, "FloatProduct", node.inputs, node.outputs)])
+        elif self._takes(node):
+            inputs = [*shared_inputs(node), *weight_inputs(node)]
+            self._put(node, [_made(node, "IntegerProduct", inputs, node.outputs)])
 
     def _put(self, place: Node, nodes: list[Node], gone: Sequence[Node] = ()) -> None:
         """Put nodes in the place of one; others go."""
@@ -158,17 +183,35 @@ class _Tower:
         gelus, rounded, output, gone = runs
         first, last = rounded[0], gelus[-1]
         filler = [""] * (_MOST_RUNS - len(gelus))
-        inputs = [first.scale, first.zero, *(gelu.inputs[0] for gelu in gelus)]
         factors = [one.factors for one in rounded]
+        gone = [*gelus, *(one for run in rounded for one in run.nodes), *gone]
+        if (products := self._products_before(gelus)) is not None:
+            operator, gone = "IntegerProductGeluRounded", [*products, *gone]
+            inputs = [*shared_inputs(products[0]), first.scale, first.zero]
+            inputs += [name for product in products for name in weight_inputs(product)]
+            filler *= len(weight_inputs(products[0]))
+        else:
+            operator = "GeluRounded"
+            inputs = [first.scale, first.zero, *(gelu.inputs[0] for gelu in gelus)]
         if any(factors):
             inputs += [*filler, *factors]
-        gone = [*gelus, *(one for run in rounded for one in run.nodes), *gone]
         self._put(
             last,
-            [_made(node, "GeluRounded", inputs, [output])],
+            [_made(node, operator, inputs, [output])],
             [one for one in gone if one is not last],
         )
         return None
+
+    def _products_before(self, gelus: Sequence[Node]) -> list[Node] | None:
+        """Return the products of the same rows that only these GELUs take."""
+        makers = [self._makers.get(gelu.inputs[0]) for gelu in gelus]
+        found = [one for one in makers if one is not None and self._takes(one)]
+        alone = all(self._taker(gelu.inputs[0]) is gelu for gelu in gelus)
+        alike = {tuple(shared_inputs(product)) for product in found}
+        return found if alone and len(found) == len(gelus) and len(alike) == 1 else None
+
+    def _takes(self, node: Node) -> bool:
+        return is_product(node) and takes_product(node, self._weights)
 
     def _runs(self, node: Node) -> tuple[list[Node], list[_Rounded], str, list[Node]] | None:
         """Return the GELUs that are rounded into one value with this one, how each is rounded, the

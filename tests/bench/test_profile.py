@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,7 @@ from internvl_edge.bench.latency.operators import (
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.runtime.backends.own_kernel import own_kernel
-from internvl_edge.runtime.backends.tower import TOWER
+from internvl_edge.runtime.backends.tower import TOWER, tower_kernel
 
 
 def node(name: str, operator: str = "Gemm", dtype: str = "float", seconds: float = 1.0) -> Node:
@@ -69,11 +69,16 @@ def test_a_bundle(integer_bundle: Path) -> None:
             assert list(parts.values()) == sorted(parts.values(), reverse=True)
     layers = bundle.spec.vision.layers_run
     operators = [found.operator for found in vision.nodes]
-    ours = own_kernel(TOWER).library is not None
+    ours, multiplies = tower_kernel().library is not None, tower_kernel().kind == TOWER
     attention = "IntegerAttentionRounded" if ours else "MultiHeadAttention"
     assert operators.count(attention) == layers
     # Query, key and value apart; proj, fc1, fc2; and the projector's two.
-    assert operators.count("QGemm") == 6 * layers + 2
+    counts = Counter(operators)
+    if multiplies:
+        assert counts["IntegerProductGeluRounded"] == layers + 1
+        assert counts["IntegerProduct"] == 5 * layers + 1
+    else:
+        assert counts["QGemm"] == 6 * layers + 2
     floats = {"FloatProduct"} if ours else {"Gemm", "MultiHeadAttention"}
     assert {found.operator for found in in_float(vision)} == floats
     (attention,) = {found.operator for found in in_float(decode)}

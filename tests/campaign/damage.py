@@ -164,7 +164,6 @@ class Campaign:
             self.checkpoint,
             folder / "bundle",
             vision="int8",
-            language="int8",
             options=QuantOptions(naive=True, block=32),
         )
         with mock.patch.object(prepack, "LEAST_BYTES", 1 << 12):  # small weights, too

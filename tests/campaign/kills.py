@@ -157,12 +157,13 @@ class Campaign:
         source = str(self._checkpoint)
         export = ("export", source, "-o", "DESTINATION", "--overwrite")
         self._run(["export", source, "-o", str(self._folder / "int8"), *INT])
+        self._run(["export", source, "-o", str(self._folder / "fp32")])
         trt = ("--vision", "fp16", "--language", "fp16", "--for", "tensorrt")
         self._run(["export", source, "-o", str(self._folder / "trt"), *trt])
         return {
             "export": Subject(export, (*export, "--vision", "fp16"), "trt"),
             "calibrate": Subject((*export, *INT), (*export, *INT, "--head", "int4")),
-            "prepare": Subject(("prepare", "DESTINATION", "--overwrite"), None, "int8", "prepared"),
+            "prepare": Subject(("prepare", "DESTINATION", "--overwrite"), None, "fp32", "prepared"),
             "build": Subject(("build", "DESTINATION"), None, "trt", "engines"),
         }
 

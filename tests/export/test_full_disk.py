@@ -74,6 +74,12 @@ def whole(checkpoint: Path) -> Path:
         return export_bundle(checkpoint, checkpoint.parent / "whole", **RECIPE)
 
 
+@pytest.fixture(scope="module")
+def floats(checkpoint: Path) -> Path:
+    """A bundle that is packed whatever the machine."""
+    return export_bundle(checkpoint, checkpoint.parent / "floats")
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     try:
@@ -123,11 +129,11 @@ def test_an_export_on_a_disk_that_fills_up(disk: Disk, checkpoint: Path, whole: 
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_prepare_on_a_disk_that_fills_up(disk: Disk, whole: Path, tmp_path: Path) -> None:
+def test_prepare_on_a_disk_that_fills_up(disk: Disk, floats: Path, tmp_path: Path) -> None:
     """ONNX Runtime writes there too, and has errors of its own."""
-    size = tree_bytes(whole) + 64 * KIB
+    size = tree_bytes(floats) + 64 * KIB
     disk.resize(size)
-    bundle = Path(shutil.copytree(whole, disk.path / "m"))
+    bundle = Path(shutil.copytree(floats, disk.path / "m"))
     errors = 0
     for more in range(0, 4000 * KIB, 15 * KIB):
         disk.resize(size + more)
@@ -137,7 +143,7 @@ def test_prepare_on_a_disk_that_fills_up(disk: Disk, whole: Path, tmp_path: Path
         assert not list((bundle / "prepared").iterdir())
         errors += 1
     assert errors > 5
-    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    other = Path(shutil.copytree(floats, tmp_path / "other"))
     prepare_bundle(other)
     assert contents(bundle) == contents(other)
 
@@ -154,13 +160,13 @@ def test_the_systems_folder_for_temporary_files_is_full(
 @pytest.mark.parametrize("limit", [1, 600, 5_000, 40_000, 100_000])
 @pytest.mark.parametrize("command", ["export", "prepare"])
 def test_a_file_that_may_not_grow_is_one_line(
-    checkpoint: Path, whole: Path, tmp_path: Path, command: str, limit: int
+    checkpoint: Path, floats: Path, tmp_path: Path, command: str, limit: int
 ) -> None:
     """A quota or `ulimit`: no disk of its own is needed for these."""
     if command == "export":
         words = ["export", checkpoint, "-o", tmp_path / "m", "--vision", "int8"]
     else:
-        words = ["prepare", shutil.copytree(whole, tmp_path / "m")]
+        words = ["prepare", shutil.copytree(floats, tmp_path / "m")]
     ended = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *map(str, words)],
         capture_output=True,
@@ -286,7 +292,10 @@ def test_sizes_below_a_gigabyte_are_told_in_smaller_units() -> None:
 
 
 def test_onnxruntimes_own_reasons_are_told(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    floats: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the disk has room, its error is something else."""
 
@@ -294,7 +303,7 @@ def test_onnxruntimes_own_reasons_are_told(
         def __init__(self, path: str, *arguments: Any, **settings: Any) -> None:
             raise RuntimeError("no such operator")
 
-    bundle = shutil.copytree(whole, tmp_path / "m")
+    bundle = shutil.copytree(floats, tmp_path / "m")
     monkeypatch.setattr("onnxruntime.InferenceSession", Fails)
     assert main(["prepare", str(bundle)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -218,7 +218,7 @@ def test_a_file_that_comes_with_the_rename_is_kept(
 
 def test_what_this_program_wrote_is_replaced(room: Path) -> None:
     """Prepared weights of an earlier bundle included."""
-    target = export_bundle(room / "checkpoint", room / "int8", vision="int8", language="int8")
+    target = export_bundle(room / "checkpoint", room / "int8", vision="int8")
     prepare_bundle(target)
     export_bundle(room / "checkpoint", target, overwrite=True)
     assert contents(target) == contents(export_bundle(room / "checkpoint", room / "fresh"))
@@ -258,9 +258,7 @@ def test_a_manifest_that_lists_files_elsewhere(room: Path, bundle: Path, name: s
 @pytest.fixture
 def prepared(room: Path) -> Path:
     """The folder of prepared weights in a bundle."""
-    return prepare_bundle(
-        export_bundle(room / "checkpoint", room / "int8", vision="int8", language="int8")
-    )
+    return prepare_bundle(export_bundle(room / "checkpoint", room / "float"))
 
 
 def test_prepare_keeps_what_it_did_not_write(prepared: Path) -> None:

@@ -233,7 +233,7 @@ def test_what_was_made_in_vain_is_held_until_it_is_removed(
 
 
 def test_prepare_is_refused_while_another_prepares(room: Path) -> None:
-    bundle = export_bundle(room / "checkpoint", room / "m", vision="int8", language="int8")
+    bundle = export_bundle(room / "checkpoint", room / "m")
     prepared = prepare_bundle(bundle)
     with work_folder(prepared):
         with pytest.raises(BusyError, match="is in use by process"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from vision_cases import KINDS, drawn
+from vision_cases import KINDS, drawn, integer_case
 
 from internvl_edge.kernels import build
 from internvl_edge.kernels.vision.library import Rounding, VisionLibrary
@@ -22,8 +22,8 @@ from internvl_edge.kernels.vision.library import Rounding, VisionLibrary
 RUNNER = Path(__file__).with_name("vision_runner.cpp")
 FLAGS = [flag for flag in build.CPU_FLAGS if flag not in ("-shared", "-fPIC")]
 ARM = "aarch64-linux-gnu-g++"
-NORM, GELU, MULTIPLY, ATTEND = range(4)
-SCALE, EPSILON = 0.05, 1e-6
+NORM, GELU, MULTIPLY, ATTEND, INTEGERS = range(5)
+SCALE, EPSILON, INTEGER_SCALE = 0.05, 1e-6, 0.03
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class Call:
                 **{"epsilon": EPSILON, "centred": bool(n[4]), "added": second},
                 **{"rounding": self.how(fifth), "path": path},
             )[0]
+        if operation == INTEGERS:
+            assert second is not None
+            rows, inputs, columns, _, zero, *_ = n
+            return library.multiply_integers(
+                x.view(np.uint8).ravel()[: rows * inputs].reshape(rows, inputs),
+                second.view(np.int8).ravel()[: columns * inputs].reshape(columns, inputs),
+                *(third, None if fourth is None else fourth.view(np.int32)),
+                **{"scale": INTEGER_SCALE, "zero": zero, "gelu": self.how(fifth), "path": path},
+            )
         if operation == GELU:
             return library.gelu(x, rounding=self.how(fifth), path=path)
         assert third is not None
@@ -113,8 +122,28 @@ def attentions() -> Iterator[Call]:
         yield Call((ATTEND, tiles, tokens, heads, size, 0, normed, rounds), arrays, rounds)
 
 
+def in_floats(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return bytes as the runner reads them: in floats, filled up with zeros."""
+    content = values.tobytes()
+    return np.frombuffer(content + bytes(-len(content) % 4), np.float32)
+
+
+def integers() -> Iterator[Call]:
+    shapes = ((1, 1, 1), (13, 588, 35), (25, 30, 70), (7, 2053, 33), (12, 1025, 32), (2, 3, 16))
+    for i, (rows, inputs, columns) in enumerate(shapes):
+        case, rounds = integer_case(rows, inputs, columns, ("ends", "random")[i % 2], i), i % 2 == 1
+        arrays = (
+            *(in_floats(case.x), in_floats(case.weight), case.scales),
+            None if case.bias is None else in_floats(case.bias),
+            factors(columns, rounds),
+        )
+        biased = case.bias is not None
+        numbers = (INTEGERS, rows, inputs, columns, 0, case.zero, biased, rounds)
+        yield Call(numbers, arrays, rounds)
+
+
 def all_calls() -> list[Call]:
-    return [*norms(), *gelus(), *products(), *attentions()]
+    return [*norms(), *gelus(), *products(), *attentions(), *integers()]
 
 
 def compiled(compiler: str, folder: Path, *flags: str) -> Path:
@@ -174,10 +203,18 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["neoverse-n1", "max", "cortex-a53"])
-def test_on_aarch64(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "products"),
+    [
+        ("neoverse-n1", ["NEON dot products"]),
+        ("max", ["NEON matrix products", "NEON dot products"]),
+        ("cortex-a53", []),
+    ],
+)
+def test_on_aarch64(model: str, products: list[str], tmp_path: Path) -> None:
     program = compiled(ARM, tmp_path)
-    check([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], ["NEON", "plain"])
+    wanted = [*products, "NEON", "plain"]
+    check([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], wanted)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +233,7 @@ def test_nothing_outside_is_read_or_written(sanitized: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", range(4))
+@pytest.mark.parametrize("operation", range(5))
 def test_an_array_that_is_too_short_is_seen(operation: int, sanitized: Path) -> None:
     """Else the test above would pass with anything."""
     call = [one for one in all_calls() if one.numbers[0] == operation][1]

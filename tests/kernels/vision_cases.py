@@ -84,6 +84,26 @@ class AttentionCase:
         return np.asarray((shares @ value).transpose(0, 2, 1, 3).reshape(tiles, tokens, width))
 
 
+@dataclass(frozen=True)
+class IntegerCase:
+    x: NDArray[np.uint8]
+    weight: NDArray[np.int8]
+    scales: Floats
+    bias: NDArray[np.int32] | None
+    scale: float
+    zero: int
+
+    def wanted(self) -> Floats:
+        """Return what QGemm gives: sums in integers, which wrap around, times both scales."""
+        x, weight = self.x.astype(np.int64), self.weight.astype(np.int64)
+        sums = (x - self.zero) @ weight.T + (0 if self.bias is None else self.bias)
+        return np.asarray(sums.astype(np.int32).astype(np.float32) * self.factors)
+
+    @property
+    def factors(self) -> Floats:
+        return np.float32(self.scale) * self.scales
+
+
 def gelu(x: Floats) -> NDArray[np.float64]:
     erf: Callable[[Any], Any] = np.vectorize(math.erf, otypes=[np.float64])
     wide = x.astype(np.float64)
@@ -125,6 +145,24 @@ def attention_case(
     return AttentionCase(query, key, value, heads, norms, rounding(heads * size, seed))
 
 
+def integer_case(
+    rows: int, inputs: int, columns: int, kind: str = "random", seed: int = 0
+) -> IntegerCase:
+    """Return a product of all bytes there are: drawn ones, or the ends only."""
+    random = np.random.default_rng(seed)
+    if kind == "random":
+        x = random.integers(0, 256, (rows, inputs), np.uint8)
+        weight = random.integers(-128, 128, (columns, inputs), np.int8)
+    else:
+        x = random.choice(np.array([0, 255], np.uint8), (rows, inputs))
+        weight = random.choice(np.array([-128, 127], np.int8), (columns, inputs))
+        x[0], weight[0] = 255, -128
+        x[-1], weight[-1] = 255, 127
+    bias = random.integers(-(2**31), 2**31, columns, np.int32) if seed % 3 else None
+    scales = random.uniform(-1e-3, 1e-3, columns).astype(np.float32)
+    return IntegerCase(x, weight, scales, bias, 0.03, (128, 0, 255, 3, 128)[seed % 5])
+
+
 seeds = st.integers(0, 2**32)
 kinds = st.sampled_from(KINDS)
 
@@ -144,3 +182,10 @@ def assert_same(results: Sequence[NDArray[Any]]) -> None:
     """Check that all paths gave the same bits."""
     for result in results[:-1]:
         assert result.tobytes() == results[-1].tobytes()
+
+
+@st.composite
+def integer_cases(draw: st.DrawFn) -> IntegerCase:
+    shape = (st.integers(1, 30), st.integers(1, 90), st.integers(1, 70))
+    kind = draw(st.sampled_from(["random", "ends"]))
+    return integer_case(*map(draw, shape), kind, draw(seeds))

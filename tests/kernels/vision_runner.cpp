@@ -12,7 +12,7 @@
 
 using namespace ive::vision;
 
-enum Operation { kNorm, kGelu, kMultiply, kAttend };
+enum Operation { kNorm, kGelu, kMultiply, kAttend, kIntegers };
 
 bool too_short = false;
 
@@ -96,6 +96,33 @@ void attend(const Path& path, const int64_t (&n)[8], const std::vector<Array>& a
   results.write();
 }
 
+// Bytes stand in arrays of floats, the last perhaps in part.
+template <typename T>
+std::unique_ptr<T[]> bytes_of(const Array& array, int64_t count) {
+  std::unique_ptr<T[]> bytes(new T[count]);
+  if (count > 0) std::memcpy(bytes.get(), array.get(), count * sizeof(T));
+  return bytes;
+}
+
+void multiply_integers(const Path& path, const int64_t (&n)[8], const std::vector<Array>& arrays) {
+  const Results results(n[1], n[3], arrays[4].get());
+  const auto x = bytes_of<uint8_t>(arrays[0], n[1] * n[2] - too_short);
+  const auto weight = bytes_of<int8_t>(arrays[1], n[3] * n[2]);
+  const auto bias = bytes_of<int32_t>(arrays[3], n[6] != 0 ? n[3] : 0);
+  const IntegerProduct given{
+      x.get(),    weight.get(), arrays[2].get(), n[6] != 0 ? bias.get() : nullptr, n[1],
+      n[2],       n[3],         0.03f,           static_cast<int32_t>(n[5]),       n[7] != 0,
+      results.out};
+  const Integers& how = path.integers;
+  InputBlock inputs;
+  if (!inputs.allocate(given, how.tile_rows, how.unit_inputs)) std::exit(4);
+  while (inputs.next(given)) {
+    for (int64_t i = 0; i < packings(how, inputs); ++i) how.pack(given, inputs, i);
+    for (int64_t i = 0; i < product_tasks(given); ++i) how.multiply(given, inputs, i);
+  }
+  results.write();
+}
+
 // The last two or three numbers say which arrays there are.
 std::vector<Array> arrays_of(const int64_t (&n)[8]) {
   std::vector<Array> arrays;
@@ -107,6 +134,14 @@ std::vector<Array> arrays_of(const int64_t (&n)[8]) {
     for (int i = 0; i < 3; ++i) add(n[1] * n[2] * width);
     for (int i = 0; i < 2; ++i) add(width, n[6] != 0);
     add(width, n[7] != 0);
+    return arrays;
+  }
+  if (n[0] == kIntegers) {
+    arrays.push_back(read((n[1] * n[2] + 3) / 4));
+    arrays.push_back(read((n[3] * n[2] + 3) / 4));
+    arrays.push_back(read(n[3]));
+    arrays.push_back(read(n[3], n[6] != 0));
+    arrays.push_back(read(n[3], n[7] != 0));
     return arrays;
   }
   const int64_t columns = n[0] == kMultiply ? n[3] : n[2];
@@ -129,7 +164,7 @@ int main(int count, char**) {
   std::printf("\n");
   int64_t n[8];
   constexpr void (*kRun[])(const Path&, const int64_t (&)[8], const std::vector<Array>&) = {
-      norm, gelu, multiply, attend};
+      norm, gelu, multiply, attend, multiply_integers};
   while (std::fread(n, sizeof n, 1, stdin) == 1) {
     const std::vector<Array> arrays = arrays_of(n);
     for (const Path* path : paths) kRun[n[0]](*path, n, arrays);

@@ -22,7 +22,6 @@ from internvl_edge.cli.main import main as command_line
 from internvl_edge.kernels.cpu import cpu_features
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends.ort import load_onnxruntime
-from internvl_edge.runtime.backends.own_kernel import own_kernel
 from internvl_edge.runtime.backends.products import (
     FORMS,
     Product,
@@ -30,7 +29,7 @@ from internvl_edge.runtime.backends.products import (
     use_exact_products,
     wrong_products,
 )
-from internvl_edge.runtime.backends.tower import TOWER
+from internvl_edge.runtime.backends.tower import tower_kernel
 
 THREADS = 2
 #: The vision graph with its roundings given, in a folder of its own, and what it is given.
@@ -49,8 +48,8 @@ def measure(folder: Path, result: Path) -> None:
         "onnxruntime": load_onnxruntime().__version__,
         "wrong": {form.name: wrong_products(form, products) for form in FORMS},
         "form": exact_form(products).name,
-        "vision": str(own_kernel(TOWER)),
-        "own_vision": own_kernel(TOWER).library is not None,
+        "vision": str(tower_kernel()),
+        "own_vision": tower_kernel().library is not None,
         "demo": _demo(),
         "answers": {},
     }

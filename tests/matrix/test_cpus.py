@@ -157,7 +157,7 @@ def test_given_roundings_decide_every_product(
 ) -> None:
     """With the same ones the outputs are the graph's own, by ONNX Runtime's operators; with others
     they are not."""
-    monkeypatch.setattr(sessions, "vision_kernels", lambda manifest: NO_KERNELS)
+    monkeypatch.setattr(sessions, "vision_kernels", lambda bundle: NO_KERNELS)
     bundle = export_bundle(GOLDEN / "model", tmp_path / "bundle", vision="int8")
     model = InternVL.load(bundle, device="cpu", reuse_bytes=0)
     tiles = model.tile(GOLDEN / "images" / "img0.png")

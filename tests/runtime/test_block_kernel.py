@@ -31,7 +31,7 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.kernels.blocks.library import BLOCKS
 from internvl_edge.runtime import InternVL, PreparedWarning
-from internvl_edge.runtime.backends import blocks, own_kernel, own_kernels, prepared, sessions
+from internvl_edge.runtime.backends import blocks, own_kernel, own_kernels, sessions
 from internvl_edge.runtime.backends.blocks import BLOCKS as KIND
 from internvl_edge.runtime.backends.blocks import NO_KERNEL, PROBES, bundle_kernel
 from internvl_edge.runtime.backends.own_kernel import OwnKernel
@@ -177,8 +177,7 @@ def test_what_was_prepared_with_the_kernel_is_not_enough_without(
 ) -> None:
     prepare_bundle(bundle, overwrite=True)
     with monkeypatch.context() as patch:
-        for module in (own_kernels, prepared):
-            patch.setattr(module, "bundle_kernel", lambda bundle: NO_KERNEL)
+        patch.setattr(own_kernels, "bundle_kernel", lambda bundle: NO_KERNEL)
         with pytest.warns(PreparedWarning, match=r"a kernel that is not here.*prepare --overwrite"):
             InternVL.load(bundle, device="cpu", threads=1)
         both = prepare_bundle(bundle, overwrite=True)

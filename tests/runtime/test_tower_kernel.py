@@ -4,6 +4,7 @@ by any number of threads and tiles; without the library, those operators."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from calibrating import few_items
 from checkpoints import GOLDEN, small_config, write_checkpoint
 from sessions import cpu_session
 
-from internvl_edge.bundle.contract import TILES, VISION_GRAPH
+from internvl_edge.bundle.contract import LANGUAGE_GRAPH, TILES, VISION_GRAPH
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.export.bundle import export_bundle
@@ -23,9 +24,18 @@ from internvl_edge.export.graphs.dialects.tower_probe import wanted_bits
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import own_kernel, sessions, tower
+from internvl_edge.runtime.backends.blocks import BLOCKS
 from internvl_edge.runtime.backends.own_kernel import OwnKernel
-from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
-from internvl_edge.runtime.backends.tower import NO_TOWER, TOWER, bundle_tower, probe_file
+from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels
+from internvl_edge.runtime.backends.prepared import prepared_folder
+from internvl_edge.runtime.backends.tower import (
+    FLOAT_TOWER,
+    NO_TOWER,
+    TOWER,
+    bundle_tower,
+    probe_file,
+    tower_kernel,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,7 @@ def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kernel() -> OwnKernel:
-    if (found := own_kernel.own_kernel(TOWER)).library is None:
+    if (found := tower_kernel()).library is None:
         pytest.skip(found.name)
     return found
 
@@ -76,11 +86,23 @@ def test_embeddings_are_as_near_the_float_ones(
 ) -> None:
     tiles = pictures(int8_bundle, 6)
     ours = embeddings(load(int8_bundle), tiles)
-    monkeypatch.setattr(sessions, "vision_kernels", lambda manifest: NO_KERNELS)
+    monkeypatch.setattr(sessions, "vision_kernels", lambda bundle: NO_KERNELS)
     theirs = embeddings(load(int8_bundle), tiles)
     exact = embeddings(load(export_bundle(GOLDEN / "model", tmp_path / "float")), tiles)
     assert not np.array_equal(ours, theirs)  # else one of them was not what it is called
     assert error(ours, exact) < 1.1 * error(theirs, exact)
+
+
+def test_products_are_the_same_bits_by_onnx_runtime(
+    int8_bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel.kind != TOWER:
+        pytest.skip(str(kernel))
+    tiles = pictures(int8_bundle, 3)
+    wanted = embeddings(load(int8_bundle), tiles)
+    theirs = OwnKernels(tower=own_kernel.own_kernel(FLOAT_TOWER))
+    monkeypatch.setattr(sessions, "vision_kernels", lambda bundle: theirs)
+    np.testing.assert_array_equal(embeddings(load(int8_bundle), tiles), wanted)
 
 
 def test_threads_and_batches_give_the_same_bits(int8_bundle: Path, kernel: OwnKernel) -> None:
@@ -113,13 +135,39 @@ def test_towers_of_both_kinds_of_norm(norm: str, kernel: OwnKernel, tmp_path: Pa
 _EXACT = {"Cast", "Div", "Sub", "Add", "Reshape", "Transpose", "Shape", "Slice", "Concat", "Expand"}
 
 
-def test_prepared_bundles_give_the_same_bits(int8_bundle: Path, kernel: OwnKernel) -> None:
+def test_prepared_bundles_give_the_same_bits(
+    int8_bundle: Path, kernel: OwnKernel, tmp_path: Path
+) -> None:
     tiles = pictures(int8_bundle, 2)
     wanted = embeddings(load(int8_bundle), tiles)
-    prepare_bundle(int8_bundle, overwrite=True)
-    model = load(int8_bundle)
+    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
+    prepare_bundle(bundle)
+    model = load(bundle)
     assert model.engine.backend.prepared
     np.testing.assert_array_equal(embeddings(model, tiles), wanted)
+
+
+def test_what_is_mapped_is_not_prepared(
+    kernel: OwnKernel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prepared weights that are there already are left alone, and need not fit."""
+    blocks = own_kernel.own_kernel(BLOCKS)
+    if kernel.kind != TOWER or blocks.library is None:
+        pytest.skip(f"{kernel}; {blocks}")
+    with few_items():
+        bundle = export_bundle(
+            GOLDEN / "model", tmp_path / "bundle", vision="int8", language="int8"
+        )
+    assert main(["prepare", str(bundle)]) == 2
+    assert "there is nothing to prepare" in capsys.readouterr().err
+    assert not (bundle / "prepared").exists()
+    prepared_folder(open_bundle(bundle)).mkdir(parents=True)
+    model = load(bundle)
+    assert model.engine.backend.mapped == {VISION_GRAPH, LANGUAGE_GRAPH}
+    assert main(["inspect", "--json", str(bundle)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory"]["weights"] == "mapped as they are"
+    assert report["here"]["prepared"] == "no"
 
 
 def test_without_a_library_the_graph_runs_as_it_is(
@@ -138,7 +186,7 @@ def test_kept_rows_are_told_apart(
     int8_bundle: Path, kernel: OwnKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = load(int8_bundle).engine.backend.numerics
-    monkeypatch.setattr(sessions, "vision_kernels", lambda manifest: NO_KERNELS)
+    monkeypatch.setattr(sessions, "vision_kernels", lambda bundle: NO_KERNELS)
     assert load(int8_bundle).engine.backend.numerics != ours
 
 

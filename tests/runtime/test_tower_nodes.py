@@ -62,22 +62,29 @@ def operators(nodes: Sequence[onnx.NodeProto]) -> Counter[Operator]:
     return Counter((one.domain, one.op_type) for one in nodes)
 
 
-def test_every_operation_of_a_tower_is_ours() -> None:
-    changed = give_tower(probe_file().read_bytes())
+@pytest.mark.parametrize("products", [False, True])
+def test_every_operation_of_a_tower_is_ours(products: bool) -> None:
+    changed = give_tower(probe_file().read_bytes(), products=products)
     assert changed is not None
     found = operators(onnx.load_from_string(changed).graph.node)
-    assert found == {
+    wanted = {
         (OWN_DOMAIN, "FloatProduct"): 3,
         (OWN_DOMAIN, "NormRounded"): 1,
         (OWN_DOMAIN, "IntegerAttentionRounded"): 1,
         (OWN_DOMAIN, "AddNormRounded"): 1,
-        (OWN_DOMAIN, "GeluRounded"): 1,
         (OWN_DOMAIN, "AddNorm"): 1,
         (OWN_DOMAIN, "Gelu"): 1,
-        (MICROSOFT_DOMAIN, "QGemm"): 6,
         ("", "Reshape"): 4,
         ("", "Identity"): 1,
     }
+    if products:
+        wanted |= {
+            (OWN_DOMAIN, "IntegerProduct"): 5,
+            (OWN_DOMAIN, "IntegerProductGeluRounded"): 1,
+        }
+    else:
+        wanted |= {(MICROSOFT_DOMAIN, "QGemm"): 6, (OWN_DOMAIN, "GeluRounded"): 1}
+    assert found == wanted
 
 
 def test_a_graph_without_integer_products_is_left() -> None:
