@@ -112,3 +112,28 @@ def test_any_bytes_are_a_message_or_refused(content: bytes) -> None:
     except (IndexError, ValueError):
         return
     assert Message.parse(parsed.serialised()) == parsed
+
+
+def test_weights_are_told_as_onnx_tells_them() -> None:
+    arrays = {
+        "matrix": np.arange(6, dtype=np.int8).reshape(2, 3),
+        "single": np.array(0.5, np.float32),
+        "wide": np.zeros((1, 300), np.uint8),
+    }
+    made = helper.make_graph(
+        [],
+        "weights",
+        [],
+        [],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    told = Model.parse(helper.make_model(made).SerializeToString()).graph.weights()
+    assert told.keys() == arrays.keys()
+    for name, array in arrays.items():
+        wanted = helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes()
+        assert (told[name].element, told[name].shape, told[name].content) == wanted
+
+
+def test_numbers_that_are_packed() -> None:
+    """As proto3 writes what is repeated; ONNX writes each by itself."""
+    assert list(Message.parse(bytes([10, 3, 3, 172, 2, 8, 5])).numbers(1)) == [3, 300, 5]
