@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, Protocol, cast, get_args
 
 from internvl_edge.bundle.contract import (
     DIALECTS,
@@ -40,7 +40,7 @@ from internvl_edge.bundle.verified import VerifiedFiles
 FORMAT = "internvl-edge bundle"
 FORMAT_VERSION = 1
 
-Verify = Literal["hash", "size"]
+Verify = Literal["once", "hash", "size"]
 
 #: Keys of bundles written before there were seals.
 _UNSEALED = frozenset(
@@ -138,13 +138,27 @@ class Bundle:
         return self.path / name
 
 
-def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
+class KnownFiles(Protocol):
+    """Files whose content was compared before."""
+
+    def knows(self, status: os.stat_result, sha256: str) -> bool:
+        """Whether the file that has this status was found to have this sha256."""
+
+    def remember(self, status: os.stat_result, sha256: str) -> None:
+        """Keep that it has."""
+
+
+def open_bundle(
+    path: str | Path, *, verify: Verify = "hash", known: KnownFiles | None = None
+) -> Bundle:
     """Open and check a bundle.
 
     Args:
         path: directory holding bundle.json.
-        verify: "hash" reads every file and compares its sha256; "size" compares sizes only
-            (milliseconds, whatever the model's size).
+        verify: "hash" reads every file and compares its sha256; "once" leaves out those that are
+            `known` and have not changed since; "size" compares sizes only (milliseconds, whatever
+            the model's size).
+        known: what "once" goes by; without it, it is "hash".
 
     Raises:
         BundleError: not a bundle, newer format, missing, resized or altered file.
@@ -156,7 +170,8 @@ def open_bundle(path: str | Path, *, verify: Verify = "hash") -> Bundle:
     directory = Path(path)
     manifest = read_manifest(directory)
     identities = {
-        name: check_file(directory / name, entry, verify) for name, entry in manifest.files.items()
+        name: check_file(directory / name, entry, verify, known=known)
+        for name, entry in manifest.files.items()
     }
     return Bundle(directory, manifest, verify, identities)
 
@@ -244,8 +259,9 @@ def check_file(
     entry: FileEntry,
     verify: Verify,
     remedy: str = "copy the bundle again or export it anew",
+    known: KnownFiles | None = None,
 ) -> FileIdentity:
-    """Check that a file is there, has its size and, on request, its hash.
+    """Check that a file is there, has its size and, on request, its hash; see `open_bundle`.
 
     Returns:
         What the file was meanwhile, for whoever opens it later.
@@ -255,10 +271,12 @@ def check_file(
     """
     try:
         with open_regular(path) as stream:
-            identity = FileIdentity.of(os.fstat(stream.fileno()))
+            status = os.fstat(stream.fileno())
+            identity = FileIdentity.of(status)
             if identity.size != entry.bytes:
                 check_no_pointer(path)
-            hashed = verify == "hash" and identity.size == entry.bytes
+            is_known = verify == "once" and known is not None and known.knows(status, entry.sha256)
+            hashed = verify != "size" and not is_known and identity.size == entry.bytes
             digest = sha256_stream(stream) if hashed else entry.sha256
             changed = FileIdentity.of(os.fstat(stream.fileno())) != identity
     except FileNotFoundError as error:
@@ -273,6 +291,8 @@ def check_file(
         )
     if digest != entry.sha256:
         raise BundleError(f"{_difference(named(path), digest, entry.sha256)}; {remedy}")
+    if hashed and known is not None:
+        known.remember(status, entry.sha256)
     return identity
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import get_args
 
 from internvl_edge.bundle.errors import ImageError, PromptError
 from internvl_edge.bundle.extras import extra_installed
+from internvl_edge.bundle.manifest import Verify
 from internvl_edge.cli.conversation import Asking, Conversation
 from internvl_edge.cli.history import History, history_path
 from internvl_edge.runtime.chat import Chat
@@ -36,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--verify",
-        choices=("hash", "size"),
-        default="hash",
-        help="check the content of the bundle's files, or only their sizes",
+        choices=get_args(Verify),
+        default="once",
+        help="check the content of the bundle's files: of large ones again only when they have"
+        " changed (once), of all (hash), or of none, but their sizes (size)",
     )
     machine.add_argument(
         "--auto-build", action="store_true", help="build TensorRT engines where none fit this GPU"

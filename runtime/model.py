@@ -21,6 +21,7 @@ from internvl_edge.runtime.arguments import either, file_path, flag, pictures, w
 from internvl_edge.runtime.asking import PromptOptions, check_names, item_request, prompt_request
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
+from internvl_edge.runtime.checked_files import CheckedFiles
 from internvl_edge.runtime.decoding.background import Background
 from internvl_edge.runtime.decoding.batch import Batch, replies
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
@@ -117,7 +118,7 @@ class InternVL(NotCopied):
         device: Device = "auto",
         threads: int | None = None,
         max_context: int | None = None,
-        verify: Verify = "hash",
+        verify: Verify = "once",
         stream: Any = None,
         reuse_bytes: int = REUSE_BYTES,
         image_folder: str | os.PathLike[str] | None = None,
@@ -135,7 +136,8 @@ class InternVL(NotCopied):
                 (`internvl-edge build`), "cuda" ONNX Runtime's provider.
             threads: CPU threads; None is one per core.
             max_context: most tokens (image rows included) a prompt and its answer may take.
-            verify: "hash" checks the sha256 of every file, "size" only their sizes.
+            verify: "hash" checks the sha256 of every file; "once" leaves out large ones that this
+                machine has checked and that have not changed since; "size" checks sizes only.
             stream: CUDA stream of the caller's to work on: an integer handle or an object of
                 torch, CuPy, PyCUDA or cuda.core. It must live as long as the model.
             reuse_bytes: memory for what later prompts may share with earlier ones: rows of images,
@@ -160,7 +162,7 @@ class InternVL(NotCopied):
         if kept < 0:
             raise UsageError(f"is {quoted(kept)}, it must be at least 0", option="reuse_bytes")
         folder = folder_or_none(image_folder, image_folder_bytes, image_folder_days)
-        bundle = open_bundle(file_path("path", path), verify=verify)
+        bundle = open_bundle(file_path("path", path), verify=verify, known=CheckedFiles())
         limit = bundle.spec.language.max_context
         if max_context is not None and not 1 <= max_context <= limit:
             raise UsageError(

@@ -131,7 +131,7 @@ def test_directory_instead_of_a_file(bundle: Path, verify: str) -> None:
 
 
 def test_unknown_verification(bundle: Path) -> None:
-    assert "expected one of hash, size" in refusal(bundle, verify="sha256")
+    assert "expected one of once, hash, size" in refusal(bundle, verify="sha256")
 
 
 def test_more_files_do_no_harm(bundle: Path) -> None:
