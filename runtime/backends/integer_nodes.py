@@ -45,7 +45,7 @@ def takes_product(product: Node, weights: Mapping[str, Stored]) -> bool:
     if not plain or weight is None or any(inputs[_COUNT:]) or len(weight.shape) != 2:
         return False
     columns = weight.shape[:1]
-    wanted = {
+    wanted: dict[int, tuple[int, set[tuple[int, ...]]]] = {
         _SCALE: (_FLOAT, {(), (1,)}),
         _ZERO: (_UINT8, {(), (1,)}),
         _WEIGHT: (_INT8, {weight.shape}),
