@@ -119,12 +119,11 @@ def plan_memory(
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
+    maps_vision = prepared or VISION_GRAPH in mapped
     return MemoryPlan(
         sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
         packing=_packing(manifest, mapped) if prepared else 0,
-        vision_weights=0
-        if prepared or VISION_GRAPH in mapped
-        else _weights(manifest, VISION_FILES),
+        vision_weights=0 if maps_vision else _weights(manifest, VISION_FILES),
         language_weights=_language_weights(manifest, prepared, LANGUAGE_GRAPH in mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
         language=DOUBLING * LANGUAGE_WIDE * chunk * _inner_width(language) * 4,
