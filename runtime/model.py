@@ -95,7 +95,7 @@ class InternVL(NotCopied):
             self.engine,
             tokenizer,
             encoder,
-            None if one_graph else VisionLane(encoder),
+            None if one_graph else VisionLane(encoder, shared),
             prefixes,
             Reservations(partial(claim_bytes, bundle.manifest), memory, shared.memory_bytes),
             shared,

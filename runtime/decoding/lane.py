@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from internvl_edge.runtime.decoding.encoding import Encoding, ImageEncoder
 from internvl_edge.runtime.decoding.failures import without_locals
+from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.images.identity import PendingImage, TiledImage
 from internvl_edge.runtime.niceness import give_way
@@ -20,30 +23,35 @@ from internvl_edge.runtime.niceness import give_way
 Wake = Callable[[], object]
 
 
-class Asked(Encoding):
-    """An encoding, and who waits for it.
+@dataclass(frozen=True)
+class Waiter:
+    """A request that waits for an image, and how it is woken."""
 
-    Attributes:
-        waiting: how each of them is woken.
-    """
+    request: Request
+    wake: Wake
+
+
+class Asked(Encoding):
+    """An encoding, and who waits for it."""
 
     def __init__(self, image: TiledImage) -> None:
         super().__init__(image)
-        self.waiting: list[Wake] = []
+        self.waiting: list[Waiter] = []
 
 
 class VisionLane:
-    """Encodes what it is asked for in a thread of its own, first come first served.
+    """Encodes what it is asked for in a thread of its own, by priority and age; see `Policy.rank`.
 
     A picture that several ask for at once is encoded once. Passes take tiles of several pictures,
     as many as a pass takes. The thread waits while there is nothing to do, and ends with the lane.
 
     Args:
         encoder: encodes.
+        policy: which request comes first.
     """
 
-    def __init__(self, encoder: ImageEncoder) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: ImageEncoder, policy: Policy) -> None:
+        self._encoder, self._policy = encoder, policy
         self._thread = ThreadPoolExecutor(1, "vision", give_way)
         self._lock = threading.Lock()
         self._working = False
@@ -51,11 +59,11 @@ class VisionLane:
         #: By identity, for as long as somebody holds it: rows need not be stored to be shared.
         self._known: WeakValueDictionary[bytes, Asked] = WeakValueDictionary()
 
-    def ask(self, image: TiledImage, wake: Wake) -> tuple[Encoding, bool]:
+    def ask(self, image: TiledImage, waiter: Waiter) -> tuple[Encoding, bool]:
         """Ask for the rows of an image.
 
         Args:
-            wake: called after each of its passes, from the lane's thread.
+            waiter: woken after each of its passes, from the lane's thread.
 
         Returns:
             the encoding, and whether this is the first to ask for it.
@@ -71,14 +79,14 @@ class VisionLane:
                 self._queue.append(asked)
             if not asked.ended:
                 self._work()
-            asked.waiting.append(wake)
+            asked.waiting.append(waiter)
             return asked, len(asked.waiting) == 1
 
-    def leave(self, encoding: Encoding, wake: Wake) -> None:
+    def leave(self, encoding: Encoding, waiter: Waiter) -> None:
         """Wait for an encoding no longer; where nobody else does, it is given up."""
         if isinstance(encoding, Asked):
             with self._lock:
-                encoding.waiting.remove(wake)
+                encoding.waiting.remove(waiter)
                 if not encoding.waiting and encoding in self._queue:
                     self._queue.remove(encoding)
 
@@ -112,13 +120,24 @@ class VisionLane:
         with self._lock:
             left = self._encoder.tiles_at_once
             found: list[tuple[Asked, int]] = []
-            for asked in self._queue:
+            for asked in self._ranked():
                 if left and (not found or _together(found[0][0], asked)):
                     count = min(left, asked.left)
                     found.append((asked, count))
                     left -= count
             self._working = bool(found)
             return found
+
+    def _ranked(self) -> list[Asked]:
+        """Return what is asked for, the first to be encoded first; of equals who came first."""
+        now, policy = time.perf_counter(), self._policy
+
+        def rank(asked: Asked) -> float:
+            waiting = (one.request for one in asked.waiting)
+            ranks = (policy.rank(one.priority, now - one.started) for one in waiting)
+            return -max(ranks, default=-math.inf)  # where an interrupt left it without anybody
+
+        return sorted(self._queue, key=rank)
 
     def _pass(self, batch: Sequence[tuple[Asked, int]]) -> None:
         """Encode some tiles together; where that fails, each picture's alone."""
@@ -149,8 +168,8 @@ class VisionLane:
             if asked.ended and asked in self._queue:
                 self._queue.remove(asked)
             waiting = list(asked.waiting)
-        for wake in waiting:
-            wake()
+        for waiter in waiting:
+            waiter.wake()
 
 
 class Beside:
@@ -167,13 +186,14 @@ class Beside:
     def encode(self, request: Request, pending: Sequence[PendingImage]) -> Iterator[bool]:
         """See `Vision`."""
         asked: list[tuple[Encoding, bool]] = []
+        waiter = Waiter(request, self._wake)
         try:
             for image in pending:
-                asked.append(self._lane.ask(image.image, self._wake))
+                asked.append(self._lane.ask(image.image, waiter))
             yield from self._waited(request, [encoding for encoding, _ in asked])
         finally:
             for encoding, _ in asked:
-                self._lane.leave(encoding, self._wake)
+                self._lane.leave(encoding, waiter)
         for image, (encoding, first) in zip(pending, asked, strict=True):
             image.encoded(encoding)
             if first:

@@ -159,7 +159,7 @@ class Requests(RuleBasedStateMachine):
         )
         self.backend = CountedBackend(spec(), slices, drafts)
         self.means = answering(self.backend, self.policy, reuse)
-        self.lane = VisionLane(self.means.encoder) if lane else None
+        self.lane = VisionLane(self.means.encoder, self.means.policy) if lane else None
         self.scheduler = Scheduler(self.means, self.lane)
         self.asked: list[tuple[Question, Handle]] = []
         self.events: list[Event] = []
