@@ -122,7 +122,9 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
         bundle.manifest, is_prepared(bundle), low_memory, mapped_graphs(bundle)
     ).check_load()
     backend = OnnxRuntimeBackend(bundle, threads, note, low_memory=low_memory)
-    guard = MemoryGuard(bundle.manifest, backend.prepared, low_memory, backend.mapped)
+    guard = MemoryGuard(
+        bundle.manifest, backend.prepared, low_memory, backend.mapped, backend.holds_scores
+    )
     return Opened(backend, tile_on_host, memory=guard)
 
 

@@ -90,6 +90,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
     most = spec.tiling.max_tiles + (spec.tiling.thumbnail and spec.tiling.max_tiles > 1)
     bundle = Bundle(path, manifest)
     prepared, mapped = is_prepared(bundle), mapped_graphs(bundle)
+    scores = bundle_attention(bundle).library is None
 
     def total(tiles: int, *, low_memory: bool) -> int:
         tokens = tiles * spec.vision.tokens_per_tile + TEXT_TOKENS
@@ -100,6 +101,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
             prepared=prepared,
             low_memory=low_memory,
             mapped=mapped,
+            scores=scores,
         ).total
 
     return {

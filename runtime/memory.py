@@ -19,7 +19,7 @@ from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.remedies import Remedies, Remedy, without_gains
 from internvl_edge.bundle.specs import LanguageSpec, VisionSpec
-from internvl_edge.runtime.decoding.passes import prefill_chunk, vision_batch
+from internvl_edge.runtime.decoding.passes import prefill_chunk, scores_of_pass, vision_batch
 from internvl_edge.runtime.free_memory import RESERVE_BYTES, available_memory
 
 #: Interpreter, libraries, two sessions of a model without weights, and what a first answer leaves.
@@ -100,6 +100,7 @@ def plan_memory(
     prepared: bool,
     low_memory: bool,
     mapped: frozenset[str] = frozenset(),
+    scores: bool = True,
 ) -> MemoryPlan:
     """Plan the memory that running a bundle takes.
 
@@ -110,12 +111,16 @@ def plan_memory(
         prepared: whether the weights are mapped; see `runtime.backends.prepared`.
         low_memory: hold one graph at a time.
         mapped: graphs whose matrices our kernels map as they are; see `runtime.backends`.
+        scores: see `Backend.holds_scores`.
     """
     spec = manifest.spec
     vision, language = spec.vision, spec.language
     batch = min(tiles, vision_batch(spec))
     wide = vision.sequence_length * vision.intermediate_size * 4
-    chunk = min(tokens, prefill_chunk(spec, tokens))
+    chunk = min(tokens, prefill_chunk(spec, tokens, scores=scores))
+    # A layer's attention is over when its MLP begins.
+    mlp = LANGUAGE_WIDE * chunk * _inner_width(language) * 4
+    pass_bytes = max(mlp, scores_of_pass(spec, tokens)) if scores else mlp
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
     item = np.dtype(contract.compute_dtype(manifest.vision, manifest.dialect)).itemsize
@@ -126,7 +131,7 @@ def plan_memory(
         vision_weights=0 if maps_vision else _weights(manifest, VISION_FILES),
         language_weights=_language_weights(manifest, prepared, LANGUAGE_GRAPH in mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
-        language=DOUBLING * LANGUAGE_WIDE * chunk * _inner_width(language) * 4,
+        language=DOUBLING * pass_bytes,
         images=ROW_COPIES * rows * item + PIXEL_COPIES * pixels,
         kv_cache=tokens * position_bytes(manifest),
         low_memory=low_memory,
@@ -220,12 +225,14 @@ class MemoryGuard:
         prepared: whether its weights are mapped.
         low_memory: whether one graph is held at a time.
         mapped: graphs whose matrices our kernels map as they are.
+        scores: see `Backend.holds_scores`.
     """
 
     manifest: Manifest
     prepared: bool
     low_memory: bool
     mapped: frozenset[str] = frozenset()
+    scores: bool = True
 
     def check_load(self) -> None:
         """Raise CapacityError unless the weights, and a prompt with one tile, fit."""
@@ -269,6 +276,7 @@ class MemoryGuard:
             prepared=self.prepared,
             low_memory=self.low_memory,
             mapped=self.mapped,
+            scores=self.scores,
         )
 
     def _check(self, plan: MemoryPlan, tokens: int, what: str, promised: int = 0) -> None:

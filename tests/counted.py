@@ -54,6 +54,7 @@ class CountedBackend:
         spec: of the model.
         most_slices: of a pass.
         takes_drafts: whether guesses of next tokens may be checked.
+        holds_scores: whether prompts are read in chunks that bound them.
         broken: caches whose passes fail: with an exception, or with logits that are no numbers.
         passes: rows of each pass, slice by slice.
         tiles: that were encoded.
@@ -62,6 +63,7 @@ class CountedBackend:
     spec: ModelSpec
     most_slices: int = 1
     takes_drafts: bool = False
+    holds_scores: bool = True
     broken: dict[int, str] = field(default_factory=dict)
     passes: list[list[int]] = field(default_factory=list)
     tiles: int = 0

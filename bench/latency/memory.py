@@ -20,7 +20,7 @@ from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bundle.errors import MeasurementError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.kernels.ops import available_cores
-from internvl_edge.runtime.backends.own_kernels import mapped_graphs
+from internvl_edge.runtime.backends.own_kernels import bundle_attention, mapped_graphs
 from internvl_edge.runtime.backends.prepared import is_prepared
 from internvl_edge.runtime.memory import plan_memory
 from internvl_edge.runtime.options import add_threads
@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         prepared=is_prepared(bundle),
         low_memory=low_memory,
         mapped=mapped_graphs(bundle),
+        scores=bundle_attention(bundle).library is None,
     )
     measured = max(found["peak_anonymous_bytes"].values())
     count = arguments.threads or available_cores()

@@ -67,6 +67,10 @@ class LlamaCppBackend:
     def takes_drafts(self) -> bool:
         return False
 
+    @property
+    def holds_scores(self) -> bool:
+        return True
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)
 

@@ -77,6 +77,10 @@ class Backend(Protocol):
         """Whether guessed rows may be appended and cut off again: nothing behind a cache's length
         is ever read, and a few rows take little more time than one."""
 
+    @property
+    def holds_scores(self) -> bool:
+        """Whether attention holds the scores of all rows of a pass with all keys, at one time."""
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.
 

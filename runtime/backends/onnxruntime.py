@@ -99,6 +99,10 @@ class OnnxRuntimeBackend:
     def takes_drafts(self) -> bool:
         return True
 
+    @property
+    def holds_scores(self) -> bool:
+        return not self._graphs.attends
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         vision = self._spec.vision

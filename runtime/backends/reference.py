@@ -128,6 +128,10 @@ class ReferenceBackend:
     def takes_drafts(self) -> bool:
         return False
 
+    @property
+    def holds_scores(self) -> bool:
+        return True
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})

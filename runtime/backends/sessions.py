@@ -142,6 +142,7 @@ class CpuGraphs:
             prepared=False,
             low_memory=one_at_a_time,
             mapped=self.mapped,
+            scores=not self.attends,
         )
         self._form = bundle_form(bundle.manifest, left_products(bundle.manifest, self.mapped))
         self._packed = packed_graphs(bundle, self.mapped)

@@ -162,6 +162,10 @@ class TensorRtBackend:
     def takes_drafts(self) -> bool:
         return False
 
+    @property
+    def holds_scores(self) -> bool:
+        return True
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
         vision, language = self._bundle.spec.vision, self._bundle.spec.language

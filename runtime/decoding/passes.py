@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 #: Most tokens of one prefill pass: bounds the activations of the MLP (512 x 16,384 x 4 = 34 MB).
 MAX_CHUNK = 512
-#: Bound on the attention scores of a prefill pass (heads * tokens * keys * 4 bytes), in bytes.
+#: Fewest, however many keys they see.
+LEAST_CHUNK = 16
+#: Bound on the attention scores of a prefill pass (heads * tokens * keys * 4 bytes), in bytes, if
+#: they are held.
 SCORE_BYTES = 256 << 20
 #: Bound on the widest activation of a vision pass (tiles * tokens * mlp * 4 bytes), in bytes: one
 #: tile of InternViT-6B. More at a time is not faster (two: 154 ms a tile and layer, one: 130).
@@ -48,10 +51,26 @@ def vision_batch(spec: ModelSpec) -> int:
     return max(1, VISION_BYTES // max(widest, 1))
 
 
-def prefill_chunk(spec: ModelSpec, total: int) -> int:
-    """Tokens of one prefill pass over a prompt of `total` tokens."""
-    per_token = spec.language.num_attention_heads * max(total, 1) * 4
-    return max(16, min(MAX_CHUNK, SCORE_BYTES // per_token))
+def prefill_chunk(spec: ModelSpec, total: int, *, scores: bool) -> int:
+    """Tokens of one prefill pass over a prompt of `total` tokens.
+
+    Args:
+        scores: see `Backend.holds_scores`.
+    """
+    if not scores:
+        return MAX_CHUNK
+    return max(LEAST_CHUNK, min(MAX_CHUNK, SCORE_BYTES // _row_scores(spec, total)))
+
+
+def scores_of_pass(spec: ModelSpec, total: int) -> int:
+    """Most bytes of the attention scores of a pass, where they are held."""
+    row = _row_scores(spec, total)
+    return max(LEAST_CHUNK * row, min(SCORE_BYTES, MAX_CHUNK * row))
+
+
+def _row_scores(spec: ModelSpec, total: int) -> int:
+    """Bytes of the scores of one row of a layer with `total` keys."""
+    return spec.language.num_attention_heads * max(total, 1) * 4
 
 
 @dataclass(frozen=True)
@@ -190,7 +209,7 @@ class Engine:
 
     def chunk_tokens(self, sequence: TokenSequence) -> int:
         """Tokens of one prefill pass over `sequence`."""
-        return prefill_chunk(self._spec, len(sequence))
+        return self._chunk(len(sequence))
 
     def prefill_chunks(
         self, cache: Cache, sequence: TokenSequence, start: int
@@ -262,10 +281,14 @@ class Engine:
                 yield logits
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        size = prefill_chunk(self._spec, stop)
+        size = self._chunk(stop)
         while start < stop:
             yield start, min(start + size, stop)
             start += size
+
+    def _chunk(self, total: int) -> int:
+        """Tokens of one prefill pass that ends at `total`, or before."""
+        return prefill_chunk(self._spec, total, scores=self.backend.holds_scores)
 
     def _append(self, runs: Sequence[Run], forward: Callable[[Sequence[Slice]], T]) -> T:
         """Run rows behind the cached ones and record them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from counted import CountedBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -124,13 +125,21 @@ def test_chunked_prefill_is_the_whole_prefill(
     np.testing.assert_allclose(got, logits_arrays["single_logits"][0], rtol=0, atol=2e-4)
 
 
-def test_chunks_bound_the_attention_scores(golden_model: InternVL) -> None:
-    heads = golden_model.spec.language.num_attention_heads
+@pytest.mark.parametrize("scores", [True, False])
+def test_chunks_bound_the_attention_scores_that_are_held(
+    golden_model: InternVL, scores: bool
+) -> None:
+    spec, other = golden_model.spec, golden_model.engine
+    heads, backend = spec.language.num_attention_heads, CountedBackend(spec, holds_scores=scores)
+    means = engine.Engine(backend, spec, other._embedding, golden_model.answering.prefixes)
     for total in (1000, 100_000, 3_000_000):
-        sizes = [stop - start for start, stop in golden_model.engine._chunks(0, total)]
+        sizes = [stop - start for start, stop in means._chunks(0, total)]
         assert sum(sizes) == total
         assert max(sizes) <= engine.MAX_CHUNK
-        assert max(sizes) == 16 or max(sizes) * heads * total * 4 <= engine.SCORE_BYTES
+        if scores:
+            assert max(sizes) == 16 or max(sizes) * heads * total * 4 <= engine.SCORE_BYTES
+        else:
+            assert max(sizes) == min(engine.MAX_CHUNK, total)
 
 
 def test_a_step_writes_its_row_in_place_and_nothing_else(golden_model: InternVL) -> None:

@@ -18,6 +18,7 @@ from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.cli.main import main
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import CapacityError, InternVL, LimitError, memory
+from internvl_edge.runtime.decoding.passes import MAX_CHUNK, prefill_chunk
 from internvl_edge.runtime.memory import (
     MemoryGuard,
     MemoryPlan,
@@ -94,6 +95,19 @@ def test_more_never_takes_less(manifest: Manifest, tokens: int, tiles: int, more
     assert total(10 * tokens + 4000, tiles) > plain
     assert total(tokens, tiles, prepared=True) < plain
     assert total(tokens, tiles, low=True) < plain
+
+
+def test_scores_are_counted_where_attention_holds_them(manifest: Manifest) -> None:
+    def passes_of(tokens: int, *, scores: bool) -> int:
+        return plan_memory(
+            manifest, tokens=tokens, tiles=1, prepared=False, low_memory=False, scores=scores
+        ).language
+
+    heads, tokens = manifest.spec.language.num_attention_heads, 100_000
+    rows = prefill_chunk(manifest.spec, tokens, scores=True)
+    assert rows < MAX_CHUNK
+    assert passes_of(tokens, scores=True) >= heads * rows * tokens * 4
+    assert passes_of(tokens, scores=False) == passes_of(1000, scores=False)
 
 
 def test_one_graph_at_a_time_takes_the_larger() -> None:
