@@ -55,6 +55,7 @@ class CountedBackend:
         most_slices: of a pass.
         takes_drafts: whether guesses of next tokens may be checked.
         holds_scores: whether prompts are read in chunks that bound them.
+        turns: see `Backend.turns`.
         broken: caches whose passes fail: with an exception, or with logits that are no numbers.
         passes: rows of each pass, slice by slice.
         tiles: that were encoded.
@@ -64,6 +65,7 @@ class CountedBackend:
     most_slices: int = 1
     takes_drafts: bool = False
     holds_scores: bool = True
+    turns: Any = None
     broken: dict[int, str] = field(default_factory=dict)
     passes: list[list[int]] = field(default_factory=list)
     tiles: int = 0

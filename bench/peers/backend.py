@@ -71,6 +71,10 @@ class LlamaCppBackend:
     def holds_scores(self) -> bool:
         return True
 
+    @property
+    def turns(self) -> None:
+        return None
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)
 

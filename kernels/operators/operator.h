@@ -55,7 +55,10 @@ inline Status* read_attribute(Api api, const Info* info, const char* name, float
 // One run of an operator.
 class Call {
  public:
-  Call(Api api, Context* context) : api_(api), context_(context) {}
+  // Waits while others go first; whether they may want to again before long.
+  using Rest = bool (*)();
+
+  Call(Api api, Context* context, Rest rest) : api_(api), context_(context), rest_(rest) {}
 
   Status* refuse(const char* reason) const { return ort::refuse(api_, reason); }
 
@@ -91,12 +94,39 @@ class Call {
 
   // Runs task(work, i) for every i below count, side by side on the session's threads: each gets
   // as many as the others, or, cut into so many `parts`, another part when it is done with one.
+  // Who rests does so before, and in between where others come and go.
   Status* each(void (*task)(void*, size_t), size_t count, void* work, size_t parts = 0) const {
+    if (rest_ == nullptr) return side_by_side(task, count, work, parts);
+    const size_t step = rest_() ? (count + kPieces - 1) / kPieces : count;
+    for (Piece piece{task, work, 0}; piece.first < count; piece.first += step) {
+      if (piece.first != 0) rest_();
+      const size_t left = count - piece.first, some = left < step ? left : step;
+      if (Status* status = side_by_side(Piece::run, some, &piece, parts)) return status;
+    }
+    return nullptr;
+  }
+
+ private:
+  // Between which an operator rests.
+  static constexpr size_t kPieces = 8;
+
+  // Some of the tasks, which are numbered from `first` on.
+  struct Piece {
+    void (*task)(void*, size_t);
+    void* work;
+    size_t first;
+
+    static void run(void* self, size_t i) {
+      const auto& piece = *static_cast<const Piece*>(self);
+      piece.task(piece.work, piece.first + i);
+    }
+  };
+
+  Status* side_by_side(void (*task)(void*, size_t), size_t count, void* work, size_t parts) const {
     return at<Status* (*)(Context*, void (*)(void*, size_t), size_t, size_t, void*)>(
         api_, kKernelContextParallelFor)(context_, task, count, parts, work);
   }
 
- private:
   Status* read(const Value* value, Tensor& tensor) const {
     const auto data = at<Status* (*)(const Value*, void**)>(api_, kGetTensorMutableData);
     const auto shape = at<Status* (*)(const Value*, Shape**)>(api_, kGetTensorTypeAndShape);
@@ -125,6 +155,7 @@ class Call {
 
   Api api_;
   Context* context_;
+  Rest rest_;
 };
 
 struct Input {
@@ -134,7 +165,7 @@ struct Input {
 
 // What ONNX Runtime asks of an operator: a class with its kName, its kInputs, the types of its
 // kOutputs, start(api, info), which returns why it cannot be, and compute(call).
-template <typename Operator>
+template <typename Operator, Call::Rest kRest = nullptr>
 CustomOp describe() {
   CustomOp op{};
   op.version = kVersion;
@@ -163,7 +194,7 @@ CustomOp describe() {
   };
   op.compute_checked = [](void* kernel, Context* context) {
     const auto* self = static_cast<const Operator*>(kernel);
-    return self->compute(Call(self->api, context));
+    return self->compute(Call(self->api, context, kRest));
   };
   op.destroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
   op.may_inplace = op.aliases = [](int**, int**) -> size_t { return 0; };

@@ -1,6 +1,7 @@
 // Entry points of the operations by themselves, for the tests and to know their paths; and as
 // operators.
 #include "../operators/exported.h"
+#include "../operators/turns.h"
 #include "attention_operator.h"
 #include "integer_operator.h"
 
@@ -70,19 +71,24 @@ IVE_EXPORT int32_t ive_vision_attend(const vision::Attention* attention, int32_t
 
 namespace ive::vision {
 
+template <typename Operator>
+ort::CustomOp in_turn() {
+  return ort::describe<Operator, rest>();
+}
+
 // What the library registers.
 ort::Operators operators() {
-  static const ort::CustomOp kAll[] = {ort::describe<NormOperator<false, false>>(),
-                                       ort::describe<NormOperator<false, true>>(),
-                                       ort::describe<NormOperator<true, false>>(),
-                                       ort::describe<NormOperator<true, true>>(),
-                                       ort::describe<GeluOperator>(),
-                                       ort::describe<GeluRoundedOperator>(),
-                                       ort::describe<ProductOperator>(),
-                                       ort::describe<IntegerProductOperator>(),
-                                       ort::describe<IntegerProductGeluOperator>(),
-                                       ort::describe<AttentionOperator<false>>(),
-                                       ort::describe<AttentionOperator<true>>()};
+  static const ort::CustomOp kAll[] = {in_turn<NormOperator<false, false>>(),
+                                       in_turn<NormOperator<false, true>>(),
+                                       in_turn<NormOperator<true, false>>(),
+                                       in_turn<NormOperator<true, true>>(),
+                                       in_turn<GeluOperator>(),
+                                       in_turn<GeluRoundedOperator>(),
+                                       in_turn<ProductOperator>(),
+                                       in_turn<IntegerProductOperator>(),
+                                       in_turn<IntegerProductGeluOperator>(),
+                                       in_turn<AttentionOperator<false>>(),
+                                       in_turn<AttentionOperator<true>>()};
   return {kAll, std::size(kAll)};
 }
 

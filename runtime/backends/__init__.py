@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.errors import LimitError
+from internvl_edge.kernels.operators.turns import Turns
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.decoding.sampling import Candidates
 
@@ -80,6 +81,11 @@ class Backend(Protocol):
     @property
     def holds_scores(self) -> bool:
         """Whether attention holds the scores of all rows of a pass with all keys, at one time."""
+
+    @property
+    def turns(self) -> Turns | None:
+        """What lets its passes over tokens and over tiles take turns; None: they compete for the
+        cores, or do not."""
 
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> image embeddings `(tiles, tokens_per_tile, hidden)`.

@@ -12,6 +12,7 @@ from internvl_edge.bundle.contract import LANGUAGE_GRAPH
 from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
+from internvl_edge.kernels.operators.turns import Turns
 from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
 from internvl_edge.runtime.backends.machine import machine_key
@@ -57,6 +58,8 @@ class OnnxRuntimeBackend:
         language = bundle.spec.language
         self._rope = RopeTable(language, language.max_context, rope_dtype)
         self._graphs = CpuGraphs(bundle, threads, one_at_a_time=low_memory)
+        tower = self._graphs.tower.library  # whose operators rest
+        self._turns = None if tower is None else Turns(tower)
         # A graph gives its activations back after a pass: the other one needs as much.
         self._giving_back = ort.RunOptions()
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -102,6 +105,10 @@ class OnnxRuntimeBackend:
     @property
     def holds_scores(self) -> bool:
         return not self._graphs.attends
+
+    @property
+    def turns(self) -> Turns | None:
+        return self._turns
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""

@@ -132,6 +132,10 @@ class ReferenceBackend:
     def holds_scores(self) -> bool:
         return True
 
+    @property
+    def turns(self) -> None:
+        return None
+
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""
         outputs = self._vision.run([contract.IMAGE_EMBEDDINGS], {contract.TILES: tiles})

@@ -74,6 +74,8 @@ class Provider:
             ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
         own: what computes parts of a graph in the place of ONNX Runtime.
+        spins: whether threads without work look for some before they sleep, on cores that others
+            want while operators rest.
     """
 
     device: str = "cpu"
@@ -81,6 +83,7 @@ class Provider:
     optimise: Optimise = "all"
     form: Form = AS_STORED
     own: OwnKernels = NO_KERNELS
+    spins: bool = True
 
     @property
     def name(self) -> str:
@@ -220,9 +223,10 @@ class CpuGraphs:
     def _part(self, graph: str) -> _Part:
         """Return what is opened of a graph."""
         own = self._own if graph == contract.LANGUAGE_GRAPH else self._vision
+        provider = Provider(form=self._form, own=own, spins=own.tower.library is None)
         if self._prepared is None or graph not in self._packed:
-            return _Part(self._bundle.verified, graph, Provider(form=self._form, own=own))
-        return _Part(self._prepared, graph, Provider(optimise="none", form=self._form, own=own))
+            return _Part(self._bundle.verified, graph, provider)
+        return _Part(self._prepared, graph, replace(provider, optimise="none"))
 
     def _open_parts(self, graphs: Sequence[str]) -> None:
         """Open these graphs at once: packing weights keeps one core busy for each."""
@@ -345,6 +349,8 @@ def session_options(provider: Provider, threads: int | None) -> ort.SessionOptio
     # threads take 378 ms instead of 421 for a prefill of two true-width layers, 3.5 instead of
     # 12.0 for tiny_ocr's, and 0.25 instead of 0.45 ms for each of its tokens.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not provider.spins:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,

@@ -166,6 +166,10 @@ class TensorRtBackend:
     def holds_scores(self) -> bool:
         return True
 
+    @property
+    def turns(self) -> None:
+        return None
+
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
         vision, language = self._bundle.spec.vision, self._bundle.spec.language

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,6 +105,11 @@ class ImageEncoder:
     def run(self, tiles: Any) -> Rows:
         """Encode tiles `(tiles, S, S, 3)` in one pass: rows `(tiles * tokens_per_tile, hidden)`."""
         return self._engine.encode_tiles(tiles)
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Let passes over tokens take turns with one over tiles, which no interrupt comes to."""
+        turns = self._engine.turns
+        return nullcontext() if turns is None else turns.tiles()
 
     def took(self, encoding: Encoding, rows: Rows, tiles: int, seconds: float) -> None:
         """Take the rows of the next tiles of an image, which took so long.

@@ -144,7 +144,8 @@ class VisionLane:
         before = time.perf_counter()
         try:
             tiles = [asked.image.pixels()[asked.tiles :][:count] for asked, count in batch]
-            rows = self._encoder.run(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
+            with self._encoder.beside():
+                rows = self._encoder.run(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
         except Exception as error:  # noqa: BLE001 - raised where the rows are waited for
             if len(batch) == 1:
                 batch[0][0].error = error

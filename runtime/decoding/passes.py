@@ -14,6 +14,7 @@ from internvl_edge.bundle.errors import ContextError
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
+from internvl_edge.kernels.operators.turns import Turns
 from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.reuse import PrefixStore
@@ -132,6 +133,11 @@ class Engine:
         """uint8 `(tiles, S, S, 3)` -> `(tiles * tokens_per_tile, hidden)` in one pass."""
         rows = self.backend.encode_tiles(tiles)
         return rows.reshape(-1, self._spec.language.hidden_size)
+
+    @property
+    def turns(self) -> Turns | None:
+        """See `Backend.turns`."""
+        return self.backend.turns
 
     @property
     def most_runs(self) -> int:

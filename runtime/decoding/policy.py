@@ -27,7 +27,7 @@ class Policy:
     Attributes:
         most_running: requests that are under way at once; others wait.
         growth: by how much the time between two tokens of running answers may grow while a prompt
-            is read, as a part of it: 1.0 doubles it at most.
+            is read or a picture encoded, as a part of it: 1.0 doubles it at most.
         aging_s: waiting so many seconds counts as much as a priority that is larger by one, so that
             nobody waits for ever.
         memory_bytes: most memory that KV caches and images of all requests under way take, as
@@ -74,7 +74,8 @@ class Policy:
 
 
 class Pace:
-    """Finds how many tokens of a prompt fit beside decoding, from how long passes took.
+    """Finds how many tokens of a prompt, and how much of a picture, fit beside decoding, from how
+    long passes took.
 
     Args:
         growth: see `Policy`.
@@ -86,6 +87,23 @@ class Pace:
         self.clock = clock
         self._decoding: dict[int, float] = {}  # seconds by the number of sequences
         self._chunk = float(FIRST_CHUNK)
+        self._last: tuple[int, float] = (0, 0.0)  # sequences and seconds of the last step
+        self._overshoot, self._beside = 0.0, False
+
+    @property
+    def share(self) -> float:
+        """Seconds that pictures may take before the next step, so that with it, and with what
+        their operators take to rest, the time between two tokens grows by no more than it may."""
+        sequences, seconds = self._last
+        # Nobody is faster beside others: a step that was tells what one alone takes now.
+        alone = min(self._alone(sequences), seconds) if self._decoding else seconds
+        return max((1 + self._growth) * alone - seconds - self._overshoot, 0.0)
+
+    def rested(self, seconds: float | None) -> None:
+        """Note how long operators of pictures took to rest before this step; None: there are no
+        pictures."""
+        self._beside = seconds is not None
+        self._overshoot = max(seconds or 0.0, (1 - NEWEST) * self._overshoot)
 
     @property
     def chunk(self) -> int:
@@ -94,15 +112,22 @@ class Pace:
 
     def decoded(self, sequences: int, seconds: float) -> None:
         """Note how long a step took that did nothing but decode."""
+        self._last = sequences, seconds
+        if self._beside and self._decoding:  # of cold caches: it is not what it is alone
+            return
         before = self._decoding.get(sequences, seconds)
         self._decoding[sequences] = before + NEWEST * (seconds - before)
 
     def prefilled(self, sequences: int, tokens: int, seconds: float) -> None:
         """Note how long a step took that ran `tokens` of a prompt beside decoding."""
+        self._last = sequences, seconds
         if not self._decoding or tokens < self.chunk:  # the end of a prompt says less
             return
-        nearest = min(self._decoding, key=lambda known: abs(known - sequences))
-        alone = self._decoding[nearest]
+        alone = self._alone(sequences)
         change = self._growth * alone / max(seconds - alone, 1e-9)
         self._chunk *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
         self._chunk = max(self._chunk, 1.0)
+
+    def _alone(self, sequences: int) -> float:
+        """Seconds of a step that decodes about so many sequences, and nothing else."""
+        return self._decoding[min(self._decoding, key=lambda known: abs(known - sequences))]

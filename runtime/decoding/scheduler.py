@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from internvl_edge.bundle.errors import PrecisionError, UsageError
@@ -150,13 +151,27 @@ class Scheduler:
         self._woken.clear()
         self._errors += self._admission.admit()
         work = self._work()
-        before = self._pace.clock()
-        for group in self._groups(work):
-            self._pass(group)
-        work.tell(self._pace, self._pace.clock() - before)
+        with self._turn(work):
+            before = self._pace.clock()
+            for group in self._groups(work):
+                self._pass(group)
+            work.tell(self._pace, self._pace.clock() - before)
         if work.idle and self._admission.admitted and not (self._errors or self._events):
             self._woken.wait(LONGEST_WAIT_S)
         self._within = False
+
+    @contextmanager
+    def _turn(self, work: Work) -> Iterator[None]:
+        """Let pictures that are encoded beside rest while answers go on."""
+        turns = self._answering.engine.turns
+        if turns is None or not work.answers:
+            yield
+            return
+        self._pace.rested(turns.enter(self._pace.share))
+        try:
+            yield
+        finally:
+            turns.leave()
 
     def end(self, handle: Handle, finish: FinishReason = "cancelled") -> None:
         """End an answer as it stands; where an interrupt came in between, again."""

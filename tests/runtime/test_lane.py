@@ -1,20 +1,24 @@
-"""The vision lane: whose picture is encoded first."""
+"""The vision lane: whose picture is encoded first, and whose turn it is."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from internvl_edge.bundle.extras import example_room
 from internvl_edge.runtime import InternVL, Policy
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
 from internvl_edge.runtime.decoding.lane import VisionLane, Waiter
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.decoding.reuse import ImageStore
+from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.shelf import Shelf
 
 
@@ -27,6 +31,7 @@ class Tower:
     """
 
     tiles_at_once = 1
+    turns = None
 
     def __init__(self) -> None:
         self.may, self.seen = threading.Event(), list[int]()
@@ -68,3 +73,81 @@ def test_whose_picture_is_first(
         time.sleep(0.001)
     lane.close()
     assert tower.seen == order
+
+
+class Told:
+    """Turns that write down who has them."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    @contextmanager
+    def tiles(self) -> Iterator[None]:
+        self.told.append("tiles")
+        yield
+        self.told.append("tiles end")
+
+    def enter(self, share: float) -> float:
+        assert share >= 0
+        self.told.append("enter")
+        return 0.0
+
+    def leave(self) -> None:
+        self.told.append("leave")
+
+
+@pytest.fixture
+def turns(golden_model: InternVL, monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(type(golden_model.engine), "turns", told)
+    return told
+
+
+def request(model: InternVL, prompt: str, tokens: int, *images: Any) -> Request:
+    tiled = [model.tile_with_identity(image, 1) for image in images]
+    ids = model.encode_conversation([("<image>" * len(images) + prompt, None)], tiled, None)
+    return Request(ids, (), tiled, max_new_tokens=tokens)
+
+
+def test_answers_have_turns_and_prompts_alone_none(golden_model: InternVL, turns: Told) -> None:
+    scheduler = Scheduler(golden_model.answering, golden_model.answering.lane)
+    scheduler.add(request(golden_model, "Hello", 4))
+    while scheduler.load:
+        scheduler.step()
+    assert turns.told == ["enter", "leave"] * 3  # the first token is the prompt's
+
+
+def test_a_pass_over_tiles_is_told_of(golden_model: InternVL, turns: Told) -> None:
+    scheduler = Scheduler(golden_model.answering, golden_model.answering.lane)
+    scheduler.add(request(golden_model, "Hello", 1, np.zeros((9, 9, 3), np.uint8)))
+    while scheduler.load:
+        scheduler.step()
+    assert turns.told == ["tiles", "tiles end"]
+
+
+def test_a_step_that_fails_leaves(
+    golden_model: InternVL, turns: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(golden_model.answering)
+    handle = scheduler.add(request(golden_model, "Hello", 9))
+    while not handle.ids:
+        scheduler.step()
+    monkeypatch.setattr(golden_model.engine, "run", None)  # no pass
+    with pytest.raises(TypeError):
+        scheduler.step()
+    assert turns.told == ["enter", "leave"]
+
+
+def test_rows_of_pictures_beside_answers_are_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, of an INT8 tower: its operators are run in pieces and rest."""
+    model = InternVL.load(example_room() / "bundle", device="cpu", threads=2)
+    if model.engine.turns is None:
+        pytest.skip("no operators of ours")
+    pictures = [np.random.default_rng(n).integers(0, 256, (90, 90, 3), np.uint8) for n in range(3)]
+    asked: list[Any] = [{"prompt": "What is written here?", "images": [one]} for one in pictures]
+    wanted = model.encode_images(pictures)
+    model = InternVL.load(example_room() / "bundle", device="cpu", threads=2)
+    model.generate_batch(["Hello", "What is 2 and 2?", *asked], max_new_tokens=24, ignore_eos=True)
+    monkeypatch.setattr(model.engine, "encode_tiles", None)  # their rows are known
+    np.testing.assert_array_equal(model.encode_images(pictures), wanted)
+    model.close()

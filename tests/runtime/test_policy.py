@@ -67,3 +67,51 @@ def test_a_chunk_changes_by_steps_and_by_whole_chunks_only() -> None:
     assert pace.chunk == 2 * FIRST_CHUNK
     pace.prefilled(4, 2 * FIRST_CHUNK, 9.0)
     assert pace.chunk == FIRST_CHUNK
+
+
+@pytest.mark.parametrize(
+    ("growth", "last", "rested", "share"),
+    [
+        (1.0, 0.1, 0.0, 0.1),  # as long as a step
+        (1.0, 0.1, 0.03, 0.07),  # but for what operators take to rest
+        (1.0, 0.1, 0.3, 0.0),
+        (0.5, 0.1, 0.0, 0.05),
+        (1.0, 0.08, 0.0, 0.08),  # a step takes less by now
+        (1.0, 0.15, 0.0, 0.05),  # a prompt took its part
+        (1.0, 0.25, 0.0, 0.0),
+    ],
+)
+def test_pictures_share_what_the_time_between_tokens_may_grow_by(
+    growth: float, last: float, rested: float, share: float
+) -> None:
+    pace = Pace(growth)
+    assert pace.share == 0.0
+    pace.decoded(4, 0.1)
+    pace.rested(rested)
+    if last != 0.1:
+        pace.prefilled(4, 1, last)
+    assert pace.share == pytest.approx(share)
+
+
+def test_a_step_beside_pictures_is_no_measure_of_one_alone() -> None:
+    pace = Pace(1.0)
+    pace.decoded(4, 0.1)
+    for _ in range(20):
+        pace.rested(0.0)
+        pace.decoded(4, 0.13)
+    assert pace.share == pytest.approx(0.07)
+    for _ in range(40):
+        pace.rested(None)
+        pace.decoded(4, 0.13)
+    assert pace.share == pytest.approx(0.13, rel=1e-3)
+
+
+def test_what_operators_took_to_rest_is_forgotten_slowly() -> None:
+    pace = Pace(1.0)
+    pace.decoded(4, 0.1)
+    pace.rested(0.08)
+    pace.rested(0.01)
+    assert 0.02 < pace.share < 0.06
+    for _ in range(20):
+        pace.rested(0.01)
+    assert pace.share == pytest.approx(0.09)

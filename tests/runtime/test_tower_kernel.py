@@ -22,6 +22,7 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.graphs.dialects.probes import tower_probe
 from internvl_edge.export.graphs.dialects.tower_probe import wanted_bits
 from internvl_edge.export.prepare.prepare import prepare_bundle
+from internvl_edge.kernels.operators.turns import Turns
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import own_kernel, sessions, tower
 from internvl_edge.runtime.backends.blocks import BLOCKS
@@ -33,6 +34,7 @@ from internvl_edge.runtime.backends.tower import (
     NO_TOWER,
     TOWER,
     bundle_tower,
+    gives_known_bits,
     probe_file,
     tower_kernel,
 )
@@ -51,6 +53,15 @@ def kernel() -> OwnKernel:
     if (found := tower_kernel()).library is None:
         pytest.skip(found.name)
     return found
+
+
+def test_operators_in_pieces_give_the_same_bits(kernel: OwnKernel) -> None:
+    """As they are run while passes over tokens come and go."""
+    assert kernel.library is not None
+    turns = Turns(kernel.library)
+    turns.enter(0.0)
+    turns.leave()
+    assert gives_known_bits(kernel)
 
 
 def load(bundle: Path, threads: int = 1) -> InternVL:
