@@ -42,6 +42,7 @@ class DialectTraits:
         row_scales: whether weights of 8 bits alone have one scale a row, whatever the block.
         integer_bias: whether a W8A8 product takes an int32 bias and, as its scales, LayerScale.
         wide_vectors: whether norms, positions and LayerScale stay float32 in a float16 graph.
+        batched: whether a pass takes several sequences side by side; see `language_inputs`.
     """
 
     engines: bool
@@ -54,6 +55,7 @@ class DialectTraits:
     row_scales: bool = True
     integer_bias: bool = False
     wide_vectors: bool = True
+    batched: bool = True
 
     def caches(self, computed: CachePrecision) -> list[CachePrecision]:
         """Return the precisions of a cache beside keys and values computed so, that first."""
@@ -71,6 +73,7 @@ DIALECTS: Mapping[DialectName, DialectTraits] = {
         row_scales=False,
         integer_bias=True,
         wide_vectors=False,
+        batched=False,
     ),
     "tensorrt": DialectTraits(engines=True, modern=True, int8_cache=False),
     "tensorrt-portable": DialectTraits(engines=True, cache_in_place=False),
@@ -103,6 +106,9 @@ POSITIONS = "positions"
 KEY_POSITIONS = "key_positions"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
+
+#: The dimension of what each sequence has of its own, where a pass takes several.
+BATCH = "sequences"
 
 
 _DECODER, _TOWER = "language_model.model.", "vision_model.encoder."
@@ -185,6 +191,10 @@ class Tensor:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return its shape where symbolic dimensions have these sizes."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.shape)
+
 
 def vision_inputs(spec: VisionSpec) -> list[Tensor]:
     """RGB tiles as they were cut; normalisation is part of the graph."""
@@ -229,57 +239,84 @@ def language_inputs(
     precision: LanguagePrecision,
     cache: CachePrecision,
     dialect: DialectName = "onnxruntime",
+    batched: bool | None = None,
 ) -> list[Tensor]:
-    """Batch 1. `tokens` rows are appended behind the positions that are cached already.
+    """Return what the language graph takes: `tokens` rows that are appended to KV caches.
 
-    The KV cache has a fixed `context` length. The rotary tables are inputs because dynamic NTK
+    A KV cache has a fixed `context` length. The rotary tables are inputs because dynamic NTK
     scaling makes them depend on the total length. Where the rows stand is told in the dialect's
     way: ONNX Runtime's attention takes the total length; TensorRT's graphs take `positions`, and
-    with `key_positions` (0, 1, ... up to any number that is enough) how far the cache is read.
+    with `key_positions` (0, 1, ... up to any number that is enough) how far caches are read.
+
+    Args:
+        batched: whether the rows are of several `sequences`, as many of `each`, one after the
+            other, each sequence with a cache and rotary tables of its own; None: as the dialect is
+            written today.
     """
-    rope = rope_dtype(precision, cache, dialect)
+    batch = _batch(dialect, batched)
+    rope, table = rope_dtype(precision, cache, dialect), ("context", spec.head_dim // 2)
     tensors = [
         Tensor(EMBEDDINGS, compute_dtype(precision, dialect), ("tokens", spec.hidden_size)),
-        Tensor(ROPE_COS, rope, ("context", spec.head_dim // 2)),
-        Tensor(ROPE_SIN, rope, ("context", spec.head_dim // 2)),
-        *_place(dialect),
+        Tensor(ROPE_COS, rope, (*batch, *table)),
+        Tensor(ROPE_SIN, rope, (*batch, *table)),
+        *_place(dialect, batch),
         Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
     ]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache, "context")
+        tensors += _cache_pair(past_key(layer), past_value(layer), spec, cache, batch, "context")
     return tensors
 
 
 def language_outputs(
-    spec: LanguageSpec, cache: CachePrecision, dialect: DialectName = "onnxruntime"
+    spec: LanguageSpec,
+    cache: CachePrecision,
+    dialect: DialectName = "onnxruntime",
+    batched: bool | None = None,
 ) -> list[Tensor]:
     """Logits and the cache: whole, in the buffer of the past, so that a step writes its own rows
     and copies nothing; from the tensorrt-portable dialect only the new rows, to be put there.
+
+    Args:
+        batched: see `language_inputs`.
     """
-    length = "context" if DIALECTS[dialect].cache_in_place else "tokens"
+    batch = _batch(dialect, batched)
+    new = "each" if batch else "tokens"
+    length = "context" if DIALECTS[dialect].cache_in_place else new
     tensors = [Tensor(LOGITS, "float32", ("rows", spec.vocab_size))]
     for layer in range(spec.num_hidden_layers):
-        tensors += _cache_pair(present_key(layer), present_value(layer), spec, cache, length)
+        names = present_key(layer), present_value(layer)
+        tensors += _cache_pair(*names, spec, cache, batch, length)
     return tensors
 
 
-def cache_shape(spec: LanguageSpec, capacity: int) -> tuple[int, ...]:
-    """Shape of one layer's keys (or values): `(1, kv_heads, capacity, head_dim)`."""
-    return (1, spec.num_key_value_heads, capacity, spec.head_dim)
+def cache_shape(spec: LanguageSpec, capacity: int, sequences: int = 1) -> tuple[int, ...]:
+    """Shape of one layer's keys (or values): `(sequences, kv_heads, capacity, head_dim)`."""
+    return (sequences, spec.num_key_value_heads, capacity, spec.head_dim)
 
 
-def _place(dialect: DialectName) -> list[Tensor]:
+def _batch(dialect: DialectName, batched: bool | None) -> tuple[str, ...]:
+    """Return the dimension in front of what each sequence has of its own."""
+    return (BATCH,) if (DIALECTS[dialect].batched if batched is None else batched) else ()
+
+
+def _place(dialect: DialectName, batch: tuple[str, ...]) -> list[Tensor]:
     if not DIALECTS[dialect].engines:
         return [
             Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
             Tensor(TOTAL_LENGTH, "int32", ()),
         ]
-    return [Tensor(POSITIONS, "int64", ("tokens",)), Tensor(KEY_POSITIONS, "int64", ("keys",))]
+    rows = (*batch, "each") if batch else ("tokens",)
+    return [Tensor(POSITIONS, "int64", rows), Tensor(KEY_POSITIONS, "int64", ("keys",))]
 
 
 def _cache_pair(
-    key: str, value: str, spec: LanguageSpec, cache: CachePrecision, length: str
+    key: str,
+    value: str,
+    spec: LanguageSpec,
+    cache: CachePrecision,
+    batch: tuple[str, ...],
+    length: str,
 ) -> list[Tensor]:
     dtype = CACHE_DTYPE[cache]
-    shape = (1, spec.num_key_value_heads, length, spec.head_dim)
+    shape = (*(batch or (1,)), spec.num_key_value_heads, length, spec.head_dim)
     return [Tensor(key, dtype, shape), Tensor(value, dtype, shape)]

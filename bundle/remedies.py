@@ -22,6 +22,7 @@ class Remedy(Enum):
     LOW_MEMORY = Spelling("pass --low-memory", "pass low_memory=True")
     LOWER_CONTEXT = Spelling("lower --max-context", "lower max_context")
     RAISE_CONTEXT = Spelling("raise --max-context", "raise max_context")
+    LOWER_SEQUENCES = Spelling("lower --max-sequences", "lower max_sequences")
     LOWER_TILES = Spelling("lower --max-tiles", "lower max_tiles")
     INT8_CACHE = Spelling("export with --kv int8", "export with kv='int8'")
     SMALL_WEIGHTS = Spelling(

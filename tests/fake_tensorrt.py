@@ -33,8 +33,8 @@ _NAMES = {"float32": "FLOAT", "float16": "HALF"}
 def fake_build(request: Request, form: bytes, progress: Progress) -> Built:
     """A plan that `FakeTensorRt` loads."""
     graph = onnx.load_from_string(form).graph
-    key = next((v for v in graph.input if v.name == "rope.cos"), None)
-    context = 1 if key is None else key.type.tensor_type.shape.dim[0].dim_value
+    table = next((v for v in graph.input if v.name == "rope.cos"), None)
+    context = 1 if table is None else table.type.tensor_type.shape.dim[-2].dim_value
     largest = {name: shapes.largest for name, shapes in request.profile.items()}
     plan = {"graph": request.graph, "context": context, "largest": largest}
     Path(request.plan).write_text(json.dumps(plan))

@@ -35,9 +35,9 @@ def logits_of_rows(bundle: Path, rows: Floats, context: int = 16) -> Floats:
     cos, sin = rope_rows(language, rope_base(language, tokens), 0, context)
     feeds: dict[str, Any] = {
         contract.EMBEDDINGS: rows,
-        contract.ROPE_COS: cos,
-        contract.ROPE_SIN: sin,
-        contract.POSITIONS: np.arange(tokens),
+        contract.ROPE_COS: cos[np.newaxis],
+        contract.ROPE_SIN: sin[np.newaxis],
+        contract.POSITIONS: np.arange(tokens)[np.newaxis],
         contract.KEY_POSITIONS: np.arange(context),
         contract.LOGIT_ROWS: np.arange(tokens),
     }

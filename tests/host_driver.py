@@ -8,6 +8,7 @@ when somebody waits for it and not before, so that a wait that is missing shows 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class HostDriver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=7,
         CU_DEVICE_ATTRIBUTE_INTEGRATED=1,
     )
-    CUDA_MEMCPY2D = SimpleNamespace
+    CUDA_MEMCPY3D = SimpleNamespace
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE="device memory")
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
 
@@ -192,13 +193,15 @@ class HostDriver:
         self.queue(stream, lambda: ctypes.memmove(to, source, size))
         return (OK,)
 
-    def do_cuMemcpy2DAsync(self, job: Any, stream: int) -> Status:
+    def do_cuMemcpy3DAsync(self, job: Any, stream: int) -> Status:
         def copy() -> None:
-            for run in range(job.Height):
-                source = job.srcDevice + run * job.srcPitch
-                ctypes.memmove(job.dstDevice + run * job.dstPitch, source, job.WidthInBytes)
+            for plane, run in itertools.product(range(job.Depth), range(job.Height)):
+                source = job.srcDevice + (plane * job.srcHeight + run) * job.srcPitch
+                target = job.dstDevice + (plane * job.dstHeight + run) * job.dstPitch
+                ctypes.memmove(target, source, job.WidthInBytes)
 
         assert job.WidthInBytes <= min(job.srcPitch, job.dstPitch)
+        assert job.Height <= min(job.srcHeight, job.dstHeight)
         self.queue(stream, copy)
         return (OK,)
 

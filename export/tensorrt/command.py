@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tiles", type=int, help="most tiles per image, without thumbnail")
     parser.add_argument("--max-context", type=int, help="most tokens of prompt and answer")
     parser.add_argument(
+        "--max-sequences",
+        type=int,
+        default=1,
+        metavar="N",
+        help="most that are decoded together; each takes the memory of a whole context",
+    )
+    parser.add_argument(
         "--device-memory", type=_bytes, metavar="GIB", help="of the GPU's memory, use no more"
     )
     parser.add_argument(
@@ -46,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from internvl_edge.runtime.backends.tensorrt_library import Library
 
     bundle = open_bundle(arguments.bundle)
-    limits = limits_of(bundle.spec, arguments.max_tiles, arguments.max_context)
+    asked = arguments.max_tiles, arguments.max_context, arguments.max_sequences
+    limits = limits_of(bundle.spec, *asked)
     library = Library.open(arguments.library)
     library.check_dialect(bundle.manifest.dialect)
     if arguments.target == AUTO:
@@ -56,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     memory = plan_build(bundle, limits, place, device_memory=arguments.device_memory)
     print(
         f"{place.name} (sm_{place.machine.sm}), {library.name} {library.version}: context"
-        f" {limits.context}, passes of {limits.tokens} tokens, {limits.tiles} tiles"
+        f" {limits.context}, passes of {limits.tokens} tokens, {limits.sequences} sequences,"
+        f" {limits.tiles} tiles"
     )
     print(memory.describe(), flush=True)
     engines = build_engines(

@@ -1,6 +1,7 @@
 """Building a bundle's TensorRT engines for one GPU: shapes, memory, timings, publication.
 
     internvl-edge build BUNDLE [--target auto|orin-agx-64|...] [--max-tiles N] [--max-context N]
+        [--max-sequences N]
 
 One profile serves prefill and decoding, so that a plan holds its weights once. What is written
 appears under its name when it is complete (`runtime/backends/plans.py` says where), or not at all.
@@ -125,16 +126,25 @@ def build_engines(
 
 
 def build_for_machine(
-    bundle: Bundle, cuda: Cuda, library: Library, context: int | None, build: Build | None = None
+    bundle: Bundle,
+    cuda: Cuda,
+    library: Library,
+    context: int | None,
+    build: Build | None = None,
+    *,
+    max_sequences: int = 1,
 ) -> Engines:
     """Build engines for the GPU that is here, with the defaults: `InternVL.load`'s `build_engines`.
+
+    Args:
+        max_sequences: see `limits_of`.
 
     Raises:
         CapacityError: they do not fit the memory.
         EngineBuildError, OutputError: see `build_engines`.
     """
     place = this_place(cuda, library)
-    limits = limits_of(bundle.spec, None, context)
+    limits = limits_of(bundle.spec, None, context, max_sequences)
     memory = plan_build(bundle, limits, place)
     return build_engines(
         bundle, place, limits, memory, library, overwrite=True, build=build or build_in_process

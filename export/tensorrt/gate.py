@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from internvl_edge.bundle.contract import LANGUAGE_GRAPH, VISION_GRAPH
+from internvl_edge.bundle.contract import BATCH, LANGUAGE_GRAPH, VISION_GRAPH
 from internvl_edge.bundle.errors import BundleError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.quoting import named, reason
@@ -48,12 +48,14 @@ class EngineShapes:
         tiles: most tiles of one pass of the vision tower.
         rows: most rows that get logits. With one row only, RTX multiplies by an int8 matrix
             that a layer of its own dequantised first.
+        sequences: most sequences of one pass of the decoder.
     """
 
     context: int = 4096
     tokens: int = MAX_CHUNK
     tiles: int = 4
     rows: int = 8
+    sequences: int = 4
 
 
 DEFAULT_SHAPES = EngineShapes()
@@ -242,7 +244,14 @@ def profile_of(graph: onnx.GraphProto, shapes: EngineShapes) -> dict[str, ShapeR
     """A range for every input that has a symbolic dimension, from one row to the largest."""
     context = shapes.context
     tokens, rows = min(shapes.tokens, context), min(shapes.rows, context)
-    largest = {"tiles": shapes.tiles, "tokens": tokens, "rows": rows, "keys": context}
+    largest = {
+        "tiles": shapes.tiles,
+        "tokens": tokens,
+        "rows": rows,
+        "keys": context,
+        BATCH: shapes.sequences,
+        "each": tokens,
+    }
     smallest = dict.fromkeys(largest, 1)
     # Decoding is what an engine does most: one row, over as much cache as there can be.
     typical = smallest | {"keys": context}
@@ -256,6 +265,12 @@ def profile_of(graph: onnx.GraphProto, shapes: EngineShapes) -> dict[str, ShapeR
         for value in graph.input
         if any(dim.dim_param for dim in value.type.tensor_type.shape.dim)
     }
+
+
+def takes_batch(graph: onnx.GraphProto) -> bool:
+    """Tell whether a language graph takes several sequences in a pass; older ones take one."""
+    dims = (dim for value in graph.input for dim in value.type.tensor_type.shape.dim)
+    return any(dim.dim_param == BATCH for dim in dims)
 
 
 def render_gate(report: GateReport) -> str:

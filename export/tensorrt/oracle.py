@@ -68,11 +68,13 @@ class Outputs:
         rows: image embeddings `(rows, hidden)`.
         whole: logits `(STEPS, vocab)` of the last tokens from one pass over the sequence.
         stepped: the same, each token appended to the cache by itself.
+        beside: the same, in passes that another sequence shares; None: passes take one sequence.
     """
 
     rows: NDArray[np.float32]
     whole: NDArray[np.float32]
     stepped: NDArray[np.float32]
+    beside: NDArray[np.float32] | None
 
 
 def compare_bundles(path: Path, reference: Path | None) -> list[Comparison]:
@@ -87,6 +89,9 @@ def compare_bundles(path: Path, reference: Path | None) -> list[Comparison]:
     got = run_bundle(path)
     floor = DECODE_FLOOR["float32" if manifest.language == "fp32" else "float16"]
     found = [Comparison("decode against one prefill", _sqnr(got.whole, got.stepped), floor)]
+    if got.beside is not None:
+        sqnr = _sqnr(got.stepped, got.beside)
+        found.append(Comparison("decode beside another", sqnr, floor))
     if reference is not None:
         # The decoder gets the same image rows in both, so that its own differences are seen.
         expected = run_bundle(reference, got.rows)
@@ -119,6 +124,7 @@ def run_bundle(path: Path, rows: NDArray[np.float32] | None = None) -> Outputs:
         own.astype(np.float32),
         whole=_decode(bundle, backend, embeddings, [total], STEPS),
         stepped=_decode(bundle, backend, embeddings, ends, 1)[-STEPS:],
+        beside=_decode_beside(bundle, backend, embeddings) if backend.most_slices > 1 else None,
     )
 
 
@@ -142,6 +148,38 @@ def _decode(
         logits.append(backend.forward([Slice(cache, embeddings[start:end], theta, wanted)]))
         cache.state.extend(np.arange(start, end), theta)
     return np.concatenate(logits)
+
+
+def _decode_beside(
+    bundle: Bundle, backend: Backend, embeddings: NDArray[np.floating]
+) -> NDArray[np.float32]:
+    """Read `(tokens, hidden)`, and beside it a sequence that begins with its second half; decode
+    the last `STEPS` rows of both in the same passes.
+
+    Returns:
+        the logits of these rows of the first `(STEPS, vocab)`.
+    """
+    sequences = [embeddings, embeddings[len(embeddings) // 2 :]]
+    thetas = [rope_base(bundle.spec.language, len(rows)) for rows in sequences]
+    caches = [backend.new_cache(len(rows) + UNUSED) for rows in sequences]
+
+    def run(batch: Sequence[Slice]) -> NDArray[np.float32]:
+        logits = backend.forward(batch)
+        for new in batch:
+            new.cache.state.extend(np.arange(len(new.rows)), new.rope_theta)
+        return logits
+
+    last = np.zeros(1, np.int64)
+    for rows, theta, cache in zip(sequences, thetas, caches, strict=True):
+        run([Slice(cache, rows[:-STEPS], theta, last)])
+    steps = [
+        [
+            Slice(cache, rows[len(rows) - STEPS + step :][:1], theta, last)
+            for rows, theta, cache in zip(sequences, thetas, caches, strict=True)
+        ]
+        for step in range(STEPS)
+    ]
+    return np.concatenate([run(batch)[:1] for batch in steps])
 
 
 def _check_reference(manifest: Manifest, reference: Path) -> None:

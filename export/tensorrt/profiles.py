@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
-from internvl_edge.bundle.contract import EMBEDDING_TABLE
+from internvl_edge.bundle.contract import EMBEDDING_TABLE, LANGUAGE_GRAPH, compute_dtype
 from internvl_edge.bundle.errors import CapacityError, DeviceError, UsageError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.manifest import Bundle, Manifest
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.tensorrt.built import weight_bytes
+from internvl_edge.export.tensorrt.gate import takes_batch
 from internvl_edge.export.tensorrt.targets import (
     CARD_RESERVED_BYTES,
     SHARED_SYSTEM_BYTES,
@@ -60,7 +62,7 @@ class MemoryNeed:
 
     Attributes:
         weights: by graph.
-        kv_cache: of one conversation, as long as it may get.
+        kv_cache: of as many conversations as share a pass, as long as they may get.
         activations: of the largest pass.
         other: the CUDA context; where memory is shared, also the embedding table.
         usable: what there is on the device.
@@ -103,12 +105,19 @@ class MemoryNeed:
         )
 
 
-def limits_of(spec: ModelSpec, max_tiles: int | None, max_context: int | None) -> Limits:
+def limits_of(
+    spec: ModelSpec,
+    max_tiles: int | None,
+    max_context: int | None,
+    max_sequences: int = 1,
+) -> Limits:
     """Shapes of the engines from what one wants to ask.
 
     Args:
         max_tiles: of one picture, without thumbnail; None is the checkpoint's own.
         max_context: tokens of prompt and answer; None: the tiles' and `TEXT_TOKENS`.
+        max_sequences: that are decoded in one pass; memory for so many contexts is taken with the
+            first.
 
     Raises:
         UsageError: not positive, beyond the model, or the tiles do not fit the context.
@@ -131,11 +140,15 @@ def limits_of(spec: ModelSpec, max_tiles: int | None, max_context: int | None) -
             [*([Remedy.RAISE_CONTEXT] if context < most else []), Remedy.LOWER_TILES],
         )
     defaults = Limits(context)
+    tokens = min(defaults.tokens, context)
+    if not 1 <= max_sequences <= tokens:
+        raise UsageError(f"is {max_sequences}, outside 1..{tokens}", option="max_sequences")
     return Limits(
         context,
-        tokens=min(defaults.tokens, context),
+        tokens=tokens,
         tiles=min(vision_batch(spec), tiles),
-        rows=min(defaults.rows, context),
+        rows=max(min(defaults.rows, context), max_sequences),
+        sequences=max_sequences,
     )
 
 
@@ -192,20 +205,30 @@ def plan_build(
 
     Raises:
         CapacityError: it does not fit; it says what it takes and what would make it fit.
+        UsageError: the bundle's graph takes fewer sequences.
     """
     manifest = bundle.manifest
+    graphs = {name: _graph(bundle, name) for name in PLANS}
+    if limits.sequences > 1 and not takes_batch(graphs[LANGUAGE_GRAPH]):
+        raise UsageError(
+            f"is {limits.sequences}; this bundle was written when a pass took one sequence: export"
+            " the checkpoint anew",
+            option="max_sequences",
+        )
     need = plan_memory(
-        manifest, tokens=limits.context, tiles=limits.tiles, prepared=True, low_memory=True
+        manifest,
+        tokens=limits.context,
+        tiles=limits.tiles,
+        prepared=True,
+        low_memory=True,
+        scores=False,
     )
     table = bundle.file(EMBEDDING_TABLE).stat().st_size
     usable = min(place.usable_bytes, device_memory or place.usable_bytes)
     memory = MemoryNeed(
-        weights={
-            graph: weight_bytes(onnx.load(str(bundle.file(graph)), load_external_data=False).graph)
-            for graph in PLANS
-        },
-        kv_cache=need.kv_cache,
-        activations=max(need.vision, need.language),
+        weights={name: weight_bytes(graph) for name, graph in graphs.items()},
+        kv_cache=limits.sequences * need.kv_cache,
+        activations=max(need.vision, need.language + attention_bytes(manifest, limits)),
         other=RUNTIME_BYTES + (table if place.shared else 0),
         usable=usable,
     )
@@ -214,7 +237,12 @@ def plan_build(
             f"the engines take {memory.parts}, {place.name} has {gib(usable)} for them",
             memory.running,
             usable,
-            [Remedy.LOWER_CONTEXT, Remedy.LOWER_TILES, Remedy.SMALL_WEIGHTS],
+            [
+                *([Remedy.LOWER_SEQUENCES] if limits.sequences > 1 else []),
+                Remedy.LOWER_CONTEXT,
+                Remedy.LOWER_TILES,
+                Remedy.SMALL_WEIGHTS,
+            ],
         )
     free = (available or _free_memory)()
     if memory.building > free:
@@ -225,6 +253,21 @@ def plan_build(
             [Remedy.CLOSE_PROGRAMS, Remedy.ADD_SWAP, Remedy.SMALL_WEIGHTS],
         )
     return memory
+
+
+def attention_bytes(manifest: Manifest, limits: Limits) -> int:
+    """Bytes of what attention holds at the largest shapes, which are those of a prompt for every
+    sequence, though no pass has them: the builder takes each dimension by itself."""
+    language, rows = manifest.spec.language, limits.sequences * limits.tokens
+    if manifest.traits.modern:  # fused: queries, keys, values and results
+        item = np.dtype(compute_dtype(manifest.language, manifest.dialect)).itemsize
+        return 4 * rows * language.query_size * item
+    # Scores of cached and new keys, before and after the softmax.
+    return 2 * rows * language.num_attention_heads * (limits.context + limits.tokens) * 4
+
+
+def _graph(bundle: Bundle, name: str) -> onnx.GraphProto:
+    return onnx.load(str(bundle.file(name)), load_external_data=False).graph
 
 
 def _free_memory(root: Path = Path("/")) -> int:

@@ -40,6 +40,10 @@ class Cache(Protocol):
         zero, and zero times NaN stays NaN."""
 
 
+#: Sequences that a pass takes where it takes several.
+MOST_SLICES = 1024
+
+
 @dataclass(frozen=True)
 class Slice:
     """What one sequence brings to a pass.

@@ -43,6 +43,15 @@ from internvl_edge.kernels.device import (
 NON_BLOCKING = 1
 
 
+@dataclass(frozen=True)
+class Box:
+    """Runs of bytes in device memory: `pitch` bytes apart, `runs` of them to the next plane."""
+
+    address: int
+    pitch: int
+    runs: int
+
+
 class Cuda:
     """A device, a context and a stream; the stream is the caller's or its own.
 
@@ -163,17 +172,15 @@ class Cuda:
         """Queue a copy between two device addresses."""
         self.driver("cuMemcpyDtoDAsync", target, source, nbytes, self.stream)
 
-    def copy_runs(
-        self, source: int, target: int, pitches: tuple[int, int], width: int, count: int
-    ) -> None:
-        """Queue copies of `count` runs of `width` bytes, `pitches` apart at source and target."""
+    def copy_box(self, source: Box, target: Box, size: tuple[int, int, int]) -> None:
+        """Queue a copy of `size`: bytes of a run, runs of a plane, planes."""
         bindings = self.driver.bindings
-        job = bindings.CUDA_MEMCPY2D()
+        job = bindings.CUDA_MEMCPY3D()
         job.srcMemoryType = job.dstMemoryType = bindings.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        job.srcDevice, job.dstDevice = source, target
-        job.srcPitch, job.dstPitch = pitches
-        job.WidthInBytes, job.Height = width, count
-        self.driver("cuMemcpy2DAsync", job, self.stream)
+        job.srcDevice, job.srcPitch, job.srcHeight = source.address, source.pitch, source.runs
+        job.dstDevice, job.dstPitch, job.dstHeight = target.address, target.pitch, target.runs
+        job.WidthInBytes, job.Height, job.Depth = size
+        self.driver("cuMemcpy3DAsync", job, self.stream)
 
     def synchronize(self) -> None:
         """Wait until everything on the stream is done."""

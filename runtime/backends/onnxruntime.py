@@ -13,12 +13,12 @@ from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.kernels.operators.turns import Turns
-from internvl_edge.runtime.backends import Slice
+from internvl_edge.runtime.backends import MOST_SLICES, Slice
 from internvl_edge.runtime.backends.int8_cache import check_int8_cache
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.ort_cache import OrtCache, allocated
-from internvl_edge.runtime.backends.ort_passes import MOST_SLICES, language_pass
+from internvl_edge.runtime.backends.ort_passes import language_pass
 from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
 

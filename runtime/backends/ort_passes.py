@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.kernels.attention.library import PLACE_FIELDS
-from internvl_edge.runtime.backends import Slice, attention_nodes, several, single
+from internvl_edge.runtime.backends import (
+    MOST_SLICES,
+    Slice,
+    attention_nodes,
+    several,
+    single,
+)
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES
 from internvl_edge.runtime.backends.ort_cache import OrtCache
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-#: Sequences that our own attention takes in one pass.
-MOST_SLICES = 1024
 
 
 @dataclass(frozen=True)

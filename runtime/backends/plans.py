@@ -56,12 +56,14 @@ class Limits:
         tokens: most rows of one pass of the decoder.
         tiles: most tiles of one pass of the vision tower.
         rows: most rows that get logits in one pass.
+        sequences: most sequences of one pass of the decoder.
     """
 
     context: int
     tokens: int = MAX_CHUNK
     tiles: int = 4
     rows: int = 8
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def source_hashes(bundle: Bundle) -> dict[str, str]:
 
 
 def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -> Engines | None:
-    """The engines of a bundle that fit this machine, those with the longest context first.
+    """The engines of a bundle that fit this machine: of the longest context, and of these those of
+    the most sequences.
 
     Args:
         context: positions asked for; None takes what there is.
@@ -168,7 +171,11 @@ def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -
         for found in built_engines(bundle)
         if not changes(found.manifest, bundle, machine, context)
     ]
-    return max(fitting, key=lambda found: found.manifest.limits.context, default=None)
+
+    def size(found: Engines) -> tuple[int, int]:
+        return found.manifest.limits.context, found.manifest.limits.sequences
+
+    return max(fitting, key=size, default=None)
 
 
 def why_none(bundle: Bundle, machine: Machine, context: int | None = None) -> str:
@@ -266,6 +273,9 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     return manifest
 
 
+#: What engines.json did not tell at first, as it was then.
+_ADDED: Mapping[str, int] = {"sequences": 1}
+
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
     "str": (str,),
@@ -278,7 +288,7 @@ def _typed(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a dataclass's fields, each of its type; numbers positive."""
     values = {}
     for field in fields(kind):
-        value = data[field.name]
+        value = {**_ADDED, **data}[field.name]
         wrong = not isinstance(value, _KINDS[str(field.type)]) or isinstance(value, bool)
         if wrong or (isinstance(value, int) and value < 1):
             raise ValueError(f"{field.name} is {quoted(value)}")

@@ -19,7 +19,7 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import Cache, Slice, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
     CACHE_BYTES,
@@ -30,10 +30,23 @@ from internvl_edge.runtime.backends.kv_cache import (
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
-from internvl_edge.runtime.backends.sessions import Provider, open_graphs
+from internvl_edge.runtime.backends.sessions import Provider, open_graphs, takes_batch
 
 #: The cache is read in multiples of this, as an engine's captured graphs do.
 KEY_BUCKET = 256
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the graph is given of some sequences' caches.
+
+    Attributes:
+        pasts: by input name, OrtValue `(sequences, kv_heads, context, head_dim)`.
+        tables: cos and sin `(sequences, context, head_dim / 2)`.
+    """
+
+    pasts: dict[str, Any]
+    tables: tuple[NDArray[np.floating], ...]
 
 
 @dataclass
@@ -105,6 +118,7 @@ class ReferenceBackend:
                 f"{error}; as reference, graphs for TensorRT 10.15 need onnxruntime 1.25 or later"
                 f" (Python 3.11 or later), this is {ort.__version__}"
             ) from error
+        self._batched = takes_batch(self._language)
         self._description = (
             f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
             f" graphs of the {manifest.dialect} dialect"
@@ -122,7 +136,7 @@ class ReferenceBackend:
 
     @property
     def most_slices(self) -> int:
-        return 1
+        return MOST_SLICES if self._batched else 1
 
     @property
     def takes_drafts(self) -> bool:
@@ -158,38 +172,106 @@ class ReferenceBackend:
         return ReferenceCache(CacheState(capacity), rope, pasts)
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
-        """Run one pass over new rows; see `Backend.forward`."""
-        new = single(batch)
-        cache = new.cache
-        assert isinstance(cache, ReferenceCache)
-        start = cache.state.length
-        total = start + len(new.rows)
-        cos, sin = cache.rope.tables(start, total, new.rope_theta)
-        keys = min(-(-total // KEY_BUCKET) * KEY_BUCKET, cache.state.capacity)
+        """Run new rows of each sequence; see `Backend.forward`.
+
+        Sequences with as many rows as another are side by side in a pass.
+        """
+        if self._batched:
+            several(batch, MOST_SLICES)
+        else:
+            single(batch)
+        logits: dict[int, NDArray[np.float32]] = {}
+        for count in {len(one.rows) for one in batch}:
+            alike = [index for index, one in enumerate(batch) if len(one.rows) == count]
+            found = self._pass([batch[index] for index in alike])
+            logits |= dict(zip(alike, found, strict=True))
+        return np.concatenate([logits[index] for index in range(len(batch))])
+
+    def _pass(self, batch: Sequence[Slice]) -> list[NDArray[np.float32]]:
+        """Run as many rows of each sequence; logits of each `(logit rows, vocab)`."""
+        storage = self._storage(batch, _keys_read(batch))
         binding = self._language.io_binding()
-        binding.bind_cpu_input(contract.EMBEDDINGS, np.ascontiguousarray(new.rows))
-        binding.bind_cpu_input(contract.ROPE_COS, cos)
-        binding.bind_cpu_input(contract.ROPE_SIN, sin)
-        binding.bind_cpu_input(contract.POSITIONS, np.arange(start, total))
-        binding.bind_cpu_input(contract.KEY_POSITIONS, np.arange(keys))
-        binding.bind_cpu_input(contract.LOGIT_ROWS, new.logit_rows)
-        logits = np.empty((len(new.logit_rows), self._spec.vocab_size), np.float32)
+        for name, values in self._feeds(batch, storage).items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(values))
+        wanted = [len(one.logit_rows) for one in batch]
+        logits = np.empty((sum(wanted), self._spec.vocab_size), np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
         for past, present in contract.cache_pairs(self._spec):
-            buffer = cache.pasts[past]
-            binding.bind_ortvalue_input(past, buffer)
+            binding.bind_ortvalue_input(past, storage.pasts[past])
             if self._in_place:
-                binding.bind_ortvalue_output(present, buffer)
+                binding.bind_ortvalue_output(present, storage.pasts[past])
             else:
                 binding.bind_output(present)
         self._language.run_with_iobinding(binding)
-        if not self._in_place:
-            self._append(cache, binding.get_outputs()[1:], start)
-        return logits
+        self._append(batch, storage, [] if self._in_place else binding.get_outputs()[1:])
+        return np.split(logits, np.cumsum(wanted)[:-1])
 
-    def _append(self, cache: ReferenceCache, rows: list[Any], start: int) -> None:
-        """Put new rows `(1, kv_heads, tokens, head_dim)` behind the cached ones."""
-        for (past, _), value in zip(contract.cache_pairs(self._spec), rows, strict=True):
-            new = value.numpy()
-            # A view: ortvalue_from_numpy and numpy() share the buffer on the CPU.
-            cache.pasts[past].numpy()[:, :, start : start + new.shape[2]] = new
+    def _feeds(self, batch: Sequence[Slice], storage: Storage) -> dict[str, NDArray[Any]]:
+        """Return the inputs of a pass by name, but for the caches."""
+        starts, count = [one.cache.state.length for one in batch], len(batch[0].rows)
+        places = np.array(starts)[:, np.newaxis] + np.arange(count)
+        wanted = [one.logit_rows + count * number for number, one in enumerate(batch)]
+        cos, sin = storage.tables if self._batched else (table[0] for table in storage.tables)
+        keys = min(_keys_read(batch), storage.tables[0].shape[1])
+        return {
+            contract.EMBEDDINGS: np.concatenate([one.rows for one in batch]),
+            contract.ROPE_COS: cos,
+            contract.ROPE_SIN: sin,
+            contract.POSITIONS: places if self._batched else places[0],
+            contract.KEY_POSITIONS: np.arange(keys),
+            contract.LOGIT_ROWS: np.concatenate(wanted),
+        }
+
+    def _storage(self, batch: Sequence[Slice], keys: int) -> Storage:
+        """Return the cache of one sequence as it is; of several, copies of what is read."""
+        tables = []
+        for one in batch:
+            start, stop = one.cache.state.length, one.cache.state.length + len(one.rows)
+            tables.append(_cache(one).rope.tables(start, stop, one.rope_theta))
+        if len(batch) == 1:
+            return Storage(_cache(batch[0]).pasts, tuple(t[np.newaxis] for t in tables[0]))
+        shape = contract.cache_shape(self._spec, keys, len(batch))
+        pasts = {name: np.zeros(shape, self._cache_dtype) for name in _cache(batch[0]).pasts}
+        for number, one in enumerate(batch):
+            for name, past in _cache(one).pasts.items():
+                filled = past.numpy()[0, :, : one.cache.state.length]
+                pasts[name][number, :, : filled.shape[1]] = filled
+        values = {name: self._ort_value.ortvalue_from_numpy(past) for name, past in pasts.items()}
+        return Storage(values, tuple(_padded(rows, keys) for rows in zip(*tables, strict=True)))
+
+    def _append(self, batch: Sequence[Slice], storage: Storage, rows: list[Any]) -> None:
+        """Put new rows behind the cached ones, where the graph has not.
+
+        Args:
+            rows: by cache, those of all sequences `(sequences, kv_heads, tokens, head_dim)`; none
+                where the graph wrote them into the storage.
+        """
+        for number, one in enumerate(batch):
+            cache, start = _cache(one), one.cache.state.length
+            if storage.pasts is cache.pasts and not rows:
+                continue
+            new = slice(start, start + len(one.rows))
+            for index, (past, _) in enumerate(contract.cache_pairs(self._spec)):
+                # A view: ortvalue_from_numpy and numpy() share the buffer on the CPU.
+                found = rows[index] if rows else storage.pasts[past]
+                values = found.numpy()[number]
+                cache.pasts[past].numpy()[0, :, new] = values if rows else values[:, new]
+
+
+def _cache(new: Slice) -> ReferenceCache:
+    assert isinstance(new.cache, ReferenceCache)
+    return new.cache
+
+
+def _keys_read(batch: Sequence[Slice]) -> int:
+    """Return how many keys a pass reads: what its longest sequence needs, rounded up."""
+    total = max(one.cache.state.length + len(one.rows) for one in batch)
+    return -(-total // KEY_BUCKET) * KEY_BUCKET
+
+
+def _padded(tables: Sequence[NDArray[np.floating]], rows: int) -> NDArray[np.floating]:
+    """Return tables of several sequences `(sequences, rows, head_dim / 2)`, cut or with zeros."""
+    padded = np.zeros((len(tables), rows, tables[0].shape[1]), tables[0].dtype)
+    for own, table in zip(padded, tables, strict=True):
+        own[: len(table)] = table[:rows]
+    return padded

@@ -12,8 +12,7 @@ copied, and the 370 KB of InternLM2's 92,553 logits only for who asks for all of
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,17 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bundle import contract
+from internvl_edge.bundle.contract import Tensor
 from internvl_edge.bundle.errors import CapacityError, ContextError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import Cache, Slice, single
-from internvl_edge.runtime.backends.cuda import Cuda, Graph
-from internvl_edge.runtime.backends.kv_cache import CacheState
+from internvl_edge.runtime.backends import MOST_SLICES, Slice, several, single
+from internvl_edge.runtime.backends.cuda import Box, Cuda, Graph
 from internvl_edge.runtime.backends.plans import PLANS, Engines
-from internvl_edge.runtime.backends.rope_table import RopeTable
-from internvl_edge.runtime.backends.tensorrt_library import Context, Library, Plan
-from internvl_edge.runtime.backends.tensorrt_memory import Buffers, Storage, key_bucket, pieces
+from internvl_edge.runtime.backends.tensorrt_cache import (
+    Slot,
+    Span,
+    Storage,
+    Storages,
+    TensorRtCache,
+    together,
+)
+from internvl_edge.runtime.backends.tensorrt_library import Context, Library
+from internvl_edge.runtime.backends.tensorrt_memory import Buffers, key_bucket, pieces
 from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
 from internvl_edge.runtime.decoding.sampling import Candidates
 
@@ -67,49 +73,6 @@ class CapturedStep:
         self._choose()
 
 
-class TensorRtCache:
-    """A KV cache as large as the engine's context; `capacity` positions of it are used."""
-
-    def __init__(self, cuda: Cuda, storage: Storage, rope: RopeTable, state: CacheState) -> None:
-        self.state, self.storage = state, storage
-        self._cuda, self._rope = cuda, rope
-
-    @property
-    def nbytes(self) -> int:
-        return self.storage.memory.nbytes  # taken whole when it was allocated
-
-    @property
-    def held_bytes(self) -> int:
-        """All the memory it takes between passes, on the device and on the host."""
-        tables = sum(table.nbytes for table in self.storage.tables) + 2 * self._rope.cos.nbytes
-        return self.storage.memory.nbytes + tables + self.state.nbytes
-
-    def trim(self) -> None:
-        """Nothing: all of it was taken when the cache was made."""
-
-    def clear(self) -> None:
-        """Queue zeros; see `Cache`."""
-        with self._cuda.active():
-            self._cuda.clear(self.storage.memory)
-
-    def copy_rows(self, source: Cache, start: int, stop: int) -> None:
-        """Queue one copy: a run of positions in each head of each layer."""
-        assert isinstance(source, TensorRtCache)
-        own, other = self.storage, source.storage
-        offset, width = start * own.row_bytes, (stop - start) * own.row_bytes
-        places = (other.memory.address + offset, own.memory.address + offset)
-        with self._cuda.active():
-            self._cuda.copy_runs(*places, (other.pitch, own.pitch), width, own.heads)
-
-    def prepare(self, start: int, total: int, base: float) -> None:
-        """Queue the rotary rows that changed."""
-        self._rope.prepare(start, total, base, self._upload)
-
-    def _upload(self, rows: slice) -> None:
-        for table, host in zip(self.storage.tables, (self._rope.cos, self._rope.sin), strict=True):
-            self._cuda.upload(host[rows], table[rows])
-
-
 class TensorRtBackend:
     """Runs a bundle's engines.
 
@@ -141,7 +104,7 @@ class TensorRtBackend:
             )
             with engines.plan(contract.LANGUAGE_GRAPH) as path:
                 self._language = library.read_plan(path)
-            self._check_language(self._language)
+            self._inputs = self._checked_inputs()
             largest = max(vision.scratch_bytes, self._language.scratch_bytes)
             self._scratch = cuda.empty((largest,), np.uint8)
             self._vision = vision.context(self._scratch.address)
@@ -150,13 +113,21 @@ class TensorRtBackend:
             self._prefill.bind(self._buffers.addresses())
             kernels = selection_kernels(cuda)
             vocab = spec.language.vocab_size
-            self._largest = None if kernels is None else LargestLogits(cuda, kernels, vocab)
+            #: Of each row of a step; none without the kernels.
+            self._largest = [
+                LargestLogits(cuda, kernels, vocab)
+                for _ in range(self.limits.sequences)
+                if kernels is not None
+            ]
             self.description = f"{library.name} {library.version}, {cuda.name}"
         plans = engines.manifest.files
         # A plan built again may compute with other tactics, and round differently.
         self.numerics = f"{self.description} {plans[PLANS[contract.VISION_GRAPH]].sha256}"
-        self.most_slices = 1
-        self._free: list[Storage] = []
+        self._storages = Storages(self._allocated, self.limits.sequences)
+
+    @property
+    def most_slices(self) -> int:
+        return 1 if self.limits.sequences == 1 else MOST_SLICES
 
     @property
     def takes_drafts(self) -> bool:
@@ -191,7 +162,7 @@ class TensorRtBackend:
         return host
 
     def new_cache(self, capacity: int) -> TensorRtCache:
-        """Memory of a cache that is no longer used, with its captured steps, or new memory.
+        """A place of a cache that is no longer used, with its captured steps, or new memory.
 
         Raises:
             ContextError: the engine's context is shorter.
@@ -204,102 +175,180 @@ class TensorRtBackend:
                 f" 'internvl-edge build {named(self._bundle.path)} --max-context {capacity}'"
             )
         with self._cuda.active():
-            storage = self._free.pop() if self._free else self._allocated()
-        rope = RopeTable(self._bundle.spec.language, limits.context, self._dtype)
-        cache = TensorRtCache(self._cuda, storage, rope, CacheState(capacity))
-        weakref.finalize(cache, _give_back, self._free, storage).atexit = False
-        return cache
+            language = self._bundle.spec.language
+            return TensorRtCache(self._cuda, self._storages, language, capacity)
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
-        """Run one pass over new rows; see `Backend.forward`."""
-        new = single(batch)
-        cache = new.cache
-        assert isinstance(cache, TensorRtCache)
-        start, tokens = cache.state.length, len(new.rows)
-        run = partial(self._pass, cache.storage)
+        """Run new rows of each sequence; see `Backend.forward`.
+
+        Next positions of neighbouring caches share a pass; a prompt has passes of its own.
+        """
+        logits: dict[int, NDArray[np.float32]] = {}
         with self._cuda.active():
-            cache.prepare(start, start + tokens, new.rope_theta)
-            parts = [
-                run(new.rows[piece.start : piece.stop], start + piece.start, piece.wanted)
-                for piece in pieces(tokens, new.logit_rows, self.limits)
-            ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for group in self._groups(batch):
+                parts = [batch[index] for index in group]
+                if len(parts[0].rows) > 1:
+                    logits[group[0]] = self._prompt(parts[0])
+                    continue
+                places = self._queue_step(parts)
+                rows = self._buffers.read_logits(places[-1] + 1)
+                for index, part, place in zip(group, parts, places, strict=True):
+                    logits[index] = rows[place : place + 1][part.logit_rows]
+        return np.concatenate([logits[index] for index in range(len(batch))])
 
     def forward_candidates(self, batch: Sequence[Slice], count: int) -> list[Candidates]:
-        """Run one pass over one new row; see `SelectingBackend.forward_candidates`."""
-        new = single(batch)
-        cache = new.cache
-        assert isinstance(cache, TensorRtCache)
-        start = cache.state.length
+        """Run one new row of each sequence; see `SelectingBackend.forward_candidates`."""
+        found: dict[int, Candidates] = {}
         with self._cuda.active():
-            cache.prepare(start, start + 1, new.rope_theta)
-            self._queue(cache.storage, new.rows, start, new.logit_rows)
-            found = None if self._largest is None else self._largest.read(count)
-            return [found or Candidates(self._buffers.read_logits(1)[0])]
+            for group in self._groups(batch):
+                places = self._queue_step([batch[index] for index in group])
+                found |= zip(group, self._candidates(places, count), strict=True)
+        return [found[index] for index in range(len(batch))]
 
-    def _pass(
-        self,
-        storage: Storage,
-        embeddings: NDArray[np.floating],
-        start: int,
-        wanted: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """A part of a pass; logits of the wanted rows `(rows, vocab)`."""
-        # An engine has no shape of no rows: one is computed and left.
-        rows = wanted if len(wanted) else np.zeros(1, np.int64)
-        self._queue(storage, embeddings, start, rows)
-        return self._buffers.read_logits(len(rows))[: len(wanted)]
+    def _groups(self, batch: Sequence[Slice]) -> Iterator[list[int]]:
+        """Return what shares a pass, as places in a batch, in the order of their slots.
 
-    def _queue(
+        Raises:
+            LimitError: more slices than are taken, or none.
+        """
+        if self.most_slices == 1:
+            single(batch)
+        else:
+            several(batch, self.most_slices)
+        steps = [index for index, new in enumerate(batch) if len(new.rows) == 1]
+        yield from ([index] for index in range(len(batch)) if index not in steps)
+        for group in together([_cache(batch[index]) for index in steps], self.limits.context):
+            yield [steps[place] for place in group]
+
+    def _candidates(self, places: Sequence[int], count: int) -> list[Candidates]:
+        """Wait for at least the `count` largest logits of some rows."""
+        found: list[Candidates | None] = [None for _ in places]
+        largest = [self._largest[place] for place in places if self._largest]
+        if copied := [one for one in largest if one.fetch(count)]:
+            self._cuda.synchronize()
+            found = [one.fetched(count) for one in copied]
+        known = [one for one in found if one is not None]
+        if len(known) == len(places):
+            return known
+        rows = self._buffers.read_logits(places[-1] + 1)
+        pairs = zip(found, places, strict=True)
+        return [one or Candidates(rows[place]) for one, place in pairs]
+
+    def _prompt(self, new: Slice) -> NDArray[np.float32]:
+        """Run rows of one sequence, in as many passes as the engine needs; logits of those wanted
+        `(rows, vocab)`."""
+        cache = _cache(new)
+        start, tokens = cache.state.length, len(new.rows)
+        cache.prepare(start, start + tokens, new.rope_theta)
+        parts = []
+        for piece in pieces(tokens, new.logit_rows, self.limits):
+            # An engine has no shape of no rows: one is computed and left.
+            rows = piece.wanted if len(piece.wanted) else np.zeros(1, np.int64)
+            self._queue_prompt(
+                cache.slot, new.rows[piece.start : piece.stop], start + piece.start, rows
+            )
+            parts.append(self._buffers.read_logits(len(rows))[: len(piece.wanted)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _queue_prompt(
+        self, slot: Slot, embeddings: NDArray[np.floating], start: int, rows: NDArray[np.int64]
+    ) -> None:
+        """Queue a pass over rows of one sequence, of which some get logits."""
+        buffers, tokens, storage = self._buffers, len(embeddings), slot.storage
+        keys = key_bucket(start + tokens, self.limits.context)
+        self._write(embeddings, np.arange(start, start + tokens), rows)
+        slot.end = start + tokens
+        if tokens == 1 and len(rows) == 1:
+            self._step(storage, Span(slot.index, 1, keys))()
+        else:
+            self._prefill.bind(storage.addresses(slot.index, buffers.fresh, tokens))
+            self._prefill.shape(self._shapes(1, tokens, keys, len(rows)))
+            self._prefill.execute(self._cuda.stream)
+        self._append(slot, (0, 1), start, start + tokens)
+
+    def _queue_step(self, parts: Sequence[Slice]) -> list[int]:
+        """Queue a pass over one row of each sequence, their slots in order; return which rows of
+        the pass are theirs."""
+        caches = [_cache(part) for part in parts]
+        storage, first = caches[0].slot.storage, caches[0].slot.index
+        count = caches[-1].slot.index + 1 - first
+        hidden = self._bundle.spec.language.hidden_size
+        embeddings = np.zeros((count, hidden), self._dtype)
+        positions = np.array(storage.ends[first : first + count])
+        places = [cache.slot.index - first for cache in caches]
+        for part, cache, place in zip(parts, caches, places, strict=True):
+            start = cache.state.length
+            cache.prepare(start, start + 1, part.rope_theta)
+            embeddings[place], positions[place] = part.rows[0], start
+            cache.slot.end = start + 1
+        longest = max(cache.slot.end for cache in caches)
+        self._write(embeddings, positions, np.arange(count))
+        self._step(storage, Span(first, count, key_bucket(longest, self.limits.context)))()
+        for cache, place in zip(caches, places, strict=True):
+            self._append(cache.slot, (place, count), cache.slot.end - 1, cache.slot.end)
+        return places
+
+    def _write(
         self,
-        storage: Storage,
         embeddings: NDArray[np.floating],
-        start: int,
+        positions: NDArray[np.int64],
         rows: NDArray[np.int64],
     ) -> None:
-        buffers, tokens = self._buffers, len(embeddings)
-        keys = key_bucket(start + tokens, self.limits.context)
-        buffers.embeddings.write(embeddings)
-        buffers.positions.write(np.arange(start, start + tokens))
-        buffers.rows.write(rows)
-        if tokens == 1:
-            self._step(storage, keys)()
-        else:
-            self._prefill.bind(storage.addresses(buffers.fresh, tokens))
-            self._prefill.shape(self._shapes(tokens, keys, len(rows)))
-            self._prefill.execute(self._cuda.stream)
-        if buffers.fresh is not None:
-            width = tokens * storage.row_bytes
-            target = storage.memory.address + start * storage.row_bytes
-            pitches = (width, storage.pitch)
-            self._cuda.copy_runs(buffers.fresh.address, target, pitches, width, storage.heads)
+        """Queue the inputs of a pass."""
+        self._buffers.embeddings.write(embeddings)
+        self._buffers.positions.write(positions)
+        self._buffers.rows.write(rows)
 
-    def _choose(self) -> None:
-        """Queue the choice among the logits of the first row."""
-        if self._largest is not None:
-            vocab = self._bundle.spec.language.vocab_size
-            self._largest.queue(self._buffers.logits[:1].of_shape((vocab,)))
+    def _append(self, slot: Slot, place: tuple[int, int], start: int, stop: int) -> None:
+        """Queue the copy of new keys and values that the engine put nowhere.
 
-    def _step(self, storage: Storage, keys: int) -> Callable[[], None]:
-        if keys not in storage.steps:
+        Args:
+            place: which sequence of the pass, and of how many.
+        """
+        fresh, storage = self._buffers.fresh, slot.storage
+        if fresh is not None:
+            width = (stop - start) * storage.row_bytes
+            own = fresh.address + place[0] * storage.kv_heads * width
+            box = Box(own, width, place[1] * storage.kv_heads)
+            slot.copy(self._cuda, box, start, stop)
+
+    def _choose(self, rows: int) -> None:
+        """Queue the choice among the logits of each of the first rows."""
+        vocab, logits = self._bundle.spec.language.vocab_size, self._buffers.logits
+        for row, largest in enumerate(self._largest[:rows]):
+            largest.queue(logits[row : row + 1].of_shape((vocab,)))
+
+    def _step(self, storage: Storage, span: Span) -> Callable[[], None]:
+        if span not in storage.steps:
             context = self._language.context(self._scratch.address)
             context.bind(self._buffers.addresses())
-            context.bind(storage.addresses(self._buffers.fresh, 1))
-            context.shape(self._shapes(1, keys, 1))
-            storage.steps[keys] = CapturedStep(self._cuda, context, self._choose)
-        return storage.steps[keys]
+            context.bind(storage.addresses(span.first, self._buffers.fresh, span.count))
+            context.shape(self._shapes(span.count, 1, span.keys, span.count))
+            choose = partial(self._choose, span.count)
+            storage.steps[span] = CapturedStep(self._cuda, context, choose)
+        return storage.steps[span]
 
-    def _shapes(self, tokens: int, keys: int, rows: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(
+        self, sequences: int, each: int, keys: int, rows: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Return shapes of the inputs that have one for each pass."""
+        sizes = {
+            contract.BATCH: sequences,
+            "each": each,
+            "tokens": sequences * each,
+            "keys": keys,
+            "rows": rows,
+        }
+        fixed = {"context": self.limits.context}
         return {
-            contract.EMBEDDINGS: (tokens, self._bundle.spec.language.hidden_size),
-            contract.POSITIONS: (tokens,),
-            contract.KEY_POSITIONS: (keys,),
-            contract.LOGIT_ROWS: (rows,),
+            tensor.name: tensor.sized(sizes | fixed)
+            for tensor in self._inputs
+            if not sizes.keys().isdisjoint(tensor.shape)
         }
 
-    def _allocated(self) -> Storage:
+    def _allocated(self, slots: int) -> Storage:
         try:
-            return Storage(self._bundle, self._cuda, self.limits, self._dtype)
+            return Storage(self._bundle, self._cuda, self.limits, slots, self._dtype)
         except DeviceError as error:
             raise CapacityError(
                 f"no device memory for a KV cache of {self.limits.context} tokens"
@@ -307,14 +356,14 @@ class TensorRtBackend:
                 " and fewer"
             ) from error
 
-    def _check_language(self, plan: Plan) -> None:
-        manifest, spec = self._bundle.manifest, self._bundle.spec.language
-        kinds = (manifest.kv, manifest.dialect)
-        plan.check(
-            contract.language_inputs(spec, manifest.language, *kinds),
-            contract.language_outputs(spec, *kinds),
-            context=self.limits.context,
-        )
+    def _checked_inputs(self) -> list[Tensor]:
+        """Return the inputs of the language engine, which are the contract's."""
+        manifest, spec, plan = self._bundle.manifest, self._bundle.spec.language, self._language
+        given = manifest.kv, manifest.dialect, plan.rank(contract.POSITIONS) > 1
+        inputs = contract.language_inputs(spec, manifest.language, *given)
+        outputs = contract.language_outputs(spec, *given)
+        plan.check(inputs, outputs, context=self.limits.context)
+        return inputs
 
     def _uploaded(self, tiles: NDArray[np.uint8]) -> DeviceArray:
         device = self._cuda.empty(tiles.shape, np.uint8)
@@ -322,7 +371,6 @@ class TensorRtBackend:
         return device
 
 
-def _give_back(free: list[Storage], storage: Storage) -> None:
-    """Keep the memory of one cache for the next; more at once would never be given back."""
-    if not free:
-        free.append(storage)
+def _cache(new: Slice) -> TensorRtCache:
+    assert isinstance(new.cache, TensorRtCache)
+    return new.cache

@@ -198,6 +198,11 @@ class Plan:
         """Memory a context needs for activations at the largest shapes."""
         return int(self.engine.device_memory_size_v2)
 
+    def rank(self, name: str) -> int:
+        """Dimensions of an input or output; 0 where there is none of this name."""
+        names = map(self.engine.get_tensor_name, range(self.engine.num_io_tensors))
+        return len(self.engine.get_tensor_shape(name)) if name in names else 0
+
     def context(self, scratch: int) -> Context:
         """An execution context that works in memory at address `scratch`.
 

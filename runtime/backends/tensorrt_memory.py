@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,49 +105,3 @@ class Buffers:
         self._cuda.download(self.logits[:rows], self._logits_host[:rows])
         self._cuda.synchronize()
         return self._logits_host[:rows].copy()
-
-
-class Storage:
-    """Keys, values and rotary tables of one cache, and by number of keys the steps over them."""
-
-    def __init__(self, bundle: Bundle, cuda: Cuda, limits: Limits, dtype: str) -> None:
-        language = bundle.spec.language
-        shape = contract.cache_shape(language, limits.context)
-        # Cleared: a masked key has the weight zero, and zero times NaN stays NaN.
-        self.memory = cuda.zeros(
-            (2 * language.num_hidden_layers, *shape), contract.CACHE_DTYPE[bundle.manifest.kv]
-        )
-        table = (limits.context, language.head_dim // 2)
-        self.tables = (cuda.zeros(table, dtype), cuda.zeros(table, dtype))
-        self.steps: dict[int, Callable[[], None]] = {}
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one position of one head."""
-        return int(self.memory.shape[-1] * self.memory.dtype.itemsize)
-
-    @property
-    def pitch(self) -> int:
-        """Bytes from one head's positions to the next's."""
-        return self.memory.shape[-2] * self.row_bytes
-
-    @property
-    def heads(self) -> int:
-        """Of all layers, keys and values."""
-        return math.prod(self.memory.shape[:-2])
-
-    def addresses(self, fresh: DeviceArray | None, tokens: int) -> dict[str, int]:
-        """By tensor name. Past and present are one place, or the present comes out at `fresh`."""
-        planes, *_, kv_heads, _, _ = self.memory.shape
-        found = {
-            contract.ROPE_COS: self.tables[0].address,
-            contract.ROPE_SIN: self.tables[1].address,
-        }
-        for plane in range(planes):
-            layer, part = divmod(plane, 2)
-            past = (contract.past_key, contract.past_value)[part](layer)
-            present = (contract.present_key, contract.present_value)[part](layer)
-            found[past] = found[present] = self.memory.address + plane * kv_heads * self.pitch
-            if fresh is not None:  # packed, so that one copy takes them all
-                found[present] = fresh.address + plane * kv_heads * tokens * self.row_bytes
-        return found

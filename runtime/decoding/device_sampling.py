@@ -54,13 +54,29 @@ class LargestLogits:
 
     def read(self, count: int) -> Candidates | None:
         """Wait for the largest `count` and what equals the last of them; None: not all are here."""
-        if not 1 <= count <= SELECT_MOST:
+        if not self.fetch(count):
             return None
-        copied = 1 if count == 1 else SELECT_MOST  # of equals, the greedy choice is the first
-        self._cuda.download(self._found[:copied], self._host[:copied])
         self._cuda.synchronize()
+        return self.fetched(count)
+
+    def fetch(self, count: int) -> bool:
+        """Queue the copy of what `fetched` reads; whether so many may be here."""
+        if not 1 <= count <= SELECT_MOST:
+            return False
+        copied = _copied(count)
+        self._cuda.download(self._found[:copied], self._host[:copied])
+        return True
+
+    def fetched(self, count: int) -> Candidates | None:
+        """Return what was copied, as `read` does, once somebody has waited."""
+        copied = _copied(count)
         ids, logits = read_candidates(self._host[:copied])
         if count > 1 and len(ids) == SELECT_MOST and not logits[-1] < logits[count - 1]:
             return None
         order = np.argsort(ids)
         return Candidates(logits[order], ids[order])
+
+
+def _copied(count: int) -> int:
+    """Return how many are copied: of equals, the greedy choice is the first."""
+    return 1 if count == 1 else SELECT_MOST

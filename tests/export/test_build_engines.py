@@ -107,6 +107,8 @@ def test_shapes_follow_from_tiles_and_context() -> None:
     assert limits_of(spec, None, None) == Limits(1024, tokens=512, tiles=7)  # the model's longest
     assert limits_of(spec, 1, 100) == Limits(100, tokens=100, tiles=1)  # one tile: no thumbnail
     assert limits_of(spec, 3, 17).tiles == 4
+    many = limits_of(spec, 1, 100, 12)
+    assert (many.sequences, many.rows) == (12, 12)  # each gets logits
 
 
 def test_the_context_of_the_true_model() -> None:
@@ -235,8 +237,8 @@ def test_engines_are_published_with_all_they_depend_on(opened: Bundle) -> None:
         assert request.workspace > 50 * GIB
         assert "sm87" in str(request.timing_cache)
     assert asked[1].profile["key_positions"].largest == (256,)
-    assert asked[1].profile["positions"].smallest == (1,)
-    assert asked[1].profile["positions"].largest == (64,)
+    assert asked[1].profile["positions"].smallest == (1, 1)
+    assert asked[1].profile["positions"].largest == (1, 64)
     assert asked[0].profile["tiles"].typical == asked[0].profile["tiles"].largest
     assert "not listed" in render_layers(engines)
 

@@ -96,7 +96,7 @@ def test_every_precision_passes(exported: Export, dialect: DialectName, precisio
     reference = exported("onnxruntime", precision)
     report = check_bundle(path, reference=reference, shapes=SHAPES)
     assert report.failures == []
-    assert len(report.comparisons) == 4
+    assert len(report.comparisons) == 5
     assert render_gate(report).endswith("\npasses")
     _check_products(report, precision)
     manifest = open_bundle(path, verify="size").manifest
@@ -139,7 +139,10 @@ def test_it_builds_for_every_gpu(exported: Export) -> None:
     )
     assert report.failures == []
     assert [graph.capability for graph in report.graphs] == [*CAPABILITIES, *CAPABILITIES]
-    assert [item.name for item in report.comparisons] == ["decode against one prefill"]
+    assert [item.name for item in report.comparisons] == [
+        "decode against one prefill",
+        "decode beside another",
+    ]
 
 
 @needs_newest
@@ -243,13 +246,15 @@ def test_profiles_cover_one_row_to_the_largest() -> None:
         helper.make_tensor_value_info("cache", TensorProto.FLOAT16, [1, 2, 96, 8]),
         helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["tokens", 64]),
         helper.make_tensor_value_info("keys", TensorProto.INT64, ["keys"]),
+        helper.make_tensor_value_info("places", TensorProto.INT64, ["sequences", "each"]),
     ]
     graph = helper.make_graph([], "graph", inputs, [])
-    profile = profile_of(graph, EngineShapes(context=96, tokens=512, rows=4))
+    profile = profile_of(graph, EngineShapes(context=96, tokens=512, rows=4, sequences=3))
     assert profile == {
         "rows": ShapeRange((1,), (1,), (4,)),
         "x": ShapeRange((1, 64), (1, 64), (96, 64)),  # no more than the cache holds
         "keys": ShapeRange((1,), (96,), (96,)),
+        "places": ShapeRange((1, 1), (1, 1), (3, 96)),
     }
 
 

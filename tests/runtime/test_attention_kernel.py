@@ -27,11 +27,17 @@ from internvl_edge.export.formats.plan import CacheScales
 from internvl_edge.export.graphs.dialects.probes import attention_graph
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import Slice, int8_cache, own_kernel, own_kernels, sessions
+from internvl_edge.runtime.backends import (
+    MOST_SLICES,
+    Slice,
+    int8_cache,
+    own_kernel,
+    own_kernels,
+    sessions,
+)
 from internvl_edge.runtime.backends.attention import ATTENTION, addresses
 from internvl_edge.runtime.backends.attention_nodes import SEQUENCES, give_attention, takes_total
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from internvl_edge.runtime.backends.ort_passes import MOST_SLICES
 from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS, OwnKernels, bundle_attention
 from internvl_edge.runtime.backends.sessions import Provider, open_session

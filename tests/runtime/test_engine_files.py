@@ -153,6 +153,23 @@ def test_the_longest_context_is_taken(opened: Bundle) -> None:
     assert "8193 is asked for" in why_none(opened, ORIN, 8193)
 
 
+def test_of_one_context_those_of_most_sequences_are_taken(opened: Bundle) -> None:
+    for sequences in (2, 8, 4):
+        publish(opened, limits=Limits(1024, rows=sequences, sequences=sequences))
+    found = find_engines(opened, ORIN)
+    assert found is not None
+    assert found.manifest.limits.sequences == 8
+
+
+def test_engines_built_earlier_take_one_sequence(opened: Bundle) -> None:
+    published = publish(opened)
+    data = json.loads(published.manifest.to_json())
+    _without(data, ["limits", "sequences"])
+    (published.path / MANIFEST).write_text(json.dumps(sealed(data)))
+    assert find_engines(opened, ORIN) == published
+    assert published.manifest.limits.sequences == 1
+
+
 def test_the_closest_is_named(opened: Bundle) -> None:
     publish(opened, replace(ORIN, version="10.3.0", gpu="other"))
     closest = publish(opened, replace(ORIN, version="10.13.0"))

@@ -36,7 +36,7 @@ from internvl_edge.runtime import BundleError, DeviceError, InternVL, LimitError
 from internvl_edge.runtime.backends import Slice
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Engines, Limits
-from internvl_edge.runtime.backends.tensorrt import TensorRtCache
+from internvl_edge.runtime.backends.tensorrt_cache import TensorRtCache
 from internvl_edge.runtime.backends.tensorrt_library import APIS, Library
 from internvl_edge.runtime.backends.tensorrt_memory import MOST_BUCKETS, key_bucket, pieces
 
@@ -166,7 +166,7 @@ def test_a_step_of_decoding(
     assert sent == 3 * (language.hidden_size * 4 + 8 + 8)  # the embedding, its position, the row
     fetched = [call[2] for call in bindings.named("cuMemcpyDtoHAsync")]
     assert fetched == 3 * [copied or language.vocab_size * 4]
-    runs = len(bindings.named("cuMemcpy2DAsync"))
+    runs = len(bindings.named("cuMemcpy3DAsync"))
     assert runs == (3 if model.engine.backend._buffers.fresh is not None else 0)
 
 
@@ -192,7 +192,7 @@ def test_one_graph_per_stretch_of_the_cache(model: InternVL, trt: FakeTensorRt) 
     expected = [(keys, captured) for keys in (256, 512) for captured in (False, True)]
     got = [(shapes["key_positions"][0], captured) for _, shapes, captured in trt.passes]
     assert got == expected
-    assert set(cache.storage.steps) == {256, 512}
+    assert {span.keys for span in cache.slot.storage.steps} == {256, 512}
     contexts = {id(context) for context, *_ in trt.passes}
     assert len(contexts) == 2  # a graph is its context's alone
     assert {context.scratch for context in trt.contexts} == {trt.contexts[0].scratch}
@@ -206,7 +206,7 @@ def test_past_and_present_are_one_place_or_rows_are_appended(
     context: FakeContext = trt.passes[-1][0]
     past = {n[5:]: a for n, a in context.addresses.items() if n.startswith("past.")}
     present = {n[8:]: a for n, a in context.addresses.items() if n.startswith("present.")}
-    storage = cache.storage
+    storage = cache.slot.storage
     size = storage.memory.nbytes // len(past)
     first = storage.memory.address
     assert sorted(past.values()) == [first + i * size for i in range(len(past))]
@@ -222,7 +222,7 @@ def test_a_pass_writes_its_own_rows_of_the_cache_and_nothing_else(model: InternV
     theta = model.spec.language.rope_theta
     cache = model.engine.backend.new_cache(LIMITS.context)
     assert isinstance(cache, TensorRtCache)
-    memory = cache.storage.memory
+    memory = cache.slot.storage.memory
     assert not memory.to_host().any()  # cleared, whatever the memory held before
     for start, ids in ((0, list(range(5, 105))), (100, [6]), (101, [7]), (102, [8])):
         before = memory.to_host()
@@ -264,7 +264,7 @@ def test_memory_and_graphs_of_a_cache_serve_the_next(
     assert len(trt.contexts) == contexts
     assert bindings.named("cuMemAlloc", "cuGraphInstantiate") == []
     two = [model.engine.backend.new_cache(8) for _ in range(3)]
-    assert len({id(cache.storage) for cache in two if isinstance(cache, TensorRtCache)}) == 3
+    assert len({id(cache.slot.storage) for cache in two if isinstance(cache, TensorRtCache)}) == 3
     del two
     assert len(bindings.memory) == held  # one is kept, no more
 

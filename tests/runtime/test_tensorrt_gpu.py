@@ -15,6 +15,7 @@ import pytest
 from candidates import check_candidates
 from checkpoints import GOLDEN
 from cuda_callers import QUESTION, TOKENS, answer_in_pycuda, answer_in_torch
+from many import ASKED, alone, same
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -63,6 +64,23 @@ def test_golden_answers(
             extra_stops=False,
         )
         assert got.token_ids == wanted
+
+
+@pytest.mark.parametrize("dialect", ["tensorrt", "tensorrt-portable"])
+def test_a_batch_is_answered_as_each_alone(
+    library: Library, tmp_path: Path, golden_model: InternVL, dialect: Any
+) -> None:
+    """More requests than a pass takes, twice: the second time over captured steps."""
+    if dialect == "tensorrt" and not library.api.modern:
+        pytest.skip(f"{library.name} {library.version} does not parse this dialect")
+    path = export_bundle(GOLDEN / "model", tmp_path / "bundle", dialect=dialect)
+    build = partial(build_for_machine, max_sequences=3)
+    model = InternVL.load(path, device="tensorrt", build_engines=build, reuse_bytes=0)
+    assert model.engine.backend.most_slices > 1
+    wanted = [alone(golden_model, one, max_new_tokens=12) for one in ASKED]
+    for _ in range(2):
+        same(model.generate_batch(ASKED, max_new_tokens=12), wanted)
+    model.close()
 
 
 @pytest.fixture(scope="module")

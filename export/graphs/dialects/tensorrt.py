@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import ExportError
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
@@ -46,6 +47,7 @@ class TensorRtDialect(ABC):
         self.graph = graph
         self.plan = plan
         self.dtype = dtype
+        self._shapes: dict[tuple[int, ...], str] = {}
 
     def linear(
         self, x: str, weight: Weight, bias: Weight | None, name: str, gain: Weight | None = None
@@ -186,11 +188,31 @@ class TensorRtDialect(ABC):
         normed = self.rms_norm(heads, weight, norms.eps, name)
         return graph.node("Reshape", [normed, graph.shape(-1, width)], f"{name}.rows")
 
+    def of_sequences(self, *dims: int) -> str:
+        """The shape `(sequences, *dims)`: made once, read by all layers."""
+        graph = self.graph
+        if not self._shapes:
+            shape = graph.node("Shape", [contract.POSITIONS], "places")
+            first, second = graph.shape(0), graph.shape(1)
+            self._shapes[()] = graph.node("Slice", [shape, first, second, first], "sequences")
+        if dims not in self._shapes:
+            parts, name = [self._shapes[()], graph.shape(*dims)], "x".join(map(str, dims))
+            self._shapes[dims] = graph.node("Concat", parts, f"shape.{name}", {"axis": 0})
+        return self._shapes[dims]
+
+    def rotary_rows(self, table: str, name: str) -> str:
+        """Rows of the positions in tables `(sequences, context, head_dim / 2)`:
+        `(sequences, tokens, head_dim / 2)`."""
+        graph = self.graph
+        places = graph.node("Unsqueeze", [contract.POSITIONS, graph.shape(2)], f"{name}.places")
+        return graph.node("GatherND", [table, places], name, {"batch_dims": 1})
+
     def heads(self, x: str, heads: int, head_dim: int, name: str) -> str:
-        """Rows of one sequence `(tokens, heads * head_dim)` -> `(1, heads, tokens, head_dim)`."""
+        """Rows `(sequences * tokens, heads * head_dim)` -> `(sequences, heads, tokens,
+        head_dim)`."""
         graph = self.graph
         x = graph.cast(x, self.dtype, f"{name}.cast")
-        x = graph.node("Reshape", [x, graph.shape(1, -1, heads, head_dim)], f"{name}.split")
+        x = graph.node("Reshape", [x, self.of_sequences(-1, heads, head_dim)], f"{name}.split")
         return graph.node("Transpose", [x], name, {"perm": [0, 2, 1, 3]})
 
     def rows(self, x: str, width: int, name: str) -> str:

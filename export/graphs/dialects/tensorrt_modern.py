@@ -27,16 +27,18 @@ class Step:
     """What all layers' attention reads.
 
     Attributes:
-        mask: bool `(tokens, keys)`: which keys a row sees.
-        start: int64 `(1,)`: where the rows go in the cache.
-        keys: int64 `(1,)`: how much of the cache is read.
-        positions: int64 `(1, tokens)`.
+        mask: bool `(sequences, 1, tokens, keys)`: which keys a row sees.
+        start: int64 `(sequences,)`: where the rows go in the caches.
+        keys: int64 `(1,)`: how much of the caches is read.
+        cos: `(sequences, tokens, head_dim / 2)` of the rows' positions.
+        sin: the same.
     """
 
     mask: str
     start: str
     keys: str
-    positions: str
+    cos: str
+    sin: str
 
 
 class ModernDialect(TensorRtDialect):
@@ -101,26 +103,29 @@ class ModernDialect(TensorRtDialect):
         return self.rows(attended, spec.query_size, name), keys, values
 
     def masked_attention(self, qkv: Sequence[str], step: Step, name: str) -> str:
-        """Query `(1, heads, tokens, head_dim)`, key and value `(1, kv_heads, keys, head_dim)`."""
+        """Query `(sequences, heads, tokens, head_dim)`, key and value `(sequences, kv_heads, keys,
+        head_dim)`."""
         return self.graph.node("Attention", [*qkv, step.mask], name, {"is_causal": 0})
 
     def _rotated(self, x: str, heads: int, width: int, step: Step, name: str) -> str:
-        """Rows -> `(1, heads, tokens, head_dim)`, its halves turned by the position's angle."""
+        """Rows -> `(sequences, heads, tokens, head_dim)`, its halves turned by the position's
+        angle."""
         x = self.heads(x, heads, width, name)
-        inputs = [x, contract.ROPE_COS, contract.ROPE_SIN, step.positions]
-        return self.graph.node("RotaryEmbedding", inputs, f"{name}.rotated")
+        return self.graph.node("RotaryEmbedding", [x, step.cos, step.sin], f"{name}.rotated")
 
     def _begin(self) -> Step:
         """Made with the first layer, read by all."""
         graph, rows, keys = self.graph, contract.POSITIONS, contract.KEY_POSITIONS
-        first = graph.shape(0)
-        row = graph.node("Unsqueeze", [rows, graph.shape(1)], "mask.rows")  # (tokens, 1)
-        column = graph.node("Unsqueeze", [keys, first], "mask.keys")  # (1, keys)
+        first, second = graph.shape(0), graph.shape(1)
+        row = graph.node("Unsqueeze", [rows, graph.shape(1, 3)], "mask.rows")
+        column = graph.node("Unsqueeze", [keys, graph.shape(0, 1, 2)], "mask.keys")
+        begin = graph.node("Slice", [rows, first, second, second], "begin")
         self._step = Step(
             mask=graph.node("LessOrEqual", [column, row], "mask"),
-            start=graph.node("Slice", [rows, first, graph.shape(1), first], "start"),
+            start=graph.node("Squeeze", [begin, second], "start"),
             keys=graph.node("Shape", [keys], "keys"),
-            positions=graph.node("Unsqueeze", [rows, first], "positions"),
+            cos=self.rotary_rows(contract.ROPE_COS, "cos"),
+            sin=self.rotary_rows(contract.ROPE_SIN, "sin"),
         )
         return self._step
 

@@ -35,11 +35,12 @@ class Step:
     """What all layers' attention reads.
 
     Attributes:
-        cos: `(tokens, head_dim / 2)` of the rows' positions.
+        cos: `(sequences, 1, tokens, head_dim / 2)` of the rows' positions.
         sin: the same.
-        past_mask: bool `(keys,)`: which cached keys are older than the rows.
-        new_mask: bool `(group * tokens, tokens)`: which of the rows a row of one KV head sees.
-        keys: int64 `(1,)`: how much of the cache is read.
+        past_mask: bool `(sequences, 1, 1, keys)`: which cached keys are older than the rows.
+        new_mask: bool `(sequences, 1, group * tokens, tokens)`: which of the rows a row of one KV
+            head sees.
+        keys: int64 `(1,)`: how much of the caches is read.
     """
 
     cos: str
@@ -122,13 +123,13 @@ class PortableDialect(TensorRtDialect):
             graph.node("Slice", [x, graph.shape(0), step.keys, graph.shape(2)], f"{name}.{part}")
             for x, part in ((cache.past_key, "past_key"), (cache.past_value, "past_value"))
         )
-        # (1, heads, tokens, head_dim) -> (1, kv_heads, group * tokens, head_dim): each KV head is
-        # read once for all the queries that share it.
+        # (sequences, heads, tokens, head_dim) -> (sequences, kv_heads, group * tokens, head_dim):
+        # each KV head is read once for all the queries that share it.
         query = graph.node(
-            "Reshape", [query, graph.shape(1, kv_heads, -1, width)], f"{name}.groups"
+            "Reshape", [query, self.of_sequences(kv_heads, -1, width)], f"{name}.groups"
         )
         y = self._attend(query, past, (key, value), step, name)
-        y = graph.node("Reshape", [y, graph.shape(1, heads, -1, width)], f"{name}.heads")
+        y = graph.node("Reshape", [y, self.of_sequences(heads, -1, width)], f"{name}.heads")
         if scales is not None:
             factors = Weight.held(f"{stored}.attended", np.repeat(scales.value, group, axis=0))
             y = self._lanes(y, factors, self.dtype, f"{name}.lanes")
@@ -150,7 +151,7 @@ class PortableDialect(TensorRtDialect):
             score = graph.cast(score, "float32", f"{name}.{part}.wide")
             never = self._number(float(np.finfo(np.float32).min), "float32")
             scores.append(graph.node("Where", [mask, score, never], f"{name}.{part}.masked"))
-        # (1, kv_heads, group * tokens, keys + tokens)
+        # (sequences, kv_heads, group * tokens, keys + tokens)
         joined = graph.node("Concat", scores, f"{name}.scores", {"axis": -1})
         shares = graph.node("Softmax", [joined], f"{name}.shares", {"axis": -1})
         shares = graph.cast(shares, self.dtype, f"{name}.shares.cast")
@@ -169,22 +170,28 @@ class PortableDialect(TensorRtDialect):
         """Made with the first layer, read by all."""
         graph, rows, keys = self.graph, contract.POSITIONS, contract.KEY_POSITIONS
         first, second = graph.shape(0), graph.shape(1)
-        begin = graph.node("Slice", [rows, first, second, first], "start")
-        group = graph.shape(spec.num_attention_heads // spec.num_key_value_heads)
-        tiled = graph.node("Tile", [rows, group], "mask.tiled")  # (group * tokens,)
-        row = graph.node("Unsqueeze", [tiled, second], "mask.rows")
-        column = graph.node("Unsqueeze", [rows, first], "mask.columns")
+        begin = graph.node("Slice", [rows, first, second, second], "begin")
+        begin = graph.node("Unsqueeze", [begin, graph.shape(2, 3)], "mask.begin")
+        column = graph.node("Unsqueeze", [keys, graph.shape(0, 1, 2)], "mask.keys")
+        group = graph.shape(1, spec.num_attention_heads // spec.num_key_value_heads)
+        tiled = graph.node("Tile", [rows, group], "mask.tiled")  # (sequences, group * tokens)
+        row = graph.node("Unsqueeze", [tiled, graph.shape(1, 3)], "mask.rows")
+        other = graph.node("Unsqueeze", [rows, graph.shape(1, 2)], "mask.columns")
+        cos, sin = (
+            graph.node("Unsqueeze", [self.rotary_rows(table, name), second], f"{name}.rows")
+            for table, name in ((contract.ROPE_COS, "cos"), (contract.ROPE_SIN, "sin"))
+        )
         self._step = Step(
-            cos=graph.node("Gather", [contract.ROPE_COS, rows], "cos", {"axis": 0}),
-            sin=graph.node("Gather", [contract.ROPE_SIN, rows], "sin", {"axis": 0}),
-            past_mask=graph.node("Less", [keys, begin], "mask.past"),
-            new_mask=graph.node("LessOrEqual", [column, row], "mask.new"),
+            cos=cos,
+            sin=sin,
+            past_mask=graph.node("Less", [column, begin], "mask.past"),
+            new_mask=graph.node("LessOrEqual", [other, row], "mask.new"),
             keys=graph.node("Shape", [keys], "keys"),
         )
         return self._step
 
     def _rotated(self, x: str, heads: int, width: int, step: Step, name: str) -> str:
-        """Rows -> `(1, heads, tokens, head_dim)`, its halves a and b turned by the angle:
+        """Rows -> `(sequences, heads, tokens, head_dim)`, its halves a and b turned by the angle:
         `a cos - b sin, b cos + a sin`.
         """
         graph = self.graph
@@ -211,7 +218,8 @@ class PortableDialect(TensorRtDialect):
         return self.graph.node("DequantizeLinear", inputs, name)
 
     def _lanes(self, x: str, factors: Weight, dtype: str, name: str) -> str:
-        """`(1, heads, tokens, head_dim)` times float32 `(heads, head_dim)`, rounded to `dtype`."""
+        """`(sequences, heads, tokens, head_dim)` times float32 `(heads, head_dim)`, rounded to
+        `dtype`."""
         graph = self.graph
         wide = graph.cast(x, "float32", f"{name}.wide")
         shape = (1, factors.shape[0], 1, factors.shape[1])

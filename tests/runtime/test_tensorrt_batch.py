@@ -1,0 +1,221 @@
+"""Several sequences in a pass of TensorRT's engines, with the stand-ins: each answered as alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builder import needs_newest
+from checkpoints import GOLDEN
+from earlier import of_one_sequence
+from fake_tensorrt import FakeTensorRt, fake_build
+from host_driver import HostDriver
+from many import ASKED, alone, same
+from numpy.typing import NDArray
+
+from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.export.bundle import export_bundle
+from internvl_edge.export.tensorrt.engines import build_engines
+from internvl_edge.export.tensorrt.profiles import plan_build, this_place
+from internvl_edge.runtime import InternVL, UsageError
+from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.plans import Limits
+from internvl_edge.runtime.backends.tensorrt_cache import Span, TensorRtCache, together
+from internvl_edge.runtime.backends.tensorrt_library import Library
+from internvl_edge.runtime.decoding.passes import Run
+
+LIMITS = Limits(context=700, tokens=64, tiles=2, rows=4, sequences=3)
+DIALECTS = [pytest.param("tensorrt", marks=needs_newest), "tensorrt-portable"]
+WAITS = ("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """The golden checkpoint in a dialect, written when first asked for."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def bundle(dialect: Any) -> Path:
+        path = folder / dialect
+        return path if path.exists() else export_bundle(GOLDEN / "model", path, dialect=dialect)
+
+    return bundle
+
+
+@pytest.fixture
+def trt(bindings: HostDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    fake = FakeTensorRt(bindings)
+    monkeypatch.setattr(Library, "open", lambda name=None: Library.of(fake))
+    return fake
+
+
+def build(path: Path, trt: FakeTensorRt, limits: Limits) -> Path:
+    bundle, place = open_bundle(path), this_place(Cuda.open(), trt.library)
+    memory = plan_build(bundle, limits, place, available=lambda: 1 << 40)
+    build_engines(bundle, place, limits, memory, trt.library, overwrite=True, build=fake_build)
+    return path
+
+
+@pytest.fixture(params=DIALECTS)
+def path(
+    request: pytest.FixtureRequest, exported: Callable[[Any], Path], trt: FakeTensorRt
+) -> Path:
+    return build(exported(request.param), trt, LIMITS)
+
+
+@pytest.fixture
+def model(path: Path) -> InternVL:
+    """Keeps nothing between prompts, so that each computes everything."""
+    return InternVL.load(path, device="tensorrt", reuse_bytes=0)
+
+
+def sequences_of(trt: FakeTensorRt) -> list[int]:
+    """How many sequences the passes over next positions had."""
+    shapes = [shape["positions"] for _, shape, _ in trt.passes if "positions" in shape]
+    return [sequences for sequences, each in shapes if each == 1]
+
+
+def test_a_batch_is_answered_as_each_alone(
+    model: InternVL, golden_model: InternVL, trt: FakeTensorRt
+) -> None:
+    """More requests than a pass takes; each alone by the other dialect."""
+    wanted = [alone(golden_model, one, max_new_tokens=12) for one in ASKED]
+    for _ in range(2):  # the second time over captured steps
+        same(model.generate_batch(ASKED, max_new_tokens=12), wanted)
+    assert max(sequences_of(trt)) == LIMITS.sequences
+    model.close()
+
+
+def test_each_has_rotary_tables_of_its_own(model: InternVL, golden_model: InternVL) -> None:
+    """Beyond the trained length each position has a base, which nobody else's changes."""
+    trained = model.spec.language.max_position_embeddings
+    ids = np.random.default_rng(0).integers(5, 400, trained + 9).tolist()
+    asked = [ids[: trained - 3], ids[:20], ids]
+    wanted = [golden_model.generate(one, max_new_tokens=9) for one in asked]
+    same(model.generate_batch(asked, max_new_tokens=9), wanted)
+    model.close()
+
+
+def caches(model: InternVL, lengths: list[int]) -> list[TensorRtCache]:
+    """Caches with so many positions filled, in neighbouring slots."""
+    made = [model.engine.backend.new_cache(LIMITS.context) for _ in lengths]
+    for number, (cache, length) in enumerate(zip(made, lengths, strict=True)):
+        ids = [5 + (number + place) % 400 for place in range(length)]
+        model.engine.run([new_run(model, cache, ids)])
+    return [cache for cache in made if isinstance(cache, TensorRtCache)]
+
+
+def new_run(model: InternVL, cache: Any, ids: list[int], count: int = 0) -> Run:
+    array = np.array(ids, np.int64)
+    base = model.spec.language.rope_theta
+    return Run(cache, array, array, base, np.array([len(ids) - 1]), count)
+
+
+def held(cache: TensorRtCache) -> NDArray[Any]:
+    """Keys and values `(2 * layers, kv_heads, context, head_dim)`."""
+    return cache.slot.storage.memory.to_host()[:, cache.slot.index]
+
+
+def test_slots_between_keep_what_they_hold(model: InternVL) -> None:
+    first, idle, last = caches(model, [40, 7, 3])
+    assert [cache.slot.index for cache in (first, idle, last)] == [0, 1, 2]
+    before = [held(cache) for cache in (first, idle, last)]
+    model.engine.run([new_run(model, cache, [9]) for cache in (last, first)])
+    for cache, old, length in zip((first, idle, last), before, (40, 7, 3), strict=True):
+        changed = np.flatnonzero((held(cache) != old).any(axis=(0, 1, 3)))
+        assert set(changed) <= {length}
+    alone = model.engine.backend.new_cache(LIMITS.context)  # in a storage of one
+    model.engine.run([new_run(model, alone, list(range(6, 13)))])
+    got, wanted = (model.engine.decode(cache, 8) for cache in (idle, alone))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_full_slot_between_is_left_out(model: InternVL, trt: FakeTensorRt) -> None:
+    """It has no place for a row that nobody reads."""
+    first, full, last = caches(model, [5, LIMITS.context, 4])
+    before = held(full)
+    groups = [[0], [1]]
+    assert list(together([first, last], LIMITS.context)) == groups
+    model.engine.run([new_run(model, cache, [9]) for cache in (first, last)])
+    np.testing.assert_array_equal(held(full), before)
+    assert {span.count for span in first.slot.storage.steps} == {1}
+    full.state.truncate(0)
+    model.engine.run([new_run(model, full, [7])])
+    assert list(together([last, first], LIMITS.context)) == [[1, 0]]
+
+
+def test_a_step_of_three(bindings: HostDriver, model: InternVL, trt: FakeTensorRt) -> None:
+    """One wait, no memory, one graph, whose choice is of each row."""
+    three = caches(model, [3, 4, 5])
+
+    def step(token: int, count: int) -> list[Any]:
+        runs = [new_run(model, cache, [token], count) for cache in three]
+        return [found.logits for (found,) in model.engine.run(runs)]
+
+    for token in (6, 7):
+        step(token, 1)
+    bindings.calls.clear()
+    trt.passes.clear()
+    for token in (8, 9):
+        step(token, 1)
+    assert bindings.named("cuMemAlloc", "cuMemHostAlloc", "cuLaunchKernel") == []
+    assert bindings.named(*WAITS) == [(21,)] * 2
+    assert len(bindings.named("cuGraphLaunch")) == 2
+    assert trt.passes == []
+    assert [call[2] for call in bindings.named("cuMemcpyDtoHAsync")] == [8] * 6
+    assert {*three[0].slot.storage.steps} == {Span(0, 3, 256)}
+
+
+def test_candidates_of_each_are_its_largest_logits(model: InternVL) -> None:
+    """Beside another sequence, and with all logits beside some."""
+    pair, same_pair = caches(model, [60, 9]), caches(model, [60, 9])
+    for token, count in ((5, 1), (6, 3), (7, 64), (8, 0), (9, 2)):
+        chosen = model.engine.run([new_run(model, cache, [token], count) for cache in pair])
+        for (found,), other in zip(chosen, same_pair, strict=True):
+            logits = model.engine.decode(other, token)
+            ids = np.arange(len(logits)) if found.ids is None else found.ids
+            np.testing.assert_allclose(found.logits, logits[ids], atol=1e-5)
+            assert int(ids[found.logits.argmax()]) == int(logits.argmax())
+
+
+def test_a_slot_serves_the_next_cache_and_more_than_slots_have_memory_of_their_own(
+    bindings: HostDriver, model: InternVL
+) -> None:
+    new = model.engine.backend.new_cache
+    held_ones = [new(8) for _ in range(3)]
+    memory = len(bindings.memory)
+    more: list[Any] = [new(8), new(8)]
+    assert [cache.slot.storage.slots for cache in (*held_ones, *more)] == [3, 3, 3, 1, 1]
+    del more[0]
+    del held_ones[1]
+    again: Any = new(8)
+    assert (again.slot.storage.slots, again.slot.index) == (3, 1)
+    del more, again, held_ones
+    assert len(bindings.memory) == memory
+
+
+def test_a_prompt_begun_beside_is_copied_on_the_device(path: Path, golden_model: InternVL) -> None:
+    """From slot to slot, and to a storage of one."""
+    model = InternVL.load(path, device="tensorrt")
+    asked = ["word " * 60] * 5
+    got = model.generate_batch(asked, max_new_tokens=4)
+    tokens = got[0].timings.prompt_tokens
+    assert [one.timings.cached_tokens for one in got] == [0, *[tokens - 1] * 4]
+    same(got, [alone(golden_model, asked[0], max_new_tokens=4)] * 5)
+    model.close()
+
+
+def test_a_bundle_written_earlier_takes_one_sequence_a_pass(
+    path: Path, tmp_path: Path, golden_model: InternVL, trt: FakeTensorRt
+) -> None:
+    older = of_one_sequence(path, tmp_path / "older")
+    with pytest.raises(UsageError, match="max_sequences is 3; this bundle was written when"):
+        build(older, trt, LIMITS)
+    build(older, trt, Limits(context=700, tokens=64, tiles=2, rows=4))
+    model = InternVL.load(older, device="tensorrt", reuse_bytes=0)
+    assert model.engine.backend.most_slices == 1
+    wanted = [alone(golden_model, one, max_new_tokens=12) for one in ASKED]
+    same(model.generate_batch(ASKED, max_new_tokens=12), wanted)
+    model.close()
