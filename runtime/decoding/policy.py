@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
@@ -14,10 +16,12 @@ from internvl_edge.runtime.arguments import number, whole, whole_or
 FIRST_CHUNK = 16
 #: By how much a chunk, as measured, may change at once.
 LARGEST_CHANGE = 2.0
-#: A wait that tells two requests apart.
+#: A wait that tells two requests apart, and the least that a token takes.
 SHORTEST_S = 1e-9
 #: Weight of the newest measurement of a pass.
 NEWEST = 0.25
+#: Steps of whose times the middle one is taken: what delays one of them is no measure.
+MEASURED = 15
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ class Pace:
     def __init__(self, growth: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._growth = growth
         self.clock = clock
-        self._decoding: dict[int, float] = {}  # seconds by the number of sequences
+        self._decoding: dict[int, deque[float]] = {}  # seconds by the number of sequences
         self._chunk = float(FIRST_CHUNK)
+        self._token: float | None = None  # seconds that a token of a prompt adds
         self._last: tuple[int, float] = (0, 0.0)  # sequences and seconds of the last step
         self._overshoot, self._beside = 0.0, False
 
@@ -115,8 +120,7 @@ class Pace:
         self._last = sequences, seconds
         if self._beside and self._decoding:  # of cold caches: it is not what it is alone
             return
-        before = self._decoding.get(sequences, seconds)
-        self._decoding[sequences] = before + NEWEST * (seconds - before)
+        self._decoding.setdefault(sequences, deque(maxlen=MEASURED)).append(seconds)
 
     def prefilled(self, sequences: int, tokens: int, seconds: float) -> None:
         """Note how long a step took that ran `tokens` of a prompt beside decoding."""
@@ -124,10 +128,13 @@ class Pace:
         if not self._decoding or tokens < self.chunk:  # the end of a prompt says less
             return
         alone = self._alone(sequences)
-        change = self._growth * alone / max(seconds - alone, 1e-9)
-        self._chunk *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
-        self._chunk = max(self._chunk, 1.0)
+        added = max(seconds - alone, SHORTEST_S) / tokens
+        before = added if self._token is None else self._token
+        self._token = before + NEWEST * (added - before)
+        least, most = self._chunk / LARGEST_CHANGE, self._chunk * LARGEST_CHANGE
+        self._chunk = max(1.0, min(max(self._growth * alone / self._token, least), most))
 
     def _alone(self, sequences: int) -> float:
         """Seconds of a step that decodes about so many sequences, and nothing else."""
-        return self._decoding[min(self._decoding, key=lambda known: abs(known - sequences))]
+        nearest = min(self._decoding, key=lambda known: abs(known - sequences))
+        return median(self._decoding[nearest])

@@ -69,6 +69,20 @@ def test_a_chunk_changes_by_steps_and_by_whole_chunks_only() -> None:
     assert pace.chunk == FIRST_CHUNK
 
 
+def test_a_delayed_step_changes_little() -> None:
+    """Of what decoding takes alone it changes nothing; of what a prompt adds, a quarter."""
+    pace = Pace(1.0)
+    for _ in range(20):
+        pace.decoded(4, 0.1)
+        pace.prefilled(4, pace.chunk, 0.1 + 0.002 * pace.chunk)
+    assert pace.chunk == 50
+    pace.decoded(4, 0.9)
+    pace.prefilled(4, 50, 0.2)
+    assert pace.chunk == 50
+    pace.prefilled(4, 50, 0.3)  # a token took twice as long
+    assert pace.chunk == 40
+
+
 @pytest.mark.parametrize(
     ("growth", "last", "rested", "share"),
     [
