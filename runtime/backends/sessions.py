@@ -74,8 +74,7 @@ class Provider:
             ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
         own: what computes parts of a graph in the place of ONNX Runtime.
-        spins: whether threads without work look for some before they sleep, on cores that others
-            want while operators rest.
+        spins: whether threads without work wait awake, on cores that others want meanwhile.
     """
 
     device: str = "cpu"
@@ -297,8 +296,8 @@ def check_graph(
 
 def takes_batch(opened: ort.InferenceSession) -> bool:
     """Whether a language graph takes several sequences in a pass; older ones take one."""
-    places = [node for node in opened.get_inputs() if node.name == contract.POSITIONS]
-    return any(len(node.shape) > 1 for node in places)
+    ranks = {node.name: len(node.shape) for node in opened.get_inputs()}
+    return ranks.get(contract.POSITIONS, 0) > 1
 
 
 def open_session(
@@ -311,7 +310,6 @@ def open_session(
         DeviceError: the provider did not start. ONNX Runtime itself goes on with the CPU then.
     """
     ort = load_onnxruntime()
-
     check_path(folder)
     options = session_options(provider, threads)
     chosen = {provider.name: dict(provider.options)}
@@ -347,12 +345,9 @@ def session_options(provider: Provider, threads: int | None) -> ort.SessionOptio
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next
-    # (30 tiles of the 2B: 1.6 GB of activations with patterns, 0.8 without).
+    # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next.
     options.enable_mem_pattern = False
-    # Idle threads of one graph would spin beside the other's and the host's work: with this, four
-    # threads take 378 ms instead of 421 for a prefill of two true-width layers, 3.5 instead of
-    # 12.0 for tiny_ocr's, and 0.25 instead of 0.45 ms for each of its tokens.
+    # Idle threads of one graph would spin beside the other's and the host's work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not provider.spins:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
