@@ -342,7 +342,6 @@ def open_session(
 def session_options(provider: Provider, threads: int | None) -> ort.SessionOptions:
     """Return the options every session is opened with; threads: None is one per core."""
     ort = load_onnxruntime()
-
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Shapes vary from pass to pass: a pattern learnt from one holds a second arena for the next.
