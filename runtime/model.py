@@ -136,8 +136,7 @@ class InternVL(NotCopied):
                 (`internvl-edge build`), "cuda" ONNX Runtime's provider.
             threads: CPU threads; None is one per core.
             max_context: most tokens (image rows included) a prompt and its answer may take.
-            verify: "hash" checks the sha256 of every file; "once" leaves out large ones that this
-                machine has checked and that have not changed since; "size" checks sizes only.
+            verify: "hash" reads all files, "once" large ones only when changed, "size" none.
             stream: CUDA stream of the caller's to work on: an integer handle or an object of
                 torch, CuPy, PyCUDA or cuda.core. It must live as long as the model.
             reuse_bytes: memory for what later prompts may share with earlier ones: rows of images,
