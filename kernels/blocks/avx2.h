@@ -10,7 +10,7 @@ namespace ive::blocks::avx2 {
 
 typedef __m256 Floats;
 typedef __m256i Ints;
-constexpr int kLanes = 8, kRows = 6, kColumns = 16;
+constexpr int kLanes = 8, kRows = 6, kColumns = 16, kUnit = 4;
 constexpr bool kSignedBytes = true;  // see `Signed`
 // Inputs whose products are added in int16: 8 pairs of at most 2 * 15 * 127 fit.
 constexpr int64_t kRun = 32;

@@ -10,7 +10,7 @@ namespace ive::blocks::avx512 {
 
 typedef __m512 Floats;
 typedef __m512i Ints;
-constexpr int kLanes = 16, kRows = 12, kColumns = 32;
+constexpr int kLanes = 16, kRows = 12, kColumns = 32, kUnit = 4;
 constexpr bool kSignedBytes = false;
 
 inline bool runs_here() {

@@ -13,7 +13,7 @@ namespace ive::blocks::avx_vnni {
 #define IVE_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
 
 using avx2::all, avx2::converted, avx2::fma, avx2::load_floats, avx2::store_floats;
-using avx2::Floats, avx2::Ints, avx2::kColumns, avx2::kLanes, avx2::kRows;
+using avx2::Floats, avx2::Ints, avx2::kColumns, avx2::kLanes, avx2::kRows, avx2::kUnit;
 constexpr bool kSignedBytes = false;
 
 inline bool runs_here() {
@@ -68,8 +68,10 @@ template <int kBits>
 constexpr Path kPath = {"AVX-VNNI",
                         kRows,
                         kColumns,
+                        kUnit,
                         runs_here,
                         round_inputs<kBits>,
+                        avx2::transpose,
                         avx2::transpose,
                         multiply_rows<kBits>,
                         avx2::round_few<kBits>,

@@ -14,7 +14,7 @@
 #include "avx512_few.h"
 #include "avx_vnni.h"
 #elif defined(__aarch64__)
-#include "neon_few.h"
+#include "neon_matrices.h"
 #endif
 
 namespace ive::blocks {
@@ -29,10 +29,14 @@ constexpr Path kPathsOf[] = {
 #endif
     avx2::kPath<kBits>,
 #elif defined(__aarch64__)
+#ifdef IVE_HAS_MATRIX_PRODUCTS
+    neon_matrices::kPath<kBits>,
+#endif
     neon::kPath<kBits>,
 #endif
     // As it is defined: it has no tiles.
-    {"plain", 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, 0}};
+    {"plain", 0, 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+     0}};
 
 struct Paths {
   const Path *first, *last;
@@ -84,7 +88,7 @@ class Multiplication {
     const int64_t tile = row / path_.rows, place = row % path_.rows;
     const int64_t first = tile * path_.rows * blocks_ + place;
     path_.round_row(p_.x + row * p_.inputs, p_.inputs, p_.block,
-                    values_.get() + tile * path_.rows * blocks_ * p_.block + 4 * place,
+                    values_.get() + tile * path_.rows * blocks_ * p_.block + path_.unit * place,
                     scales_.get() + first, starts_.get() + first);
   }
 
@@ -137,11 +141,11 @@ class Multiplication {
   // Transposes the weights of a panel from column `n` on, and fetches the next panel's scales.
   void load(int64_t n, int64_t block, const Span& span, const Room& room) const {
     const float* scales = p_.scales + n * blocks_ + block;
-    path_.transpose({p_.values + n * p_.column_bytes() + block * p_.block_bytes(),
-                     p_.column_bytes(), given(n), span.blocks * p_.block_bytes() / 4},
-                    room.values);
-    path_.transpose({bytes(scales), 4 * blocks_, given(n), span.blocks},
-                    reinterpret_cast<uint8_t*>(room.scales));
+    path_.transpose_weights({p_.values + n * p_.column_bytes() + block * p_.block_bytes(),
+                             p_.column_bytes(), given(n), span.blocks * p_.block_bytes() / 4},
+                            room.values);
+    path_.transpose_scales({bytes(scales), 4 * blocks_, given(n), span.blocks},
+                           reinterpret_cast<uint8_t*>(room.scales));
     for (int i = 0; i < path_.columns; ++i) fetch(scales + (path_.columns + i) * blocks_);
   }
 

@@ -14,7 +14,7 @@ namespace ive::blocks::neon {
 
 typedef float32x4_t Floats;
 typedef int32x4_t Ints;
-constexpr int kLanes = 4, kRows = 6, kColumns = 16;
+constexpr int kLanes = 4, kRows = 6, kColumns = 16, kUnit = 4;
 constexpr bool kSignedBytes = true;
 
 inline bool runs_here() {
@@ -26,6 +26,16 @@ inline bool runs_here() {
 #endif
 }
 
+// Whether there are products of matrices (SMMLA) too.
+inline bool has_matrix_products() {
+#if defined(__linux__)
+  constexpr unsigned long kMatrixProducts = 1ul << 13;  // HWCAP2_I8MM
+  return runs_here() && (getauxval(AT_HWCAP2) & kMatrixProducts) != 0;
+#else
+  return false;  // other systems are not asked
+#endif
+}
+
 IVE_DOT IVE_INLINE Floats all(float value) { return vdupq_n_f32(value); }
 IVE_DOT IVE_INLINE Ints all(int32_t value) { return vdupq_n_s32(value); }
 IVE_DOT IVE_INLINE Floats load_floats(const float* from) { return vld1q_f32(from); }
@@ -33,16 +43,19 @@ IVE_DOT IVE_INLINE void store_floats(float* to, Floats values) { vst1q_f32(to, v
 IVE_DOT IVE_INLINE Floats converted(Ints values) { return vcvtq_f32_s32(values); }
 IVE_DOT IVE_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
-// Loads weights of column or vector `c`; those of 4 bits in two parts, of even and odd places.
+// Weights as signed bytes; of those of 4 bits the ones of even places, or, part 1, of odd ones.
+template <int kBits>
+IVE_INLINE int8x16_t signed_part(uint8x16_t bytes, int part) {
+  if (kBits == 8) return vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(128)));
+  const uint8x16_t low = vandq_u8(bytes, vdupq_n_u8(15)), high = vshrq_n_u8(bytes, 4);
+  return vreinterpretq_s8_u8(part == 0 ? low : high);
+}
+
+// Loads all parts of the weights of column or vector `c`.
 template <int kBits, int kCount>
 IVE_INLINE void load_parts(const uint8_t* bytes, int8x16_t (&parts)[kParts<kBits>][kCount], int c) {
   const uint8x16_t v = vld1q_u8(bytes);
-  if (kBits == 8) {
-    parts[0][c] = vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
-  } else {
-    parts[0][c] = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
-    parts[kParts<kBits> - 1][c] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
-  }
+  for (int i = 0; i < kParts<kBits>; ++i) parts[i][c] = signed_part<kBits>(v, i);
 }
 
 IVE_INLINE uint32x4_t load_four(const uint8_t* bytes, int64_t left) {
@@ -52,8 +65,9 @@ IVE_INLINE uint32x4_t load_four(const uint8_t* bytes, int64_t left) {
   return vld1q_u32(room);
 }
 
-inline void transpose(const Source& source, uint8_t* out) {
-  for (int c = 0; c < kColumns; c += 4) {
+template <int kCount = kColumns>
+void transpose(const Source& source, uint8_t* out) {
+  for (int c = 0; c < kCount; c += 4) {
     for (int64_t k = 0; k < source.count; k += 4) {
       const int64_t left = source.count - k;
       uint32x4_t v[4];
@@ -67,7 +81,7 @@ inline void transpose(const Source& source, uint8_t* out) {
           vcombine_u32(vget_high_u32(a.val[0]), vget_high_u32(b.val[0])),
           vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1]))};
       for (int i = 0; i < 4 && i < left; ++i) {
-        vst1q_u8(out + 4 * (kColumns * (k + i) + c), vreinterpretq_u8_u32(columns[i]));
+        vst1q_u8(out + 4 * (kCount * (k + i) + c), vreinterpretq_u8_u32(columns[i]));
       }
     }
   }

@@ -1,6 +1,6 @@
 // Tiles of one kind of CPU: included once for each, in its namespace, where there are
 //   IVE_TARGET            the attribute of its functions
-//   kLanes, kRows, kColumns  of a vector; of a tile
+//   kLanes, kRows, kColumns, kUnit  of a vector; of a tile, see `Path`
 //   kSignedBytes          whether weights of 8 bits are signed there: theirs is the middle
 //   Floats, Ints          vectors; all, load_floats, store_floats, converted, fma
 //   add                   adds the products of one block
@@ -11,7 +11,8 @@ constexpr int kVectors = kColumns / kLanes;
 template <int kBits>
 IVE_TARGET void round_inputs(const float* x, int64_t inputs, int64_t block, int8_t* values,
                              float* scales, int32_t* starts) {
-  round_row<kRows, kBits, kBits == 4 || !kSignedBytes>(x, inputs, block, values, scales, starts);
+  round_row<kRows, kUnit, kBits, kBits == 4 || !kSignedBytes>(x, inputs, block, values, scales,
+                                                              starts);
 }
 
 template <int kBits>

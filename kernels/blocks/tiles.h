@@ -7,8 +7,8 @@
 namespace ive::blocks {
 
 // Rounded inputs of a few rows, `rows` of the path's even where fewer are used:
-//   values: per run of four inputs four bytes of each row; with weights of 4 bits, per run of 8,
-//     of places 0, 2, 4, 6; then 1, 3, 5, 7
+//   values: per run of as many inputs as a unit has bytes, a unit of each row; with weights of 4
+//     bits, per run of twice as many, of even places; then of odd ones
 //   scales, starts: per block one of each row; a start is what the sums of its products begin with
 struct Inputs {
   const int8_t* values;
@@ -16,8 +16,8 @@ struct Inputs {
   const int32_t* starts;
 };
 
-// Some columns of the weight, transposed in units of four bytes:
-//   values: per run of 8 inputs four bytes of each column
+// Some columns of the weight, transposed:
+//   values: per unit of a column that of each column
 //   scales: per block one of each column
 // What lies `ahead` is as large as the values, and fetched meanwhile: it is needed next.
 struct Panel {
@@ -46,12 +46,14 @@ struct Source {
 struct Path {
   const char* name;
   int rows, columns;  // of a tile
+  int unit;           // bytes of a row, and of a column, that lie side by side in a tile
   bool (*runs_here)();
   // Rounds one row: `values`, `scales` and `starts` are the first of that row in an `Inputs`.
   void (*round_row)(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
                     int32_t* starts);
-  // Transposes a panel; see `Source`.
-  void (*transpose)(const Source& source, uint8_t* out);
+  // Transpose a panel's weights in units, and its scales; see `Source`.
+  void (*transpose_weights)(const Source& source, uint8_t* out);
+  void (*transpose_scales)(const Source& source, uint8_t* out);
   // Adds to `rows` rows of y, `apart` floats apart.
   void (*multiply)(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                    int64_t apart);
@@ -63,7 +65,7 @@ struct Path {
 
 // Rounds a row for tiles of kRows. Sums start at minus the weight's middle times that of the
 // inputs, or, where a path takes the middle from the weight itself, at zero.
-template <int kRows, int kBits, bool kStarts>
+template <int kRows, int kUnit, int kBits, bool kStarts>
 IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t* values,
                           float* scales, int32_t* starts) {
   float room[kMaxBlock];
@@ -74,10 +76,10 @@ IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t*
     const Rounded rounded = round_block<kBits>(one, block, rounded_values, apart);
     *scales = rounded.scale;
     *starts = kStarts ? -kMiddle<kBits> * rounded.sum : 0;
-    for (int64_t i = 0; i < apart; i += 4) {
+    for (int64_t i = 0; i < apart; i += kUnit) {
       for (int part = 0; part < kParts<kBits>; ++part) {
-        std::memcpy(values, rounded_values + part * apart + i, 4);
-        values += 4 * kRows;
+        std::memcpy(values, rounded_values + part * apart + i, kUnit);
+        values += kUnit * kRows;
       }
     }
     scales += kRows;

@@ -181,17 +181,9 @@ constexpr Path kPath = {"NEON dot products", blocks::neon::runs_here, integers<t
                         vectors::pack_run,   vectors::attend};
 
 // CPUs with products of matrices, twice as fast: ONNX Runtime has them, this has none.
-inline bool has_matrix_products() {
-#if defined(__linux__)
-  constexpr unsigned long kMatrixProducts = 1ul << 13;  // HWCAP2_I8MM
-  return blocks::neon::runs_here() && (getauxval(AT_HWCAP2) & kMatrixProducts) != 0;
-#else
-  return false;
-#endif
-}
 constexpr Path kBesideMatrices = {
-    "NEON matrix products", has_matrix_products,       integers<false>,   vectors::norm_row,
-    vectors::gelu_row,      vectors::multiply_columns, vectors::pack_run, vectors::attend};
+    "NEON matrix products", blocks::neon::has_matrix_products, integers<false>,   vectors::norm_row,
+    vectors::gelu_row,      vectors::multiply_columns,         vectors::pack_run, vectors::attend};
 #undef IVE_TARGET
 }  // namespace dot_products
 #endif

@@ -12,6 +12,8 @@ from internvl_edge.kernels import build
 
 FLAGS = [flag for flag in build.CPU_FLAGS if flag not in ("-shared", "-fPIC")]
 ARM = "aarch64-linux-gnu-g++"
+#: Where Debian has the shared libraries of that compiler's programs.
+ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
 #: What finds accesses outside of arrays.
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
