@@ -129,7 +129,7 @@ def test_tensorrt_dialects(tmp_path: Path, name: str, dialect: Any) -> None:
         for path, kind in zip(paths, ("onnxruntime", dialect), strict=True):
             export_bundle(checkpoint, path, dialect=kind, **wanted)
         found = compare_bundles(paths[1], paths[0])
-        assert len(found) == 4
+        assert len(found) == 5
         assert [one for one in found if not one.holds] == []
 
 
