@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -219,9 +220,13 @@ except KeyboardInterrupt:
 """
 
 
-def interrupted(module: str, code: str) -> subprocess.CompletedProcess[str]:
+def interrupted(module: str, code: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run with so many threads of NumPy's BLAS: the second takes signals that the first holds."""
     return subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, module, code], capture_output=True, text=True
+        [sys.executable, "-c", INTERRUPTED, module, code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": str(threads)},
     )
 
 
@@ -238,10 +243,13 @@ def interrupted(module: str, code: str) -> subprocess.CompletedProcess[str]:
         ("av", "from internvl_edge.runtime import *; video_frames('x')"),
     ],
 )
-def test_signals_wait_for_libraries_that_are_imported_late(module: str, code: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_signals_wait_for_libraries_that_are_imported_late(
+    module: str, code: str, threads: int
+) -> None:
     """Half of ONNX Runtime was an ImportError in a traceback."""
     pytest.importorskip(module)
-    ended = interrupted(module, code)
+    ended = interrupted(module, code, threads)
     assert ended.stderr == ""
     assert ended.stdout == "interrupted after\n"
 
