@@ -13,6 +13,8 @@ import pytest
 
 from internvl_edge.cli.commands import COMMANDS, Command
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 #: Run with the command's module, then the distributions that are there.
 IMPORT = """
 import importlib, importlib.abc, importlib.metadata, re, sys

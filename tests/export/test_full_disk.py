@@ -36,7 +36,10 @@ from internvl_edge.export.room import room_for_export
 from internvl_edge.export.writer import planned_layout
 from internvl_edge.runtime import ExportError
 
-pytestmark = pytest.mark.filterwarnings("ignore::internvl_edge.runtime.LeftoverWarning")
+pytestmark = [
+    pytest.mark.slow(seconds=1),
+    pytest.mark.filterwarnings("ignore::internvl_edge.runtime.LeftoverWarning"),
+]
 KIB = 1 << 10
 RECIPE: dict[str, Any] = {
     "vision": "int8",

@@ -25,7 +25,10 @@ RECIPE: dict[str, Any] = {
     "options": QuantOptions(block=32),
     "sensitivity": False,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:kept the calib", "ignore:removed the calib")
+pytestmark = [
+    pytest.mark.slow(seconds=1),
+    pytest.mark.filterwarnings("ignore:kept the calib", "ignore:removed the calib"),
+]
 WEIGHTS = "model.safetensors"
 Change = Callable[[Path, dict[str, Any]], None]
 
