@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, layers: int) -> None:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Standing(ABC):
     """What turns of a peer and of this runtime say.
 
     Attributes:
@@ -58,9 +59,9 @@ class Standing:
     call: str
 
     @property
+    @abstractmethod
     def lines(self) -> Iterator[str]:
         """A line for each figure: the peer's, ours, the ratio."""
-        raise NotImplementedError
 
 
 class Comparison:

@@ -13,10 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack the bundle's weights for this machine; returns the exit status."""
-    from internvl_edge.export.prepare.prepare import prepare_bundle
+    from internvl_edge.export.prepare.prepare import AllMappedError, prepare_bundle
     from internvl_edge.export.progress import progress_bar
 
-    with progress_bar("prepare") as progress:
-        path = prepare_bundle(arguments.bundle, overwrite=arguments.overwrite, progress=progress)
+    try:
+        with progress_bar("prepare") as progress:
+            path = prepare_bundle(
+                arguments.bundle, overwrite=arguments.overwrite, progress=progress
+            )
+    except AllMappedError as mapped:
+        print(mapped)
+        return 0
     print(f"prepared {path}")
     return 0

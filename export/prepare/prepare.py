@@ -29,6 +29,10 @@ from internvl_edge.runtime.backends.sessions import check_path
 from internvl_edge.runtime.memory import MemoryGuard
 
 
+class AllMappedError(PrepareError):
+    """Every weight is mapped as it is: what preparing is for is so already."""
+
+
 def prepare_bundle(
     path: str | Path,
     *,
@@ -54,8 +58,8 @@ def prepare_bundle(
         BusyError: another process prepares it.
         OutputError: it exists already, or the bundle cannot be written to.
         CapacityError: no space, or the packed weights of one graph do not fit into memory.
-        PrepareError: a graph is float16, all are mapped as they are, or ONNX Runtime does not load
-            what it packed.
+        AllMappedError: there is nothing to prepare.
+        PrepareError: a graph is float16, or ONNX Runtime does not load what it packed.
     """
     bundle = open_bundle(path)
     for part in ("vision", "language"):
@@ -69,7 +73,7 @@ def prepare_bundle(
     _check_target(target, overwrite)
     packed = packed_graphs(bundle)
     if not packed:
-        raise PrepareError(
+        raise AllMappedError(
             "on this machine all weights of the bundle are mapped as they are, by kernels of ours:"
             " there is nothing to prepare"
         )

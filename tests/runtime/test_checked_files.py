@@ -89,21 +89,13 @@ def test_a_copy_is_another_file(hashed: list[str], weights: Path) -> None:
     assert hashed == [listed.sha256]
 
 
-def test_one_that_was_just_written(
-    hashed: list[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("limit", "value"), [("SETTLED_S", 60.0), ("LEAST_BYTES", 101)], ids=["just written", "small"]
+)
+def test_some_are_read_each_time(
+    hashed: list[str], weights: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float
 ) -> None:
-    monkeypatch.setattr(checked_files, "SETTLED_S", 60.0)
-    listed = file_entry(weights)
-    hashed.clear()
-    check(weights, listed)
-    check(weights, listed)
-    assert hashed == [listed.sha256] * 2
-
-
-def test_small_ones_are_read_each_time(
-    hashed: list[str], weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checked_files, "LEAST_BYTES", 101)
+    monkeypatch.setattr(checked_files, limit, value)
     listed = file_entry(weights)
     hashed.clear()
     check(weights, listed)
