@@ -237,6 +237,7 @@ def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable
     unit.build(dialect, WeightReader(SyntheticWeights(internvl_1_5()), "float32"), "fp32")
     dialect.graph.save(folder, lambda _: None)
     options = ort.SessionOptions()
+    options.log_severity_level = 3
     use_exact_products(options)
     options.intra_op_num_threads = threads
     # The other run's threads would spin into this one's first milliseconds.
@@ -265,6 +266,7 @@ def _matrix_rate(threads: int) -> float:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = ort.SessionOptions()
+    options.log_severity_level = 3
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -212,9 +212,9 @@ def prepare(name: str, folder: Path) -> str:
         return "not exported"
     ids = list(range(5, 60))
     plain = _load(bundle).logits(ids)
-    status, _, told = _command_line("prepare", str(bundle))
+    status, printed, told = _command_line("prepare", str(bundle))
     _same(status, 0, told)
-    if "there is nothing to prepare" in told:  # all is mapped as it is
+    if "there is nothing to prepare" in printed:  # all is mapped as it is
         return _ask(_load(bundle))
     model = _load(bundle)
     _check(model.engine.backend.prepared, "the prepared weights are not used")  # type: ignore[attr-defined]
