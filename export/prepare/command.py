@@ -13,16 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack the bundle's weights for this machine; returns the exit status."""
-    from internvl_edge.export.prepare.prepare import AllMappedError, prepare_bundle
+    from internvl_edge.export.prepare.prepare import ALL_MAPPED, all_mapped, prepare_bundle
     from internvl_edge.export.progress import progress_bar
 
-    try:
-        with progress_bar("prepare") as progress:
-            path = prepare_bundle(
-                arguments.bundle, overwrite=arguments.overwrite, progress=progress
-            )
-    except AllMappedError as mapped:
-        print(mapped)
+    if all_mapped(arguments.bundle):
+        print(ALL_MAPPED)
         return 0
+    with progress_bar("prepare") as progress:
+        path = prepare_bundle(arguments.bundle, overwrite=arguments.overwrite, progress=progress)
     print(f"prepared {path}")
     return 0

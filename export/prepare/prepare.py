@@ -29,8 +29,19 @@ from internvl_edge.runtime.backends.sessions import check_path
 from internvl_edge.runtime.memory import MemoryGuard
 
 
-class AllMappedError(PrepareError):
-    """Every weight is mapped as it is: what preparing is for is so already."""
+ALL_MAPPED = (
+    "on this machine all weights of the bundle are mapped as they are, by kernels of ours:"
+    " there is nothing to prepare"
+)
+
+
+def all_mapped(path: str | Path) -> bool:
+    """Whether every weight of a bundle is mapped as it is, which is what preparing is for.
+
+    Raises:
+        BundleError: not a bundle, or a damaged one.
+    """
+    return not packed_graphs(open_bundle(path, verify="size"))
 
 
 def prepare_bundle(
@@ -58,8 +69,8 @@ def prepare_bundle(
         BusyError: another process prepares it.
         OutputError: it exists already, or the bundle cannot be written to.
         CapacityError: no space, or the packed weights of one graph do not fit into memory.
-        AllMappedError: there is nothing to prepare.
-        PrepareError: a graph is float16, or ONNX Runtime does not load what it packed.
+        PrepareError: a graph is float16, all are mapped as they are, or ONNX Runtime does not load
+            what it packed.
     """
     bundle = open_bundle(path)
     for part in ("vision", "language"):
@@ -73,10 +84,7 @@ def prepare_bundle(
     _check_target(target, overwrite)
     packed = packed_graphs(bundle)
     if not packed:
-        raise AllMappedError(
-            "on this machine all weights of the bundle are mapped as they are, by kernels of ours:"
-            " there is nothing to prepare"
-        )
+        raise PrepareError(ALL_MAPPED)
     mapped = mapped_graphs(bundle)
     form = bundle_form(bundle.manifest, left_products(bundle.manifest, mapped))
     if not form.packs:
