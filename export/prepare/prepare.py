@@ -28,7 +28,6 @@ from internvl_edge.runtime.backends.products import Form, bundle_form
 from internvl_edge.runtime.backends.sessions import check_path
 from internvl_edge.runtime.memory import MemoryGuard
 
-
 ALL_MAPPED = (
     "on this machine all weights of the bundle are mapped as they are, by kernels of ours:"
     " there is nothing to prepare"
