@@ -26,6 +26,7 @@ from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.products import use_exact_products
+from internvl_edge.runtime.heap import give_back
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -250,6 +251,7 @@ def _run(
     """Outputs of each run of a graph whose weights are on disk while it lasts."""
     with scratch_folder(site.scratch) as folder:
         graph.save(folder, lambda _: None)
+        give_back()  # what the last unit took, before the weights of this one are mapped
         session = _session(folder / "unit.onnx", site.device, pack)
         names = [output.name for output in session.get_outputs()]
         for feed in feeds:
