@@ -1,4 +1,8 @@
-"""Earlier occurrences of the last tokens, and what followed them: drafts without a second model."""
+"""Earlier occurrences of the last tokens, and what followed them: drafts without a second model.
+
+Of places where a text could go on, the one counts where a copy was broken off: a form that is
+filled in goes on behind each value as it was given, although its punctuation occurs everywhere.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from numpy.typing import NDArray
 
 #: Tokens of the longest n-grams.
 LONGEST = 3
+#: Tokens copied in a row, from which their place is worth keeping.
+_COPY = 2
 #: Stands for an image slot: it matches nothing and is never proposed.
 _SLOT = -1
 
@@ -25,52 +31,99 @@ class NgramIndex:
         vocab: more than any token id.
 
     Attributes:
+        ids: token ids so far, image slots marked.
         matched: length of the n-gram that was found; 0 for none.
+        place: of the token that followed; only where something was found.
     """
 
     def __init__(self, ids: Sequence[int], slot: int, vocab: int) -> None:
         array = np.asarray(ids, np.int64)
         array = np.where(array == slot, _SLOT, array)
-        self._ids: list[int] = array.tolist()
+        self.ids: list[int] = array.tolist()
         self._slot, self._vocab = slot, vocab
         #: By length and key of an n-gram, the place after it.
         self._after = [_places(array[:-1], length, vocab) for length in range(1, LONGEST + 1)]
-        self.matched, self._place = 0, 0
+        self.matched, self.place = 0, 0
         self._match()
 
     def append(self, token: int) -> None:
         """Add a token."""
-        self._ids.append(_SLOT if token == self._slot else token)
+        self.ids.append(_SLOT if token == self._slot else token)
         self._match()
-
-    @property
-    def next(self) -> int:
-        """The token that followed; only where something was found."""
-        return self._ids[self._place]
-
-    def draft(self, most: int) -> list[int]:
-        """Return up to `most` tokens that followed; where they reach the end, they repeat."""
-        if not self.matched:
-            return []
-        period = len(self._ids) - self._place
-        found = self._ids[self._place : self._place + most]
-        while len(found) < most:
-            found.append(found[-period])
-        return found[: found.index(_SLOT)] if _SLOT in found else found
 
     def _match(self) -> None:
         """Look the n-grams up that end here, and note that they do."""
-        self.matched, key, radix, end = 0, 0, 1, len(self._ids)
+        self.matched, key, radix, end = 0, 0, 1, len(self.ids)
         for length, after in enumerate(self._after[:end], start=1):
-            token = self._ids[-length]
+            token = self.ids[-length]
             if token == _SLOT:
                 return
             key += token * radix
             radix *= self._vocab
             if (place := after.get(key)) is not None:
-                self.matched, self._place = length, place
+                self.matched, self.place = length, place
             if place is None or length > 1:
                 after[key] = end
+
+
+class Drafter:
+    """Guesses how a growing sequence goes on: as what is being copied, or what an n-gram found.
+
+    While guesses are right, a copy goes on. Where it is broken off, its place is kept until another
+    one is, and it goes on from there when its next token comes: unless the n-gram that ends then is
+    longer than what was copied since.
+
+    Args:
+        ids: token ids so far.
+        slot, vocab: see `NgramIndex`.
+
+    Attributes:
+        matched: how many tokens speak for the guess, up to `LONGEST`; 0: there is none.
+    """
+
+    def __init__(self, ids: Sequence[int], slot: int, vocab: int) -> None:
+        self._index = NgramIndex(ids, slot, vocab)
+        self.matched, self._place = self._index.matched, self._index.place
+        self._copied = 0  # tokens, one behind the other
+        self._broken: int | None = None
+
+    @property
+    def next(self) -> int:
+        """The token that is guessed; only where there is a guess."""
+        return self._index.ids[self._place]
+
+    def append(self, token: int) -> None:
+        """Add a token."""
+        index, source = self._index, self._source(token)
+        self._copied = 0 if source is None else self._copied + 1
+        index.append(token)
+        self.matched, self._place = index.matched, index.place
+        copied = min(self._copied, LONGEST)
+        if source is not None and copied >= self.matched and index.ids[source] != _SLOT:
+            self.matched, self._place = copied, source
+
+    def draft(self, most: int) -> list[int]:
+        """Return up to `most` tokens that followed; where they reach the end, they repeat."""
+        if not self.matched:
+            return []
+        ids = self._index.ids
+        period = len(ids) - self._place
+        found = ids[self._place : self._place + most]
+        while len(found) < most:
+            found.append(found[-period])
+        return found[: found.index(_SLOT)] if _SLOT in found else found
+
+    def _source(self, token: int) -> int | None:
+        """Return the place behind the one that a new token is copied from."""
+        if self.matched:
+            if self.next == token:
+                return self._place + 1
+            if self._copied >= _COPY:
+                self._broken = self._place
+        self._copied = 0
+        if self._broken is not None and self._index.ids[self._broken] == token:
+            return self._broken + 1
+        return None
 
 
 def _places(ids: NDArray[np.int64], length: int, vocab: int) -> dict[int, int]:

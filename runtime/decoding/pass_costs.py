@@ -62,22 +62,22 @@ class PassCosts:
         return self._allowed > 0
 
     def seconds(self, rows: int) -> float:
-        """Return what a pass of `rows` takes; from its neighbours where none was measured.
+        """Return what a pass of `rows` takes; from its neighbours where none was measured lately.
 
-        0 where nothing was.
+        0 where nothing was. One that never was measured is thought to be cheap: so it is tried.
         """
         own = self._measured.get(rows)
         if own is not None and own.counts(self._passes):
             return own.seconds
-        return self._between(rows)
+        return self._between(rows, hopeful=own is None)
 
-    def _between(self, rows: int) -> float:
+    def _between(self, rows: int, *, hopeful: bool) -> float:
         known = sorted(self._measured)
         below = self._nearest(other for other in reversed(known) if other < rows)
         above = self._nearest(other for other in known if other > rows)
         if below is None:
             return 0.0 if above is None else above[1]
-        if above is None:
+        if above is None or hopeful:
             return below[1] * (1 + _GROWTH * (rows - below[0]))
         share = (rows - below[0]) / (above[0] - below[0])
         return below[1] + share * (above[1] - below[1])

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from internvl_edge.runtime.decoding.ngrams import LONGEST, NgramIndex
+from internvl_edge.runtime.decoding.ngrams import LONGEST, Drafter
 from internvl_edge.runtime.decoding.pass_costs import PassCosts
 
 #: How often a guess is right that an n-gram of 1, 2, 3 tokens gives, before any was seen; how many
@@ -106,7 +106,7 @@ class Speculator:
 
     def __init__(self, prompt: Sequence[int], slot: int, most: int, experience: Experience) -> None:
         self._prompt, self._slot, self._vocab = prompt, slot, experience.vocab
-        self._index: NgramIndex | None = None
+        self._drafter: Drafter | None = None
         self._costs = experience.costs
         self._rates = HitRates(experience.rates)
         self._known = 0
@@ -125,8 +125,9 @@ class Speculator:
             others: what the pass has of others; gets what this answer adds by guessing.
         """
         before = time.perf_counter()
-        index = self._caught_up(ids)
-        found = index.draft(self._count(index.matched, room, others)) if index.matched else []
+        drafter = self._caught_up(ids)
+        matched = drafter.matched
+        found = drafter.draft(self._count(matched, room, others)) if matched else []
         self._costs.searched(time.perf_counter() - before)
         return found
 
@@ -153,17 +154,17 @@ class Speculator:
         others.tokens += promised - 1
         return chosen
 
-    def _caught_up(self, ids: Sequence[int]) -> NgramIndex:
+    def _caught_up(self, ids: Sequence[int]) -> Drafter:
         """Take the tokens that are new; the prompt only now, after the first token was told."""
-        if self._index is None:
-            self._index = NgramIndex(self._prompt, self._slot, self._vocab)
-        index = self._index
+        if self._drafter is None:
+            self._drafter = Drafter(self._prompt, self._slot, self._vocab)
+        drafter = self._drafter
         for token in ids[self._known :]:
-            if index.matched:
-                self._rates.add(index.matched, index.next == token)
-            index.append(token)
+            if drafter.matched:
+                self._rates.add(drafter.matched, drafter.next == token)
+            drafter.append(token)
         self._known = len(ids)
-        return index
+        return drafter
 
     def _expected(self, matched: int) -> Iterator[tuple[int, float]]:
         """Yield numbers of guesses, and the tokens that a pass with so many gives in the mean."""
