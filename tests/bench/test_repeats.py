@@ -36,6 +36,13 @@ def test_answers_are_the_models_own(reader: InternVL, kinds: dict[str, list[Answ
         told = reader.tokenizer.decode([token for token in prompt if token != SLOT])
         known += text in told
     assert known > len(texts["lines read again"]) / 2
+    for prompt, text in texts["JSON, a form before"]:
+        *_, form = reader.tokenizer.decode([id for id in prompt if id != SLOT]).partition("{")
+        form = json.loads("{" + form.partition("}")[0] + "}")
+        filled = json.loads(text)
+        assert filled.keys() == form.keys()
+        assert not any(form.values())
+        assert all(filled.values())
     for prompt, text in texts["lines, nothing before"]:
         assert prompt.count(SLOT) % 16 == 0 < prompt.count(SLOT)
         assert text not in reader.tokenizer.decode([token for token in prompt if token != SLOT])
