@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +29,9 @@ KEPT_BYTES = 64 << 20
 #: A packed matrix beside the one in the file: at block 128 the sums of its blocks, 4 bytes beside
 #: 64 of weights and 4 of scales.
 PACKED_GROWTH = 1 + 4 / 68
+#: Float32 of a float16 weight: ONNX Runtime has few float16 products for the CPU, and computes the
+#: others in float32. While a graph opens, both are there.
+WIDENED = 2
 #: What is no matrix of a product (norms, positions, the patches' convolution) is copied, and the
 #: convolution packed.
 OTHER_COPIES = 2
@@ -55,7 +57,8 @@ class MemoryPlan:
 
     Attributes:
         sessions: both graphs beside their matrices, and what the C library keeps of opening them.
-        packing: of the largest matrices, while sessions open.
+        packing: of the largest matrices, while sessions open; or float16 weights beside their
+            copies.
         vision_weights: as ONNX Runtime packs them; 0 where they are mapped.
         language_weights: the same.
         vision: activations of the largest pass over tiles.
@@ -127,8 +130,8 @@ def plan_memory(
     maps_vision = prepared or VISION_GRAPH in mapped
     return MemoryPlan(
         sessions=2 * KEPT_BYTES + OTHER_COPIES * _part_bytes(manifest, "other"),
-        packing=_packing(manifest, mapped) if prepared else 0,
-        vision_weights=0 if maps_vision else _weights(manifest, VISION_FILES),
+        packing=_packing(manifest, mapped) if prepared else _half_bytes(manifest),
+        vision_weights=0 if maps_vision else _weights(manifest, VISION_GRAPH),
         language_weights=_language_weights(manifest, prepared, LANGUAGE_GRAPH in mapped),
         vision=DOUBLING * VISION_WIDE * batch * wide,
         language=DOUBLING * pass_bytes,
@@ -142,7 +145,7 @@ def _language_weights(manifest: Manifest, prepared: bool, mapped: bool) -> int:
     if mapped and manifest.parts:
         copied = sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
         return copied + (0 if prepared else int(PACKED_GROWTH * _expert_bytes(manifest)))
-    return 0 if prepared else _weights(manifest, LANGUAGE_FILES)
+    return 0 if prepared else _weights(manifest, LANGUAGE_GRAPH)
 
 
 def _expert_bytes(manifest: Manifest) -> int:
@@ -297,8 +300,26 @@ def _check(plan: MemoryPlan, tokens: int, what: str, remedies: Remedies, promise
         )
 
 
-def _weights(manifest: Manifest, files: Sequence[str]) -> int:
-    return int(PACKED_GROWTH * sum(manifest.files[name].bytes for name in files))
+def _weights(manifest: Manifest, graph: str) -> int:
+    """Return the bytes of a graph's weights, as they are held."""
+    copies = WIDENED if _precision(manifest, graph) == "fp16" else 1
+    return int(PACKED_GROWTH * copies * _graph_bytes(manifest, graph))
+
+
+def _half_bytes(manifest: Manifest) -> int:
+    """Return the bytes of float16 weights: they are there beside their copies while graphs open."""
+    graphs = (VISION_GRAPH, LANGUAGE_GRAPH)
+    halves = (graph for graph in graphs if _precision(manifest, graph) == "fp16")
+    return sum(_graph_bytes(manifest, graph) for graph in halves)
+
+
+def _precision(manifest: Manifest, graph: str) -> str:
+    return manifest.vision if graph == VISION_GRAPH else manifest.language
+
+
+def _graph_bytes(manifest: Manifest, graph: str) -> int:
+    files = VISION_FILES if graph == VISION_GRAPH else LANGUAGE_FILES
+    return sum(manifest.files[name].bytes for name in files)
 
 
 def _remedies(manifest: Manifest, plan: MemoryPlan, mapped: frozenset[str]) -> dict[Remedy, str]:

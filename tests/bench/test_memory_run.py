@@ -16,6 +16,15 @@ from internvl_edge.cli.main import main
 READ = 2e9
 
 
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of each tower of a published member, so that weights are most of the memory."""
+    path = tmp_path_factory.mktemp("half") / "bundle"
+    given = ["-o", str(path), "--layers", "1", "--vision", "fp16", "--language", "fp16"]
+    assert main(["bench", "scale", "internvl2_5-1b", *given]) == 0
+    return path
+
+
 def test_an_answer_is_measured(
     integer_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +43,22 @@ def test_an_answer_is_measured(
     read = weights.language_pass(1, result["prompt_tokens"] + result["new_tokens"] // 2).read_bytes
     share = 100 * read * result["decode_tokens_per_s"] / READ
     assert result["decode_percent_of_read"] == pytest.approx(share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_float16_is_planned_as_it_is_held(
+    half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_memory: bool
+) -> None:
+    """ONNX Runtime computes it in float32 on the CPU, and has both while a graph opens."""
+    monkeypatch.setattr(memory, "read_bandwidth", lambda threads: READ)
+    file = tmp_path / "result.json"
+    arguments = ["--tiles", "1", "--new-tokens", "2", "--threads", "1", "--json", str(file)]
+    arguments += ["--low-memory"] * low_memory
+    assert main(["bench", "memory", str(half_bundle), *arguments]) == 0
+    result = json.loads(file.read_text())
+    measured = max(result["peak_anonymous_bytes"].values())
+    assert measured < result["planned_bytes"] < 1.4 * measured
 
 
 def test_no_picture_has_two_tiles(integer_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
