@@ -21,6 +21,7 @@ from internvl_edge.runtime.backends.ort_cache import OrtCache, allocated
 from internvl_edge.runtime.backends.ort_passes import language_pass
 from internvl_edge.runtime.backends.rope_table import RopeTable
 from internvl_edge.runtime.backends.sessions import PROVIDERS, CpuGraphs
+from internvl_edge.runtime.heap import give_back
 
 #: Most rows of a pass after which ONNX Runtime keeps what it took.
 _STEP_ROWS = 64
@@ -121,6 +122,7 @@ class OnnxRuntimeBackend:
         output = self._ort_value.ortvalue_from_numpy(rows)
         binding.bind_ortvalue_output(contract.IMAGE_EMBEDDINGS, output)
         graph.run_with_iobinding(binding, self._giving_back)
+        give_back()
         return rows
 
     def new_cache(self, capacity: int) -> OrtCache:
@@ -141,6 +143,9 @@ class OnnxRuntimeBackend:
         logits = np.empty(shape, np.float32)
         binding.bind_ortvalue_output(contract.LOGITS, self._ort_value.ortvalue_from_numpy(logits))
         # What a decode step takes is little, and wanted again at once.
-        options = self._giving_back if len(new.feeds[contract.EMBEDDINGS]) > _STEP_ROWS else None
-        graph.run_with_iobinding(binding, options)
+        if len(new.feeds[contract.EMBEDDINGS]) <= _STEP_ROWS:
+            graph.run_with_iobinding(binding, None)
+        else:
+            graph.run_with_iobinding(binding, self._giving_back)
+            give_back()
         return logits

@@ -1,13 +1,12 @@
 """Random requests that come and go together, on one model for a long time.
 
-    cd tests && MALLOC_ARENA_MAX=2 MALLOC_TRIM_THRESHOLD_=0 python -m campaign.soak --requests 2000
+    cd tests && python -m campaign.soak --requests 2000
 
 Requests join at random moments, with and without pictures, some drawn alike; some are cancelled
 before, while or after they are answered, some are wrong, some have a picture whose rows are no
 numbers. The memory is enough for a few at once, so that others wait and the newest is dropped. Each
 answer has to be the one that a model gives which does nothing else, nobody may wait for ever, and
-the process may not grow after a while: glibc is told to give back what is freed, of which it keeps
-some for each thread otherwise.
+the process may not grow after a while.
 """
 
 from __future__ import annotations
