@@ -105,7 +105,7 @@ def _memory(path: Path, manifest: Manifest) -> Report:
         ).total
 
     return {
-        "weights": _how_loaded(prepared, mapped, experts=spec.language.experts is not None),
+        "weights": _how_loaded(prepared, mapped),
         "one_tile_bytes": total(1, low_memory=False),
         "one_tile_low_memory_bytes": total(1, low_memory=True),
         f"{most}_tiles_bytes": total(most, low_memory=False),
@@ -113,14 +113,13 @@ def _memory(path: Path, manifest: Manifest) -> Report:
     }
 
 
-def _how_loaded(prepared: bool, mapped: frozenset[str], *, experts: bool) -> str:
+def _how_loaded(prepared: bool, mapped: frozenset[str]) -> str:
     """Say how weights come into memory."""
-    if mapped == {VISION_GRAPH, LANGUAGE_GRAPH} and not experts:
+    if mapped == {VISION_GRAPH, LANGUAGE_GRAPH}:
         return "mapped as they are"
     if prepared:
         return "mapped from prepared files"
-    blocks = "those in blocks mapped" + " but for experts" * experts
-    parts = {VISION_GRAPH: "those of vision mapped", LANGUAGE_GRAPH: blocks}
+    parts = {VISION_GRAPH: "those of vision mapped", LANGUAGE_GRAPH: "those in blocks mapped"}
     return ", ".join(["copied when loaded", *(parts[graph] for graph in parts if graph in mapped)])
 
 

@@ -122,7 +122,7 @@ def plan_memory(
     wide = vision.sequence_length * vision.intermediate_size * 4
     chunk = min(tokens, prefill_chunk(spec, tokens, scores=scores))
     # A layer's attention is over when its MLP begins.
-    mlp = LANGUAGE_WIDE * chunk * _inner_width(language) * 4
+    mlp = chunk * _inner_values(language) * 4
     pass_bytes = max(mlp, scores_of_pass(spec, tokens)) if scores else mlp
     pixels = tiles * vision.tile_size**2 * 3
     rows = tiles * vision.tokens_per_tile * language.hidden_size
@@ -143,23 +143,17 @@ def plan_memory(
 
 def _language_weights(manifest: Manifest, prepared: bool, mapped: bool) -> int:
     if mapped and manifest.parts:
-        copied = sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
-        return copied + (0 if prepared else int(PACKED_GROWTH * _expert_bytes(manifest)))
+        return sum(_copied(manifest, part) for part in ("decoder_linears", "head"))
     return 0 if prepared else _weights(manifest, LANGUAGE_GRAPH)
 
 
-def _expert_bytes(manifest: Manifest) -> int:
-    """Bytes of experts, which ONNX Runtime's operator packs, of a decoder in blocks."""
-    language = manifest.spec.language
-    decoder = _part_bytes(manifest, "decoder_linears")
-    return decoder * language.expert_weights // language.linear_weights
-
-
-def _inner_width(language: LanguageSpec) -> int:
-    """Return the inner width of the MLPs that a token goes through at once."""
+def _inner_values(language: LanguageSpec) -> int:
+    """Return the floats of a token in its MLP at once; experts have its input, or output, too."""
     chosen = language.experts_per_token or 1
     return max(
-        language.mlp_size(layer) * (chosen if language.has_experts(layer) else 1)
+        chosen * (LANGUAGE_WIDE * language.mlp_size(layer) + language.hidden_size)
+        if language.has_experts(layer)
+        else LANGUAGE_WIDE * language.mlp_size(layer)
         for layer in range(language.num_hidden_layers)
     )
 
@@ -187,8 +181,7 @@ def _packing(manifest: Manifest, mapped: frozenset[str]) -> int:
     if VISION_GRAPH in mapped:
         vision = 0
     if LANGUAGE_GRAPH in mapped:
-        experts = language if manifest.spec.language.experts else 0
-        return int(PACKED_GROWTH * (vision + experts)) + _copied(manifest, "head")
+        return int(PACKED_GROWTH * vision) + _copied(manifest, "head")
     return int(PACKED_GROWTH * (vision + max(_part_bytes(manifest, "head"), language)))
 
 
@@ -325,8 +318,6 @@ def _graph_bytes(manifest: Manifest, graph: str) -> int:
 def _remedies(manifest: Manifest, plan: MemoryPlan, mapped: frozenset[str]) -> dict[Remedy, str]:
     """Return what would take less, with what it saves where that is known."""
     weights = {VISION_GRAPH: plan.vision_weights, LANGUAGE_GRAPH: plan.language_weights}
-    if manifest.spec.language.experts is not None:
-        mapped -= {LANGUAGE_GRAPH}
     packed = [weight for graph, weight in weights.items() if graph not in mapped]
     found: dict[Remedy, str] = {}
     if packed and all(packed) and "fp16" not in (manifest.vision, manifest.language):

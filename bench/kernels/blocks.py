@@ -76,9 +76,9 @@ def measure_blocks(kernel: OwnKernel, threads: int, runs: int) -> list[BlockRow]
         for bits in PRODUCTS:
             blocks = _write_blocks(folder, bits)
             sessions = {
-                "matmulnbits": _open(blocks, threads, exact_form((PRODUCTS[bits],))),
-                "kernel": _open(blocks, threads, AS_STORED, kernel),
-                "integers": _open(integers, threads, AS_STORED),
+                "matmulnbits": open_graph(blocks, threads, exact_form((PRODUCTS[bits],))),
+                "kernel": open_graph(blocks, threads, AS_STORED, kernel),
+                "integers": open_graph(integers, threads, AS_STORED),
             }
             measured += [_measure(sessions, bits, rows, runs) for rows in ROWS]
     return measured
@@ -146,7 +146,8 @@ def _write_integers(folder: Path) -> Path:
     return folder / "integers.onnx"
 
 
-def _open(graph: Path, threads: int, form: Form, kernel: OwnKernel = NO_KERNEL) -> Any:
+def open_graph(graph: Path, threads: int, form: Form, kernel: OwnKernel = NO_KERNEL) -> Any:
+    """Open a graph as `onnxruntime.InferenceSession` on the CPU, its nodes given to the kernel."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

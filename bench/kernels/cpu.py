@@ -7,8 +7,8 @@ image, then NumPy's normalisation tile by tile. Kernel and reference run alterna
 busy machine slows both, and medians are compared. Two times are given for a kernel: `whole` from
 the same Pillow image to a new array, as the reference; `kernel` from an array to an existing one,
 whose bytes (input read once, output written once) give the percentage of the copy bandwidth.
-Products of weights in blocks and attention stand beside ONNX Runtime's: see `bench.kernels.blocks`
-and `bench.kernels.attention`.
+Products of weights in blocks, experts and attention stand beside ONNX Runtime's: see
+`bench.kernels.blocks`, `experts` and `attention`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from PIL import Image
 
 from internvl_edge.bench.common.ceilings import copy_bandwidth
 from internvl_edge.bench.kernels import attention as attention_bench
+from internvl_edge.bench.kernels import experts as experts_bench
 from internvl_edge.bench.kernels.attention import AttentionRow
 from internvl_edge.bench.kernels.blocks import (
     SHAPE,
@@ -103,6 +104,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
             case.check()
             rows += _measure(case, counts, copy, runs)
         blocks, attention = _measure_blocks(many, runs), _measure_attention(many, runs)
+        experts = _measure_experts(many, runs)
     except WrongResultError as error:
         print(f"WRONG: {error}")
         return 1
@@ -116,6 +118,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
             "shape": SHAPE,
             "rows": list(map(asdict, blocks)),
         },
+        "experts": {"shape": experts_bench.SHAPE, "rows": list(map(asdict, experts))},
         "attention": {
             "kernel": str(own_kernel(ATTENTION)),
             "shape": attention_bench.SHAPE,
@@ -125,6 +128,7 @@ def run_kernels(*, threads: int | None = None, runs: int = 7, as_json: bool = Fa
     lines = [
         _render(report, rows),
         *render_blocks(own_kernel(BLOCKS), blocks, many),
+        *experts_bench.render_experts(experts, many),
         *attention_bench.render_attention(own_kernel(ATTENTION), attention, many),
     ]
     print(json.dumps(report, indent=2) if as_json else "\n".join(lines))
@@ -155,6 +159,19 @@ def _measure_blocks(threads: int, runs: int) -> list[BlockRow]:
             raise WrongResultError(
                 f"INT{row.bits} product, {row.rows} rows: differs from MatMulNBits by"
                 f" {row.difference:.1e}"
+            )
+    return rows
+
+
+def _measure_experts(threads: int, runs: int) -> list[experts_bench.ExpertsRow]:
+    """Measure a layer of experts where our kernel runs."""
+    if own_kernel(BLOCKS).library is None:
+        return []
+    rows = experts_bench.measure_experts(own_kernel(BLOCKS), threads, runs)
+    for row in rows:
+        if not row.difference < experts_bench.TOLERANCE:
+            raise WrongResultError(
+                f"experts, {row.rows} rows: differ from QMoE by {row.difference:.1e} of the result"
             )
     return rows
 

@@ -1,5 +1,6 @@
 // Entry points of the product by itself, for the tests and to know its paths; and as operators.
 #include "../operators/exported.h"
+#include "experts_operator.h"
 #include "operator.h"
 
 using ive::blocks::Multiplication;
@@ -26,7 +27,7 @@ namespace ive::blocks {
 
 // What the library registers.
 ort::Operators operators() {
-  static const ort::CustomOp kAll[] = {ort::describe<Operator>()};
+  static const ort::CustomOp kAll[] = {ort::describe<Operator>(), ort::describe<ExpertsOperator>()};
   return {kAll, std::size(kAll)};
 }
 

@@ -68,3 +68,36 @@ def multiply(
     both: NDArray[Any] = x_scales.astype(np.float64)[:, np.newaxis] * scales
     product = (sums * both).sum(axis=-1)
     return np.asarray(product if bias is None else product + bias)
+
+
+def mix_experts(
+    x: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    gated: tuple[NDArray[np.uint8], NDArray[np.float32]],
+    down: tuple[NDArray[np.uint8], NDArray[np.float32]],
+    *,
+    chosen: int,
+    bits: int,
+) -> NDArray[np.float64]:
+    """Send rows through the experts that have the largest logits, products as `multiply` has them.
+
+    Args:
+        x: `(rows, hidden)`.
+        logits: `(rows, experts)`.
+        gated, down: values `(experts, columns, blocks, block * bits / 8)` and scales
+            `(experts, columns, blocks)`, of gates and ups in turns, and of what leads back.
+
+    Returns:
+        `(rows, hidden)`.
+    """
+    mixed = np.zeros(x.shape)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :chosen]
+    for row, experts in enumerate(order):
+        shares = np.exp(logits[row, experts].astype(np.float64) - logits[row].max())
+        for share, expert in zip(shares / shares.sum(), experts, strict=True):
+            weights = gated[0][expert], gated[1][expert]
+            both = multiply(x[row : row + 1], *weights, bits=bits)
+            gate, up = both[:, ::2], both[:, 1::2]
+            inner = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
+            mixed[row] += share * multiply(inner, down[0][expert], down[1][expert], bits=bits)[0]
+    return mixed

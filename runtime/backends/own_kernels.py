@@ -62,8 +62,7 @@ def vision_kernels(bundle: Bundle) -> OwnKernels:
 
 
 def mapped_graphs(bundle: Bundle) -> frozenset[str]:
-    """Return the graphs whose matrices are mapped as the bundle stores them, by our kernels; of a
-    decoder, all but experts."""
+    """Return the graphs whose matrices are mapped as the bundle stores them, by our kernels."""
     kernels = {VISION_GRAPH: vision_kernels(bundle), LANGUAGE_GRAPH: bundle_kernels(bundle)}
     return frozenset(graph for graph, own in kernels.items() if own.maps)
 

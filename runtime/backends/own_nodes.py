@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container, Mapping
+
 from internvl_edge.runtime.backends.graph_bytes import Model, Node
 
 MICROSOFT_DOMAIN, OWN_DOMAIN = "com.microsoft", "internvl_edge"
 
-#: What the operator takes, of MatMulNBits' attributes; accuracy level 4 rounds inputs to int8.
-_TAKEN = {"bits": {4, 8}, "block_size": {32, 64, 128, 256}, "accuracy_level": {4}}
-#: Inputs that must be absent: zero points, and the order of groups.
-_ABSENT = slice(3, 5)
+_BLOCKS = {32, 64, 128, 256}
+#: What our operators take, by their names: integer attributes (accuracy level 4 rounds inputs to
+#: int8); and inputs that must be absent: zero points and the order of groups, biases.
+_PRODUCT = "MatMulNBits"
+_EXPERTS = "QMoE"
+_TAKEN: Mapping[str, Mapping[str, Container[int]]] = {
+    _PRODUCT: {"bits": {4, 8}, "block_size": _BLOCKS, "accuracy_level": {4}},
+    _EXPERTS: {
+        "expert_weight_bits": {4, 8},
+        "block_size": _BLOCKS,
+        "swiglu_fusion": {1},
+        "normalize_routing_weights": {1},
+    },
+}
+_ABSENT = {_PRODUCT: (3, 4), _EXPERTS: (4, *range(7, 20))}
+#: The gated activation of experts, as ours is.
+_ACTIVATION = {"activation_type": "swiglu"}
+_ACTIVATION_FLOATS = {"activation_alpha": 1.0, "activation_beta": 0.0}
 
 
 def has_own_nodes(model: bytes) -> bool:
@@ -25,31 +42,48 @@ def has_own_nodes(model: bytes) -> bool:
 
 
 def give_products(model: bytes) -> bytes | None:
-    """Give every product of weights in blocks to our operator that it can take.
+    """Give products of weights in blocks, and experts of such, to operators of ours.
 
     Args:
         model: a serialised `ModelProto`.
 
     Returns:
-        The changed model; None where no node is ours, or the bytes are no model.
+        The changed model; None where no node is ours, experts are not, or the bytes are no model.
     """
     try:
         changed = Model.parse(model)
-        taken = [node for node in changed.graph.nodes if _takes(node)]
+        nodes = changed.graph.nodes
+        taken = [node for node in nodes if _takes(node)]
+        left = any(node.operator == _EXPERTS and node not in taken for node in nodes)
     except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
+        return None
+    if left or not taken:
         return None
     for node in taken:
         node.domain = OWN_DOMAIN
-    if not taken:
-        return None
     changed.import_domain(OWN_DOMAIN)
     return changed.serialised()
 
 
 def _takes(node: Node) -> bool:
-    """Whether our operator computes a node."""
-    if node.operator != "MatMulNBits" or node.domain != MICROSOFT_DOMAIN:
+    """Whether an operator of ours computes a node."""
+    if node.operator not in _TAKEN or node.domain != MICROSOFT_DOMAIN:
         return False
-    integers = node.integers()
-    allowed = all(integers.get(name) in values for name, values in _TAKEN.items())
-    return allowed and not any(node.inputs[_ABSENT])
+    integers, given = node.integers(), node.inputs
+    if any(integers.get(name) not in values for name, values in _TAKEN[node.operator].items()):
+        return False
+    if any(given[place] for place in _ABSENT[node.operator] if place < len(given)):
+        return False
+    return node.operator != _EXPERTS or _is_gated(node)
+
+
+def _is_gated(node: Node) -> bool:
+    """Whether experts have the activation that ours have."""
+    floats, strings = node.floats(), node.strings()
+    named = all(strings.get(name) == text for name, text in _ACTIVATION.items())
+    limits = floats.get("swiglu_limit", math.inf)
+    return (
+        named
+        and math.isinf(limits)
+        and all(floats.get(name) == value for name, value in _ACTIVATION_FLOATS.items())
+    )

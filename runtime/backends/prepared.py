@@ -2,8 +2,8 @@
 
 A bundle directory may hold `prepared/<machine key>/` with graphs again, their matrices packed for
 one version of ONNX Runtime on one kind of CPU: those graphs whose weights our own kernels do not
-map as they are; experts are packed all the same. Another version or CPU looks for another key, so a
-stale directory is never used; `internvl-edge prepare` writes the one that fits.
+map as they are. Another version or CPU looks for another key, so a stale directory is never used;
+`internvl-edge prepare` writes the one that fits.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def packed_graphs(
     """Return the files of each graph, by its name, whose weights ONNX Runtime packs here."""
     graphs = {VISION_GRAPH: VISION_FILES, LANGUAGE_GRAPH: LANGUAGE_FILES}
     left = set(graphs) - (mapped_graphs(bundle) if mapped is None else mapped)
-    if bundle.spec.language.experts is not None:
-        left.add(LANGUAGE_GRAPH)
     return {graph: files for graph, files in graphs.items() if graph in left}
 
 

@@ -122,8 +122,7 @@ class CpuGraphs:
     """Both graphs of a bundle on the CPU, prepared for this machine where they are.
 
     Where prepared ones do not fit, the plain graphs are opened instead, with a warning. A graph
-    that our own kernel computes is always the plain one, unless it has experts: its weights are
-    mapped as they are.
+    that our own kernel computes is always the plain one: its weights are mapped as they are.
 
     Args:
         bundle: a verified bundle.

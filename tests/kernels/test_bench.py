@@ -14,6 +14,7 @@ from internvl_edge.bench.kernels import attention as attention_bench
 from internvl_edge.bench.kernels import blocks as blocks_bench
 from internvl_edge.bench.kernels import cpu as bench
 from internvl_edge.bench.kernels import cuda as cuda_bench
+from internvl_edge.bench.kernels import experts as experts_bench
 from internvl_edge.cli.main import main
 from internvl_edge.kernels import cuda, ops
 from internvl_edge.kernels.device import Driver
@@ -28,6 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "FEATURES", (1, 17, 64))
     monkeypatch.setattr(bench, "copy_bandwidth", lambda threads: 1e9 * threads)
     monkeypatch.setattr(blocks_bench, "SHAPE", (256, 96))
+    monkeypatch.setattr(experts_bench, "SHAPE", (256, 128, 5, 2))
     monkeypatch.setattr(attention_bench, "SHAPE", (4, 2, 64))
     monkeypatch.setattr(attention_bench, "PASSES", ((1, 1, 30), (3, 2, 9)))
 
@@ -43,6 +45,10 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     if own_kernel(BLOCKS).library is not None:
         assert [row["rows"] for row in report["blocks"]["rows"]] == list(blocks_bench.ROWS) * 2
         assert all(row["gflops"] > 0 < row["percent_of_int8"] for row in report["blocks"]["rows"])
+        experts = report["experts"]["rows"]
+        assert [row["rows"] for row in experts] == list(experts_bench.ROWS)
+        assert all(0 < row["difference"] < experts_bench.TOLERANCE for row in experts)
+        assert all(row["speedup"] > 0 < row["gigabytes_per_s"] for row in experts)
     if own_kernel(ATTENTION).library is not None:
         attended = report["attention"]["rows"]
         assert {row["sequences"] for row in attended} == {1, 3}
@@ -74,6 +80,16 @@ def test_a_wrong_product_is_not_reported(
     assert "WRONG: INT4 product, 1 rows: differs from MatMulNBits by" in capsys.readouterr().out
 
 
+def test_wrong_experts_are_not_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if own_kernel(BLOCKS).library is None:
+        pytest.skip("no kernel for weights in blocks here")
+    monkeypatch.setattr(experts_bench, "TOLERANCE", 0.0)
+    assert main(["bench", "kernels", "--threads", "1"]) == 1
+    assert "WRONG: experts, 1 rows: differ from QMoE by" in capsys.readouterr().out
+
+
 def test_wrong_attention_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +108,7 @@ def test_without_the_kernel_the_reason_stands_there(
 
     monkeypatch.setattr(bench, "own_kernel", without)
     assert main(["bench", "kernels", "--threads", "1"]) == 0
-    assert "onnxruntime's MatMulNBits: no library (why)" in capsys.readouterr().out
+    assert "onnxruntime's MatMulNBits and QMoE: no library (why)" in capsys.readouterr().out
 
 
 def test_a_bad_number_of_threads(capsys: pytest.CaptureFixture[str]) -> None:

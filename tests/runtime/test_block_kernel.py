@@ -124,7 +124,7 @@ def test_the_same_file_runs_without_a_library(
     monkeypatch.setattr(own_kernel, "built_library", lambda: "no C++ compiler found")
     monkeypatch.setattr(blocks, "own_kernel", own_kernel.own_kernel.__wrapped__)
     found = bundle_kernel(open_bundle(bundle))
-    assert str(found) == "onnxruntime's MatMulNBits: no library (no C++ compiler found)"
+    assert str(found) == "onnxruntime's MatMulNBits and QMoE: no library (no C++ compiler found)"
     model = InternVL.load(bundle, device="cpu", threads=1, reuse_bytes=0)
     assert "own kernel" not in model.engine.backend.description
     assert np.linalg.norm(model.logits(IDS) - wanted) < 0.03 * np.linalg.norm(wanted)

@@ -13,6 +13,17 @@ from internvl_edge.runtime.backends.own_nodes import OWN_DOMAIN, give_products, 
 
 TAKEN = {"K": 64, "N": 8, "bits": 4, "block_size": 32, "accuracy_level": 4}
 
+EXPERTS = {
+    "k": 2,
+    "expert_weight_bits": 4,
+    "block_size": 32,
+    "activation_type": "swiglu",
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "swiglu_fusion": 1,
+    "normalize_routing_weights": 1,
+}
+
 
 def node(
     *more: str, op: str = "MatMulNBits", domain: str = "com.microsoft", **changed: int
@@ -42,6 +53,39 @@ def test_only_the_domain_changes(inputs: tuple[str, ...]) -> None:
     wanted.graph.node[0].domain = wanted.graph.node[2].domain = OWN_DOMAIN
     wanted.opset_import.append(helper.make_opsetid(OWN_DOMAIN, 1))
     assert got == wanted
+
+
+def experts(*more: str, **changed: float | str) -> onnx.NodeProto:
+    inputs = ["x", "r", "w", "s", "", "v", "t", *more]
+    attributes = {**EXPERTS, **changed}
+    return helper.make_node("QMoE", inputs, ["y"], "n", domain="com.microsoft", **attributes)
+
+
+def test_experts_are_given_too() -> None:
+    changed = give_products(model(node(), experts(), experts("", "")))
+    assert changed is not None
+    assert {one.domain for one in onnx.load_from_string(changed).graph.node} == {OWN_DOMAIN}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        experts("bias"),
+        experts("", "w3"),
+        experts(expert_weight_bits=2),
+        experts(block_size=16),
+        experts(swiglu_fusion=0),
+        experts(swiglu_limit=7.0),
+        experts(activation_alpha=1.702),
+        experts(activation_beta=1.0),
+        experts(activation_type="silu"),
+        experts(normalize_routing_weights=0),
+    ],
+    ids=str,
+)
+def test_a_graph_with_other_experts_is_left(other: onnx.NodeProto) -> None:
+    """Whole: what maps a graph's weights maps all of them."""
+    assert give_products(model(node(), experts(), other)) is None
 
 
 @pytest.mark.parametrize(

@@ -222,11 +222,25 @@ class OnnxRuntimeDialect:
             "normalize_routing_weights": int(experts.normed),
         }
         plan = self._plan(experts.gated)
-        if plan.kind == "blocks" and plan.form is not None:
-            attributes |= {"expert_weight_bits": plan.form.bits, "block_size": plan.form.block}
-            inputs = [x, logits, *gated, "", *down]
+        if plan.kind != "blocks" or plan.form is None:
+            return graph.node("MoE", [x, logits, *gated, "", *down], name, attributes, MICROSOFT)
+        attributes |= {"expert_weight_bits": plan.form.bits, "block_size": plan.form.block}
+        # ONNX Runtime 1.31 norms the shares of QMoE whatever it is told.
+        attributes["normalize_routing_weights"] = 1
+        inputs = [x, logits, *gated, "", *down]
+        if experts.normed:
             return graph.node("QMoE", inputs, name, attributes, MICROSOFT)
-        return graph.node("MoE", [x, logits, *gated, "", *down], name, attributes, MICROSOFT)
+        mixed = graph.node("QMoE", inputs, f"{name}.normed", attributes, MICROSOFT)
+        return graph.node("Mul", [mixed, self._chosen_share(logits, experts, name)], name)
+
+    def _chosen_share(self, logits: str, experts: Experts, name: str) -> str:
+        """What the chosen experts have together of a softmax over all: `(rows, 1)`."""
+        graph = self.graph
+        shares = graph.node("Softmax", [logits], f"{name}.shares", {"axis": -1})
+        count = graph.shape(experts.per_token)
+        largest, _ = graph.nodes("TopK", [shares, count], f"{name}.largest", 2, {"axis": -1})
+        axes = graph.constant(np.array([-1], np.int64), "last_axis")
+        return graph.node("ReduceSum", [largest, axes], f"{name}.share", {"keepdims": 1})
 
     def _expert_weights(self, weight: Weight, experts: int, name: str) -> list[str]:
         """A matrix, or its packed values and scales, with the experts as the first axis."""

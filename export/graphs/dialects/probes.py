@@ -22,13 +22,14 @@ from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import CacheScales, LinearPlan, QuantPlan
 from internvl_edge.export.formats.quantize import BlockFormat, Blocks
-from internvl_edge.export.graphs.dialects import CacheNames
+from internvl_edge.export.graphs.dialects import CacheNames, Experts
 from internvl_edge.export.graphs.dialects.onnxruntime import OnnxRuntimeDialect
 from internvl_edge.export.graphs.dialects.tower_probe import add_wanted, build_tower_probe
 from internvl_edge.export.graphs.graph import GraphBuilder
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.kernels.build import operator_library
 from internvl_edge.runtime.backends import int8_cache
+from internvl_edge.runtime.backends.blocks import experts_input
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.products import (
@@ -43,10 +44,12 @@ from internvl_edge.runtime.backends.tower import PROBE_INPUT, TOWER, probe_input
 
 
 def write_probes(folder: Path) -> None:
-    """Write `<product>.onnx` for every product, cache.onnx and tower.onnx, their weights inside."""
+    """Write `<product>.onnx` for every product, cache.onnx, experts.onnx and tower.onnx, their
+    weights inside."""
     for product in get_args(Product):
         onnx.save(probe(product), folder / f"{product}.onnx")
     onnx.save(cache_probe(), folder / "cache.onnx")
+    onnx.save(experts_probe(), folder / "experts.onnx")
     onnx.save(tower_probe(folder), folder / "tower.onnx")
 
 
@@ -95,6 +98,28 @@ def attention_graph(
     graph.output(key, Tensor(int8_cache.KEY, contract.CACHE_DTYPE[cache], shape))
     graph.output(value, Tensor(int8_cache.VALUE, contract.CACHE_DTYPE[cache], shape))
     return _whole(graph)
+
+
+def experts_probe() -> onnx.ModelProto:
+    """Build the graph of a layer of experts: float32 `(rows, WIDTH)` to the same, and what that
+    should be of `blocks.experts_input`."""
+    count, chosen, width, form = 5, 2, 32, BlockFormat(4, 32)
+    random = np.random.default_rng(0)
+    router, gated, down = (
+        random.standard_normal(shape).astype(np.float32) / np.float32(8)
+        for shape in ((count, WIDTH), (count * 2 * width, WIDTH), (count * WIDTH, width))
+    )
+    plan = LinearPlan("blocks", form=form)
+    graph = GraphBuilder("probe")
+    dialect = OnnxRuntimeDialect(graph, QuantPlan({"gated": plan, "down": plan}))
+    x = graph.input(Tensor("x", "float32", ("rows", WIDTH)))
+    held = (Weight.held("router", router), Weight.held("gated", gated), Weight.held("down", down))
+    y = dialect.mixture(x, Experts(*held, per_token=chosen, normed=True), "experts")
+    graph.output(y, Tensor("y", "float32", ("rows", WIDTH)))
+    model = _whole(graph)
+    session = load_onnxruntime().InferenceSession(model.SerializeToString())
+    add_wanted(model, session.run(None, {"x": experts_input()})[0])
+    return model
 
 
 def tower_probe(folder: Path) -> onnx.ModelProto:
