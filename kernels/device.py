@@ -10,7 +10,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -128,26 +127,6 @@ class Driver:
             return None
 
 
-@dataclass
-class Scratch:
-    """Device memory that grows, one per context and stream: reuse follows the stream's order."""
-
-    driver: Driver
-    sizes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-
-    def get(self, context: int, stream: int, size: int) -> int:
-        """At least `size` bytes; valid until the next call for the same stream."""
-        address, held = self.sizes.get((context, stream), (0, 0))
-        if held < size:
-            if address:
-                self.driver("cuStreamSynchronize", stream)
-                self.driver("cuMemFree", address)
-                del self.sizes[context, stream]
-            address = int(self.driver("cuMemAlloc", size))
-            self.sizes[context, stream] = (address, size)
-        return address
-
-
 class DeviceArray:
     """An array in device memory, C-contiguous: of its own, freed with it, or part of another's."""
 
@@ -225,6 +204,24 @@ class DeviceArray:
     def free(self) -> None:
         """Give the memory back now, if it is the array's own; do not use it or its parts again."""
         self._free()
+
+
+class Scratch:
+    """Device memory that grows, one per context and stream: reuse follows the stream's order."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._held: dict[tuple[int, int], DeviceArray] = {}
+
+    def get(self, context: int, stream: int, size: int) -> int:
+        """At least `size` bytes; valid until the next call for the same stream."""
+        place = context, stream
+        if place in self._held and self._held[place].nbytes < size:
+            self._driver("cuStreamSynchronize", stream)
+            del self._held[place]  # freed with the array, so that it has no name by then
+        if place not in self._held:
+            self._held[place] = DeviceArray(self._driver, (size,), np.uint8)
+        return self._held[place].address
 
 
 def release_with(

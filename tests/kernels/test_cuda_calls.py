@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from campaign.interrupts import Moments
 from host_driver import HostDriver, open_driver
 
 from internvl_edge.kernels import cuda, ops
-from internvl_edge.kernels.device import CudaError, DeviceArray, Driver, stream_handle
+from internvl_edge.kernels.device import CudaError, DeviceArray, Driver, Scratch, stream_handle
 
 
 @pytest.fixture
@@ -34,6 +36,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[cuda.CudaK
 Kernels = tuple[cuda.CudaKernels, HostDriver]
 PIXELS = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 GRID: dict[str, Any] = {"columns": 3, "rows": 2, "tile_size": 28}
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def empty(kernels: cuda.CudaKernels, shape: tuple[int, ...], dtype: str) -> DeviceArray:
@@ -77,6 +83,24 @@ def test_modules_weights_and_scratch_are_made_once(kernels: Kernels) -> None:
     cuda_kernels.tile(image, out=out, **GRID)
     after = [len(bindings.named(name)) for name in ("cuModuleLoadData", "cuMemAlloc")]
     assert before == after == [1, 2 + 4 * 3 + 1]  # out, image; four axes of three; scratch
+
+
+def test_scratch_is_memory_whenever_it_is_interrupted() -> None:
+    """What was freed on the way to more is not given out again."""
+    for at in range(1, 300):
+        driver, bindings = open_driver()
+        scratch = Scratch(driver)
+        scratch.get(7, 5, 10)
+        counted = Moments(at, interrupt)
+        with suppress(KeyboardInterrupt), counted:
+            scratch.get(7, 5, 20)
+        for size in (5, 30, 20):
+            assert bindings.memory[scratch.get(7, 5, size)].nbytes >= size
+        if counted.seen < at:
+            break
+    assert 10 < at < 299
+    del scratch
+    assert bindings.memory == {}
 
 
 def test_both_kinds_of_weights_on_one_device(kernels: Kernels) -> None:
