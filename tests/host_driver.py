@@ -2,16 +2,20 @@
 
 It lets the whole CUDA path run without a GPU: addresses, structures, launch shapes, streams and
 graphs are what a device would get; the kernels' bodies run on the CPU. Work on a stream is done
-when somebody waits for it and not before, so that a wait that is missing shows in the results.
+when somebody waits for it and not before, so that a wait that is missing shows in the results. An
+interrupt comes before a call or after it, as with a driver in C, and work is done whole and in
+order, whatever Python runs meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +56,7 @@ class HostDriver:
         calls: every call in order, name first.
         memory, pinned: device and page-locked memory in use, by address.
         queues: work not done yet, by stream.
+        working: streams whose work is being done.
         capacity: bytes of device memory.
         current: the stack of contexts.
         stream_contexts: contexts of streams that are not in the primary one.
@@ -62,6 +67,7 @@ class HostDriver:
     memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     pinned: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     queues: dict[int, list[Work]] = field(default_factory=dict)
+    working: set[int] = field(default_factory=set)
     captured: dict[int, list[Work]] = field(default_factory=dict)
     capacity: int = 1 << 40
     current: list[int] = field(default_factory=lambda: [CONTEXT])
@@ -92,7 +98,17 @@ class HostDriver:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
             done = getattr(type(self), f"do_{name}", None)
-            return (OK,) if done is None else done(self, *arguments)
+            if done is None:
+                return (OK,)
+            traced, profiled = sys.gettrace(), sys.getprofile()
+            sys.settrace(None)
+            sys.setprofile(None)
+            try:
+                answer: Status = done(self, *arguments)
+            finally:
+                sys.setprofile(profiled)
+                sys.settrace(traced)
+            return answer
 
         return call
 
@@ -106,11 +122,22 @@ class HostDriver:
         self.captured.get(key, self.queues.setdefault(key, [])).append(work)
 
     def drain(self, stream: int, upto: Work | None = None) -> None:
-        """Do a stream's work, all of it or up to a recorded place."""
-        waiting = self.queues.setdefault(int(stream) or 1, [])
-        with self.lock:  # work of one stream is done in order, whoever waits
-            while waiting and (upto is None or any(work is upto for work in waiting)):
-                waiting.pop(0)()
+        """Do a stream's work, all of it or up to a recorded place.
+
+        Work of one stream is done in order, whoever waits: what is being done cannot wait for
+        itself, as where memory that is collected meanwhile is freed.
+        """
+        key = int(stream) or 1
+        waiting = self.queues.setdefault(key, [])
+        with self.lock:
+            if key in self.working:
+                return
+            self.working.add(key)
+            try:
+                while waiting and (upto is None or any(work is upto for work in waiting)):
+                    waiting.pop(0)()
+            finally:
+                self.working.remove(key)
 
     # Contexts.
 
@@ -158,7 +185,9 @@ class HostDriver:
 
     def do_cuMemFree(self, address: int) -> Status:
         self.do_cuCtxSynchronize()
-        del self.memory[address]
+        block = self.memory.pop(address)
+        for stream in self.working:  # what is left there may name it
+            self.queues[stream].append(partial(id, block))
         return (OK,)
 
     def do_cuMemHostAlloc(self, size: int, flags: int) -> Status:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from campaign.interrupts import Moments
 from host_driver import CONTEXT, FOREIGN_CONTEXT, HostDriver
 
 from internvl_edge.kernels.cuda import CudaKernels
@@ -20,6 +22,10 @@ from internvl_edge.runtime.backends.cuda import Cuda
 pytestmark = pytest.mark.slow(seconds=1)
 
 VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -280,3 +286,35 @@ def test_every_call_exists_in_the_real_bindings(cuda: Cuda, bindings: HostDriver
     assert int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING) == 1
     assert int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING) == 2
     assert driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL is not None
+
+
+def test_the_stand_in_does_its_work_whole(cuda: Cuda, bindings: HostDriver) -> None:
+    """An interrupt comes before a call of the driver or after it, never into what is queued."""
+    for at in range(1, 300):
+        source, target = cuda.pinned(VALUES.shape, "float32"), cuda.empty(VALUES.shape, "float32")
+        source[:] = VALUES
+        cuda.upload(source, target)
+        counted = Moments(at, interrupt)
+        with suppress(KeyboardInterrupt), counted:
+            cuda.synchronize()
+        np.testing.assert_array_equal(target.to_host(), VALUES)
+        if counted.seen < at:
+            break
+    assert 3 < at < 299
+
+
+def test_the_stand_in_does_its_work_in_order(cuda: Cuda, bindings: HostDriver) -> None:
+    """Also where memory is collected meanwhile, whose end waits for all of it."""
+    held, done = [cuda.empty((4,), "uint8")], []
+    address = held[0].address
+
+    def collect() -> None:
+        held.clear()
+        done.append("first")
+
+    bindings.queue(cuda.stream, collect)
+    bindings.queue(cuda.stream, lambda: done.append("second"))
+    bindings.do_cuMemsetD8Async(address, 7, 4, cuda.stream)
+    cuda.synchronize()
+    assert done == ["first", "second"]
+    assert bindings.memory == {}
