@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from internvl_edge.runtime.answering import Answering
@@ -26,16 +26,17 @@ class Ticket:
         tell: called with what became of it, from the background's thread. What it raises cancels
             the request.
         handle: of the scheduler, once it has it.
+        cancelled: whether the end was asked for.
     """
 
     request: Request
     tell: Callable[[News], object]
     handle: Handle | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
     def cancel(self) -> None:
-        """Ask for the end of the answer; safe from any thread."""
-        self.cancelled.set()
+        """Ask for the end of the answer; safe from anywhere, see `Waking`."""
+        self.cancelled = True
         if (handle := self.handle) is not None:
             handle.cancel()
 
@@ -114,7 +115,7 @@ class Background:
                 self._end(ticket, error)
                 continue
             running[ticket.request] = ticket
-            if ticket.cancelled.is_set():  # before it had a handle
+            if ticket.cancelled:  # before it had a handle
                 ticket.handle.cancel()
         return True
 

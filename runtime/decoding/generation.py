@@ -17,7 +17,8 @@ class TokenStream(NotCopied, Iterator[Piece]):
 
     Each piece is a string that says whether it is of the reasoning before the answer.
 
-    `cancel` may be called from another thread; the answer then ends after the pass under way.
+    `cancel` may be called from another thread, or by a signal's handler; the answer then ends after
+    the pass under way.
 
     Raises:
         PromptError, LimitError, ProcessError: the request cannot be answered.
@@ -43,7 +44,7 @@ class TokenStream(NotCopied, Iterator[Piece]):
         raise StopIteration
 
     def cancel(self) -> None:
-        """Ask the loop to end; safe from any thread."""
+        """Ask the loop to end; safe from any thread, and in a signal's handler."""
         self._handle.cancel()
 
     def finish(self) -> Reply:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -60,6 +59,7 @@ class Handle(Claimant):
         ids: tokens generated so far.
         cache: where its positions are; None while it waits.
         had: positions that a conversation's cache held before.
+        cancelled: whether the end was asked for.
         prefill: its prompt, while it is under way and not read yet.
         reserved: positions of the cache that it may fill.
         reply: the answer once it has ended, else None.
@@ -79,6 +79,7 @@ class Handle(Claimant):
         self.request, self.prompt_ids = request, prompt_ids
         self.cache: Cache | None = None
         self.had = 0 if request.cache is None else request.cache.state.length
+        self.cancelled = False
         self.prefill: Prefill | None = None
         self.reserved = 0
         self.sampler = sampler
@@ -93,7 +94,6 @@ class Handle(Claimant):
         self._stops = StopStrings(request.stop)
         self._thoughts = Thoughts() if request.thinking else None
         self._shown: list[str] = []
-        self._cancelled = threading.Event()
         self._wake = wake
 
     @property
@@ -102,14 +102,9 @@ class Handle(Claimant):
         return len(self.prompt_ids) + self._limit - 1
 
     def cancel(self) -> None:
-        """Ask for the end of the answer; safe from any thread."""
-        self._cancelled.set()
+        """Ask for the end of the answer; safe from anywhere, see `Waking`."""
+        self.cancelled = True
         self._wake()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the end was asked for."""
-        return self._cancelled.is_set()
 
     @property
     def alive(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from internvl_edge.runtime.decoding.prefill import Prefill
 from internvl_edge.runtime.decoding.request import Event, FinishReason, Request
 from internvl_edge.runtime.decoding.sampling import Candidates, Sampler, log_probability
 from internvl_edge.runtime.decoding.speculation import Others, Speculator
+from internvl_edge.runtime.decoding.waking import Waking
 
 #: Of a step for images: a signal is looked for in between.
 LONGEST_WAIT_S = 0.5
@@ -78,8 +78,8 @@ class Scheduler:
 
     def __init__(self, answering: Answering, lane: VisionLane | None = None) -> None:
         self._answering = answering
-        self._woken = threading.Event()
-        vision = InTurn(answering.encoder) if lane is None else Beside(lane, self._woken.set)
+        self._waking = Waking()
+        vision = InTurn(answering.encoder) if lane is None else Beside(lane, self._waking.wake)
         self._admission = Admission(answering, vision)
         self._pace = Pace(answering.policy.growth)
         self._events: list[Event] = []
@@ -105,7 +105,7 @@ class Scheduler:
             means.tokenizer,
             # The last token generated is never run, so it needs no place in the cache.
             limit=min(asked, means.max_context - len(ids) + 1),
-            wake=self._woken.set,
+            wake=self._waking.wake,
             speculator=self._speculator(request, ids),
         )
         self._admission.add(handle)
@@ -117,8 +117,8 @@ class Scheduler:
         return len(self._admission.handles())
 
     def wake(self) -> None:
-        """End the wait of a step for images; safe from any thread."""
-        self._woken.set()
+        """End the wait of a step for images; safe from anywhere, see `Waking`."""
+        self._waking.wake()
 
     def step(self) -> list[Event]:
         """Do the next piece of work of each request; return what came of it.
@@ -148,7 +148,7 @@ class Scheduler:
         for handle in self._admission.handles():
             self._go_on(handle)
         self._within = True
-        self._woken.clear()
+        self._waking.forget()
         self._errors += self._admission.admit()
         work = self._work()
         with self._turn(work):
@@ -157,7 +157,7 @@ class Scheduler:
                 self._pass(group)
             work.tell(self._pace, self._pace.clock() - before)
         if work.idle and self._admission.admitted and not (self._errors or self._events):
-            self._woken.wait(LONGEST_WAIT_S)
+            self._waking.wait(LONGEST_WAIT_S)
         self._within = False
 
     @contextmanager
