@@ -258,6 +258,8 @@ class HostDriver:
         return OK, 21
 
     def do_cuStreamSynchronize(self, stream: int) -> Status:
+        if stream in self.captured:
+            return (CAPTURE_UNSUPPORTED,)
         self.drain(stream)
         return (OK,)
 
@@ -286,6 +288,8 @@ class HostDriver:
         return (OK,)
 
     def do_cuStreamEndCapture(self, stream: int) -> tuple[int, list[Work]]:
+        if stream not in self.captured:
+            return INVALID, []
         return OK, self.captured.pop(stream)
 
     def do_cuGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[int, list[Work]]:

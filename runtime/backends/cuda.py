@@ -61,6 +61,7 @@ class Cuda:
     def __init__(self, driver: Driver, stream: Any = None) -> None:
         self.driver = driver
         self._lock = threading.RLock()
+        self._capturing: Graph | None = None
         self.context = driver.context()
         if stream is not None:
             self.stream = _adopted(stream)
@@ -93,6 +94,7 @@ class Cuda:
             try:
                 yield
             except BaseException:
+                self._end_capture()
                 self.driver.bindings.cuStreamSynchronize(self.stream)  # whatever its status is
                 raise
 
@@ -205,13 +207,23 @@ class Cuda:
         """Record what is queued inside, instead of doing it; nothing may be allocated there."""
         mode = self.driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         graph = Graph(self)
-        self.driver("cuStreamBeginCapture", self.stream, mode)
         try:
+            self._capturing = graph  # first: an interrupt may come when it has begun
+            self.driver("cuStreamBeginCapture", self.stream, mode)
             yield graph
         except BaseException:
-            self.driver.bindings.cuStreamEndCapture(self.stream)  # its status: capture was broken
+            if self._capturing is graph:
+                self._end_capture()
             raise
-        graph.take(self.driver("cuStreamEndCapture", self.stream))
+        captured = self.driver("cuStreamEndCapture", self.stream)
+        self._capturing = None
+        graph.take(captured)
+
+    def _end_capture(self) -> None:
+        """End what is being captured, if anything is: the stream does nothing else until then."""
+        if self._capturing is not None:
+            self.driver.bindings.cuStreamEndCapture(self.stream)  # whatever its status is
+            self._capturing = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from host_driver import CONTEXT, FOREIGN_CONTEXT, HostDriver
 from internvl_edge.kernels.cuda import CudaKernels
 from internvl_edge.kernels.device import DeviceArray, Driver
 from internvl_edge.runtime import DeviceError
-from internvl_edge.runtime.backends.cuda import Cuda
+from internvl_edge.runtime.backends.cuda import Cuda, Graph
 
 pytestmark = pytest.mark.slow(seconds=1)
 
@@ -205,6 +205,33 @@ def test_a_broken_capture_ends_and_says_why(cuda: Cuda, bindings: HostDriver) ->
     with pytest.raises(DeviceError, match="not captured"):
         graph.launch()
     assert not cuda.zeros((4,), "uint8").to_host().any()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_capture_has_ended(cuda: Cuda, bindings: HostDriver) -> None:
+    """Whenever the interrupt came, and whoever holds it, as a notebook does."""
+    with cuda.active():
+        array = cuda.zeros((4,), "uint8")
+    interrupts: list[KeyboardInterrupt] = []
+
+    def capture() -> Graph:
+        with cuda.active(), cuda.capture() as graph:
+            cuda.clear(array)
+        return graph
+
+    for at in range(1, 300):
+        counted = Moments(at, interrupt)
+        try:
+            with counted:
+                capture()
+        except KeyboardInterrupt as error:
+            interrupts.append(error)
+        assert bindings.captured == {}
+        capture().launch()
+        cuda.synchronize()
+        if counted.seen < at:
+            break
+    assert 20 < len(interrupts) < 299
 
 
 def test_events_measure(cuda: Cuda) -> None:
