@@ -65,25 +65,35 @@ class Totals:
         return f"tried {self.tried}, refused {self.refused}, right {self.right}, wrong {self.wrong}"
 
 
-@cache
-def moments(code: CodeType) -> frozenset[int]:
-    """Offsets of the instructions before which the interpreter looks for signals.
+@dataclass(frozen=True)
+class Places:
+    """Where in a function the interpreter looks for signals, as offsets of instructions.
 
-    What it raises after a call belongs to the call. Raised before the next instruction, as here, it
-    would pass by a `with` or `try` that ends between the two: those moments are left out.
+    Attributes:
+        before: what it raises here comes before the instruction.
+        behind: what it raises here belongs to the call, whose `with` or `try` ends behind it.
     """
+
+    before: frozenset[int]
+    behind: frozenset[int]
+
+
+@cache
+def places(code: CodeType) -> Places:
+    """Return where the interpreter looks for signals in a function."""
     # Python 3.10 has blocks instead of a table, which end by an instruction of their own.
     entries = getattr(dis.Bytecode(code), "exception_entries", ())
-    found, call = set(), None
+    before, behind, call = set(), set(), None
     for instruction in dis.get_instructions(code):
-        if call is not None and _handler(entries, call) == _handler(entries, instruction.offset):
-            found.add(instruction.offset)
+        if call is not None:
+            alike = _handler(entries, call) == _handler(entries, instruction.offset)
+            (before if alike else behind).add(instruction.offset if alike else call)
         name = instruction.opname
         called = name.startswith("CALL") or name == "RESUME"
         call = instruction.offset if called else None
-        if name.startswith("JUMP_BACKWARD") or name == "JUMP_ABSOLUTE":
-            found.add(instruction.argval)
-    return frozenset(found)
+        if name.startswith(("JUMP_BACKWARD", "POP_JUMP_BACKWARD")) or name == "JUMP_ABSOLUTE":
+            before.add(instruction.argval)
+    return Places(frozenset(before), frozenset(behind))
 
 
 def _handler(entries: Sequence[Any], offset: int) -> int | None:
@@ -104,11 +114,13 @@ class Moments:
         self.seen = 0
 
     def __enter__(self) -> Moments:
+        sys.setprofile(self._called)
         sys.settrace(self._enter)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
+        sys.setprofile(None)
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
         if frame.f_code.co_filename == __file__:
@@ -117,11 +129,23 @@ class Moments:
         return self._step
 
     def _step(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "opcode" and frame.f_lasti in moments(frame.f_code):
-            self.seen += 1
-            if self.seen == self._at:
-                self._act()
+        if event == "opcode" and frame.f_lasti in places(frame.f_code).before:
+            self._count()
         return self._step
+
+    def _called(self, frame: FrameType, event: str, arg: object) -> None:
+        """Raise at the end of a call, which is then the call's."""
+        callers = {"return": frame.f_back, "c_return": frame}
+        caller = callers.get(event)
+        if caller is None or caller.f_code.co_filename == __file__:
+            return
+        if caller.f_lasti in places(caller.f_code).behind:
+            self._count()
+
+    def _count(self) -> None:
+        self.seen += 1
+        if self.seen == self._at:
+            self._act()
 
 
 @dataclass(frozen=True)

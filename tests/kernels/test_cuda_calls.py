@@ -85,6 +85,7 @@ def test_modules_weights_and_scratch_are_made_once(kernels: Kernels) -> None:
     assert before == after == [1, 2 + 4 * 3 + 1]  # out, image; four axes of three; scratch
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_scratch_is_memory_whenever_it_is_interrupted() -> None:
     """What was freed on the way to more is not given out again."""
     for at in range(1, 300):
