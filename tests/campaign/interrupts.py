@@ -112,10 +112,14 @@ class Moments:
     def __init__(self, at: int, act: Callable[[], None]) -> None:
         self._at, self._act = at, act
         self.seen = 0
+        # Held here: where it raises while memory is collected, the interpreter, which is about to
+        # call it, lets go of it.
+        self._tracers = self._called, self._enter, self._step
 
     def __enter__(self) -> Moments:
-        sys.setprofile(self._called)
-        sys.settrace(self._enter)
+        called, enter, _ = self._tracers
+        sys.setprofile(called)
+        sys.settrace(enter)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,12 +130,12 @@ class Moments:
         if frame.f_code.co_filename == __file__:
             return None  # the reader's own code is not what is tried
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        return self._step
+        return self._tracers[-1]
 
     def _step(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "opcode" and frame.f_lasti in places(frame.f_code).before:
             self._count()
-        return self._step
+        return self._tracers[-1]
 
     def _called(self, frame: FrameType, event: str, arg: object) -> None:
         """Raise at the end of a call, which is then the call's."""
