@@ -177,7 +177,7 @@ class HostDriver:
     def do_cuMemAlloc(self, size: int) -> Status:
         if self.captured:
             return CAPTURE_UNSUPPORTED, 0
-        if size + sum(block.nbytes for block in self.memory.values()) > self.capacity:
+        if size + sum(block.nbytes for block in self.memory.copy().values()) > self.capacity:
             return OUT_OF_MEMORY, 0
         block = np.full(size, 0xFF, np.uint8)  # NaN in every float
         self.memory[block.ctypes.data] = block
@@ -334,7 +334,9 @@ def _run_kernel(function: str, job: ShuffleJob | TileJob | SelectJob) -> None:
 
 
 def _holds(blocks: dict[int, NDArray[np.uint8]], address: int) -> bool:
-    return any(start <= address < start + max(b.nbytes, 1) for start, b in blocks.items())
+    # Of a copy: what is collected meanwhile is freed.
+    held = blocks.copy().items()
+    return any(start <= address < start + max(b.nbytes, 1) for start, b in held)
 
 
 def open_driver() -> tuple[Driver, HostDriver]:

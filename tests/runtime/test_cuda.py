@@ -345,3 +345,23 @@ def test_the_stand_in_does_its_work_in_order(cuda: Cuda, bindings: HostDriver) -
     cuda.synchronize()
     assert done == ["first", "second"]
     assert bindings.memory == {}
+
+
+def test_the_stand_in_looks_while_memory_is_freed(cuda: Cuda, bindings: HostDriver) -> None:
+    """As what is collected meanwhile is."""
+
+    class Collected:
+        """The end of a block."""
+
+        @property
+        def nbytes(self) -> int:
+            held.clear()
+            return 1
+
+    blocks: list[Any] = [bindings.memory, bindings.pinned]
+    held: list[Any] = [cuda.pinned((4,), "uint8"), cuda.empty((4,), "uint8")]
+    for memory in blocks:
+        memory[-1] = Collected()
+        memory[-2] = memory[-1]
+    cuda.upload(VALUES, cuda.empty(VALUES.shape, "float32"))
+    assert not held
