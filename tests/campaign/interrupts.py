@@ -61,6 +61,11 @@ class Totals:
     wrong: int = 0
     faults: list[str] = field(default_factory=list)
 
+    def add(self, other: Totals) -> None:
+        """Count what came of other tries, too."""
+        for name in ("tried", "refused", "right", "wrong", "faults"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def __str__(self) -> str:
         return f"tried {self.tried}, refused {self.refused}, right {self.right}, wrong {self.wrong}"
 
@@ -168,12 +173,15 @@ class Campaign:
         model: whose turns are interrupted.
         fresh: keeps nothing between answers.
         seed: of everything that is drawn.
+
+    Attributes:
+        turns: those that may be told of, by their text.
     """
 
     def __init__(self, model: InternVL, fresh: InternVL, seed: int) -> None:
         self._model, self._fresh, self._seed = model, fresh, seed
         self._random = random.Random(seed)
-        self._turns: dict[str, Turn] = {}
+        self.turns: dict[str, Turn] = {}
         self._moments = FIRST_GUESS
         self.totals = Totals()
 
@@ -183,24 +191,24 @@ class Campaign:
         system, max_tiles = draw.choice(SYSTEMS), draw.choice((1, 2))
         chat = self._model.chat(system_message=system, max_tiles=max_tiles)
         for _ in range(draw.randint(0, 2)):
-            self._compare(chat, self._turn(), system, max_tiles, "before")
+            self.compare(chat, self._turn(), system, max_tiles, "before")
         told = list(chat.history)
         kind, turn = draw.choice(KINDS), self._turn()
         when = self._disturb(chat, turn, kind)
         if chat.history[: len(told)] != told or len(chat.history) > len(told) + 1:
             self._fault(f"{when}: history was {told}, is {chat.history}")
         for _ in range(draw.randint(1, 2)):
-            self._compare(chat, self._turn(), system, max_tiles, when)
+            self.compare(chat, self._turn(), system, max_tiles, when)
         other = self._model.chat(system_message=system, max_tiles=max_tiles)
-        self._compare(other, turn, system, max_tiles, f"another chat after {when}")
+        self.compare(other, turn, system, max_tiles, f"another chat after {when}")
 
     def _turn(self) -> Turn:
         draw = self._random
         # Few pictures: they come again, in other places and after other ones.
         pictures = [picture(draw.randrange(3)) for _ in range(draw.choice((0, 0, 1, 1, 2)))]
-        text = f"Number {len(self._turns)}, {draw.choice(('what', 'who', 'where'))}?"
-        self._turns[text] = Turn(text, pictures, draw.randint(1, 6))
-        return self._turns[text]
+        text = f"Number {len(self.turns)}, {draw.choice(('what', 'who', 'where'))}?"
+        self.turns[text] = Turn(text, pictures, draw.randint(1, 6))
+        return self.turns[text]
 
     def _disturb(self, chat: Chat, turn: Turn, kind: str) -> str:
         """Hold a turn that does not go as it should; says what happened to it."""
@@ -245,7 +253,7 @@ class Campaign:
     def _ask(self, chat: Chat, turn: Turn) -> TokenStream:
         return chat.stream(turn.text, turn.images, max_new_tokens=turn.tokens)
 
-    def _compare(self, chat: Chat, turn: Turn, system: str, max_tiles: int, when: str) -> None:
+    def compare(self, chat: Chat, turn: Turn, system: str, max_tiles: int, when: str) -> None:
         """Ask, and ask a fresh model with the history that the chat then says it has."""
         totals = self.totals
         totals.tried += 1
@@ -273,7 +281,7 @@ class Campaign:
         return fresh.generate(ids, images, **options)
 
     def _shown(self, question: str) -> list[NDArray[np.uint8]]:
-        turn = self._turns[question[question.index("Number") :]]
+        turn = self.turns[question[question.index("Number") :]]
         return turn.images if "<image>" in question else []
 
     def _fault(self, text: str) -> None:
@@ -317,10 +325,7 @@ def run(
                 campaign.conversation()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is a fault
                 campaign._fault(f"raised {error!r}")
-        found = campaign.totals
-        for name in ("tried", "refused", "right", "wrong"):
-            setattr(totals, name, getattr(totals, name) + getattr(found, name))
-        totals.faults += found.faults
+        totals.add(campaign.totals)
         number += 1
     return totals
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from campaign import interrupts
+from campaign import interrupts, sweeps
 from campaign.interrupts import Moments
 from host_driver import HostDriver
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from internvl_edge.bundle.rope import rope_base, rope_rows
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends.onnxruntime_cuda import LogitsOutput, StagedInput
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
+from internvl_edge.runtime.devices import Device
 
 QUESTION = "What is written here, line by line?"
 
@@ -50,6 +51,20 @@ def test_a_slice_of_it_on_a_device(bindings: HostDriver, golden_bundle: Path) ->
     del bindings.current[1:]
     assert totals.faults == []
     assert totals.tried == totals.right + totals.refused > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_moments_that_are_spread_over_a_turn(
+    bindings: HostDriver, golden_bundle: Path, device: Device
+) -> None:
+    def load(reuse: int) -> InternVL:
+        return InternVL.load(golden_bundle, device=device, threads=1, reuse_bytes=reuse)
+
+    totals = sweeps.run(load, every=151)
+    del bindings.current[1:]
+    assert totals.faults == []
+    assert totals.tried == totals.right > 100
 
 
 @pytest.mark.slow
