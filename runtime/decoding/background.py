@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.request import Event, Reply, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
+from internvl_edge.runtime.decoding.worker import Worker
 
 #: What a request is told: text of its answer, and at last the reply or what ended it instead.
 News: TypeAlias = Event | Reply | Exception
@@ -64,7 +65,7 @@ class Background:
         self._new: list[Ticket] = []
         self._all: set[Ticket] = set()
         self._scheduler: Scheduler | None = None
-        self._thread = ThreadPoolExecutor(1, "answers")
+        self._thread = Worker("answers")
 
     def hand_in(self, request: Request, tell: Callable[[News], object]) -> Ticket:
         """Take a request; see `Ticket`.
@@ -79,7 +80,7 @@ class Background:
             self._all.add(ticket)
             if self._scheduler is None:  # where an interrupt comes in between, two take turns
                 scheduler = Scheduler(self._answering, self._answering.lane)
-                self._thread.submit(self._until_done, scheduler)
+                self._thread.submit(partial(self._until_done, scheduler))
                 self._scheduler = scheduler
             self._scheduler.wake()
         return ticket
@@ -89,8 +90,8 @@ class Background:
         with self._lock:
             for ticket in self._all:
                 ticket.cancel()
-            thread, self._thread = self._thread, ThreadPoolExecutor(1, "answers")
-        thread.shutdown()
+            thread, self._thread = self._thread, Worker("answers")
+        thread.close()
 
     def _until_done(self, scheduler: Scheduler) -> None:
         running: dict[Request, Ticket] = {}

@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -16,6 +15,7 @@ from internvl_edge.runtime.decoding.encoding import Encoding, ImageEncoder
 from internvl_edge.runtime.decoding.failures import without_locals
 from internvl_edge.runtime.decoding.policy import Policy
 from internvl_edge.runtime.decoding.request import Request
+from internvl_edge.runtime.decoding.worker import Worker
 from internvl_edge.runtime.images.identity import PendingImage, TiledImage
 from internvl_edge.runtime.niceness import give_way
 
@@ -52,7 +52,7 @@ class VisionLane:
 
     def __init__(self, encoder: ImageEncoder, policy: Policy) -> None:
         self._encoder, self._policy = encoder, policy
-        self._thread = ThreadPoolExecutor(1, "vision", give_way)
+        self._thread = Worker("vision", give_way)
         self._lock = threading.Lock()
         self._working = False
         self._queue: list[Asked] = []
@@ -94,8 +94,8 @@ class VisionLane:
         """End the thread after the pass under way; another begins when something is asked for."""
         with self._lock:
             self._queue.clear()
-            thread, self._thread = self._thread, ThreadPoolExecutor(1, "vision", give_way)
-        thread.shutdown()
+            thread, self._thread = self._thread, Worker("vision", give_way)
+        thread.close()
 
     def _left_behind(self, asked: Asked) -> bool:
         """Whether it was given up half done."""

@@ -25,6 +25,7 @@ from internvl_edge.runtime import (
     Reply,
     UsageError,
 )
+from internvl_edge.runtime.decoding.lane import Waiter
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.images.identity import TiledImage
 
@@ -133,6 +134,29 @@ def test_an_interrupted_batch_leaves_nothing_under_way(
         until(lambda: idle(model))
         assert model.answering.reservations.promised == 0
         same(model.generate_batch(ASKED[:3], max_new_tokens=12), wanted[:3])
+
+
+def test_an_interrupt_where_a_picture_is_handed_over_leaves_the_lane_at_work(
+    model: InternVL,
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    lane, waiter = model.answering.lane, Waiter(Request([1], ()), lambda: None)
+    assert lane is not None
+    for at in range(1, 300):
+        first, then = (
+            model.tile_with_identity(np.roll(PIXELS, turn * 300 + at), 1) for turn in (0, 1)
+        )
+        counted = Moments(at, interrupt)
+        with suppress(KeyboardInterrupt), counted:
+            lane.ask(first, waiter)
+        encoding, _ = lane.ask(then, waiter)
+        until(lambda encoding=encoding: encoding.ended)
+        assert encoding.rows is not None
+        if counted.seen < at:
+            break
+    assert 20 < at < 299
 
 
 @pytest.mark.parametrize("asked", [{"images": [np.full_like(PIXELS, 77)]}, {"max_new_tokens": 0}])
