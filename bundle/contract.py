@@ -42,7 +42,7 @@ class DialectTraits:
         row_scales: whether weights of 8 bits alone have one scale a row, whatever the block.
         integer_bias: whether a W8A8 product takes an int32 bias and, as its scales, LayerScale.
         wide_vectors: whether norms, positions and LayerScale stay float32 in a float16 graph.
-        batched: whether a pass takes several sequences side by side; see `language_inputs`.
+        batched: whether stored graphs take several sequences side by side; see `language_inputs`.
     """
 
     engines: bool
@@ -250,15 +250,17 @@ def language_inputs(
 
     Args:
         batched: whether the rows are of several `sequences`, as many of `each`, one after the
-            other, each sequence with a cache and rotary tables of its own; None: as the dialect is
-            written today.
+            other, each sequence with a cache of its own, and for TensorRT with rotary tables of its
+            own; None: as the dialect is written today.
     """
     batch = _batch(dialect, batched)
-    rope, table = rope_dtype(precision, cache, dialect), ("context", spec.head_dim // 2)
+    rope = rope_dtype(precision, cache, dialect)
+    own = batch if DIALECTS[dialect].engines else ()
+    table: tuple[int | str, ...] = (*own, "context", spec.head_dim // 2)
     tensors = [
         Tensor(EMBEDDINGS, compute_dtype(precision, dialect), ("tokens", spec.hidden_size)),
-        Tensor(ROPE_COS, rope, (*batch, *table)),
-        Tensor(ROPE_SIN, rope, (*batch, *table)),
+        Tensor(ROPE_COS, rope, table),
+        Tensor(ROPE_SIN, rope, table),
         *_place(dialect, batch),
         Tensor(LOGIT_ROWS, "int64", ("rows",)),  # which of the `tokens` rows want logits
     ]
@@ -302,8 +304,8 @@ def _batch(dialect: DialectName, batched: bool | None) -> tuple[str, ...]:
 def _place(dialect: DialectName, batch: tuple[str, ...]) -> list[Tensor]:
     if not DIALECTS[dialect].engines:
         return [
-            Tensor(LAST_POSITION, "int32", (1,)),  # total length - 1, per sequence
-            Tensor(TOTAL_LENGTH, "int32", ()),
+            Tensor(LAST_POSITION, "int32", batch or (1,)),  # total length - 1, per sequence
+            Tensor(TOTAL_LENGTH, "int32", ()),  # the largest
         ]
     rows = (*batch, "each") if batch else ("tokens",)
     return [Tensor(POSITIONS, "int64", rows), Tensor(KEY_POSITIONS, "int64", ("keys",))]

@@ -14,7 +14,7 @@ from internvl_edge.bundle.contract import Tensor
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.kernels.attention.library import PLACE_FIELDS
-from internvl_edge.runtime.backends.graph_bytes import Declared, Graph, Model, Node
+from internvl_edge.runtime.backends.graph_bytes import INT64, Declared, Graph, Model, Node
 from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
 
 #: The input that says where each sequence of a pass stands: int64 `(sequences, fields)`, its first
@@ -26,7 +26,6 @@ SEQUENCES = "sequences"
 _OPERATORS = {1: "CachedAttention", 10: "CachedAttentionOfHalves"}
 #: ONNX's numbers of the types of caches.
 _ELEMENTS = {"float32": 1, "int8": 3, "float16": 10}
-_INT64 = 7
 #: GroupQueryAttention's attributes that ours has too; those that its inputs say again.
 _KEPT = ("num_heads", "kv_num_heads")
 _SAID = {*_KEPT, "do_rotary", "k_quant_type", "v_quant_type", "qk_norm_epsilon"}
@@ -117,26 +116,26 @@ def _gave(changed: Model) -> bool:
     """Change a model where all of its attention is as ours computes it; whether it is."""
     graph = changed.graph
     nodes, said = graph.nodes, graph.tensors()
-    taken = {i: node for i, node in enumerate(nodes) if _is_attention(node)}
+    taken = {i: node for i, node in enumerate(nodes) if is_attention(node)}
     tables = said.get(contract.ROPE_COS)
     operator = None if tables is None else _OPERATORS.get(tables.element or 0)
-    if tables is None or operator is None or not taken or not all(map(_takes, taken.values())):
+    if tables is None or operator is None or not taken or not all(map(takes, taken.values())):
         return False
     layers = {i: _layer(node) for i, node in taken.items()}
-    heads = {i: _head_size(node, said, tables.element) for i, node in taken.items()}
+    heads = {i: head_size(node, said, tables.element) for i, node in taken.items()}
     if sorted(layers.values()) != list(range(len(layers))) or None in heads.values():
         return False
     _drop_caches(graph, taken)
     for i, node in taken.items():
         _give(node, operator, layers[i], heads[i] or 0)
     _drop_unused(graph)
-    graph.add_input(SEQUENCES, _INT64, (SEQUENCES, fields(len(layers))))
+    graph.add_input(SEQUENCES, INT64, (SEQUENCES, fields(len(layers))))
     if OWN_DOMAIN not in changed.domains:
         changed.import_domain(OWN_DOMAIN)
     return True
 
 
-def _head_size(node: Node, said: Mapping[str, Declared], floats: int | None) -> int | None:
+def head_size(node: Node, said: Mapping[str, Declared], floats: int | None) -> int | None:
     """Return the head size of a node's caches; None where they are not as ours takes them."""
     element = _ELEMENTS["int8"] if any(node.inputs[_SCALES]) else floats
     heads = node.integers().get("kv_num_heads")
@@ -150,12 +149,13 @@ def _head_size(node: Node, said: Mapping[str, Declared], floats: int | None) -> 
     return size if set(shapes) == {(1, heads, size)} else None
 
 
-def _is_attention(node: Node) -> bool:
+def is_attention(node: Node) -> bool:
+    """Whether a node is ONNX Runtime's attention over a cache."""
     return node.operator == "GroupQueryAttention" and node.domain == MICROSOFT_DOMAIN
 
 
-def _takes(node: Node) -> bool:
-    """Whether our operator computes a node: nothing is asked that it does not know."""
+def takes(node: Node) -> bool:
+    """Whether our operator computes a node of attention: nothing is asked that it does not know."""
     given, integers = node.inputs, node.integers()
     beside = given[9:12]  # positions, a bias, sinks
     if any(beside) or len(given) > _MOST_INPUTS:

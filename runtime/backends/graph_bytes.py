@@ -6,108 +6,47 @@ Fields that are not named here stay as they are, and where they are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from internvl_edge.runtime.backends.protocol_buffers import (
+    BYTES,
+    FIXED32,
+    VARINT,
+    Field,
+    Message,
+    text_fields,
+)
+
+#: ONNX's number of a type (`onnx.TensorProto.DataType`).
+INT64 = 7
 
 #: Numbers of fields in ONNX's messages.
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
-_GRAPH_NODE, _GRAPH_WEIGHT, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
+_GRAPH_NODE, _GRAPH_WEIGHT, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR = 1, 2, 3, 4
 _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TEXT = 1, 2, 3, 4
 _ATTRIBUTE_TYPE, _TYPE_FLOAT, _TYPE_INTEGER = 20, 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
-_TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER = 2, 1, 1
+_TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER, _SIZE_NAME = 2, 1, 1, 2
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _WEIGHT_SIZE, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_BYTES = 1, 2, 8, 9
-
-#: Kinds of fields: a number, 8 bytes, a run of bytes, 4 bytes.
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-_M = TypeVar("_M", bound="Message")
-
-
-@dataclass
-class Field:
-    """A field of a message: its number, its kind, and what it holds."""
-
-    number: int
-    kind: int
-    value: int | bytes | Message
-
-    def content(self) -> bytes:
-        """Return what it holds, where that is bytes or a message."""
-        if isinstance(self.value, Message):
-            return self.value.serialised()
-        return b"" if isinstance(self.value, int) else self.value
-
-
-@dataclass
-class Message:
-    """A message, field after field."""
-
-    fields: list[Field] = field(default_factory=list)
-
-    @classmethod
-    def parse(cls: type[_M], data: bytes) -> _M:
-        """Read a message.
-
-        Raises:
-            IndexError, ValueError: it is none.
-        """
-        return cls(list(_fields(data)))
-
-    def serialised(self) -> bytes:
-        """Write the message."""
-        return b"".join(map(_written, self.fields))
-
-    def text(self, number: int) -> str:
-        """Return the bytes of a field as text; "" where there is none."""
-        return next(iter(self.texts(number)), "")
-
-    def texts(self, number: int) -> list[str]:
-        """Return the bytes of every field of a number as text."""
-        return [f.content().decode(errors="replace") for f in self.fields if f.number == number]
-
-    def number(self, number: int) -> int | None:
-        """Return a field that is a number."""
-        for one in self.fields:
-            if one.number == number and isinstance(one.value, int):
-                return one.value
-        return None
-
-    def numbers(self, number: int) -> Iterator[int]:
-        """Return the numbers of a field that is repeated, each by itself or packed."""
-        for one in self.fields:
-            if one.number == number and isinstance(one.value, int):
-                yield one.value
-            elif one.number == number:
-                data, at = one.content(), 0
-                while at < len(data):
-                    value, at = _varint(data, at)
-                    yield value
-
-    def replace(self, number: int, fields: Iterable[Field]) -> None:
-        """Put fields in the place of all that have a number: at its first, or at the end."""
-        at = [i for i, one in enumerate(self.fields) if one.number == number]
-        start = at[0] if at else len(self.fields)
-        kept = [one for one in self.fields if one.number != number]
-        self.fields = [*kept[:start], *fields, *kept[start:]]
-
-    def messages(self, number: int, kind: type[_M]) -> list[_M]:
-        """Return the messages of a number: what is changed in them, is in this one too."""
-        found = []
-        for one in self.fields:
-            if one.number == number and one.kind == _BYTES:
-                if not isinstance(one.value, kind):
-                    one.value = kind.parse(one.content())
-                found.append(one.value)
-        return found
 
 
 class Node(Message):
     """An operator of a graph, its inputs and outputs by name; "" is one that is absent."""
+
+    @classmethod
+    def made(cls, operator: str, inputs: Sequence[str], output: str) -> Node:
+        """Return a node of ONNX's own domain without attributes, named as what it gives."""
+        fields = [
+            *text_fields(_NODE_INPUT, inputs),
+            *text_fields(_NODE_OUTPUT, [output]),
+            *text_fields(_NODE_NAME, [output]),
+            *text_fields(_NODE_OPERATOR, [operator]),
+        ]
+        return cls(fields)
 
     @property
     def name(self) -> str:
@@ -119,7 +58,7 @@ class Node(Message):
 
     @operator.setter
     def operator(self, name: str) -> None:
-        self.replace(_NODE_OPERATOR, _texts(_NODE_OPERATOR, [name]))
+        self.replace(_NODE_OPERATOR, text_fields(_NODE_OPERATOR, [name]))
 
     @property
     def domain(self) -> str:
@@ -127,7 +66,7 @@ class Node(Message):
 
     @domain.setter
     def domain(self, name: str) -> None:
-        self.replace(_NODE_DOMAIN, _texts(_NODE_DOMAIN, [name]))
+        self.replace(_NODE_DOMAIN, text_fields(_NODE_DOMAIN, [name]))
 
     @property
     def inputs(self) -> list[str]:
@@ -135,7 +74,7 @@ class Node(Message):
 
     @inputs.setter
     def inputs(self, names: Sequence[str]) -> None:
-        self.replace(_NODE_INPUT, _texts(_NODE_INPUT, names))
+        self.replace(_NODE_INPUT, text_fields(_NODE_INPUT, names))
 
     @property
     def outputs(self) -> list[str]:
@@ -143,7 +82,7 @@ class Node(Message):
 
     @outputs.setter
     def outputs(self, names: Sequence[str]) -> None:
-        self.replace(_NODE_OUTPUT, _texts(_NODE_OUTPUT, names))
+        self.replace(_NODE_OUTPUT, text_fields(_NODE_OUTPUT, names))
 
     def integers(self) -> dict[str, int]:
         """Return the attributes that are integers."""
@@ -161,7 +100,7 @@ class Node(Message):
             one.text(_ATTRIBUTE_NAME): float(struct.unpack("<f", found.content())[0])
             for one in self._attributes()
             for found in one.fields
-            if found.number == _ATTRIBUTE_FLOAT and found.kind == _FIXED32
+            if found.number == _ATTRIBUTE_FLOAT and found.kind == FIXED32
         }
 
     def strings(self) -> dict[str, str]:
@@ -175,22 +114,22 @@ class Node(Message):
     def keep_attributes(self, names: Iterable[str]) -> None:
         """Drop all other attributes."""
         kept = [one for one in self._attributes() if one.text(_ATTRIBUTE_NAME) in set(names)]
-        self.replace(_NODE_ATTRIBUTE, [Field(_NODE_ATTRIBUTE, _BYTES, one) for one in kept])
+        self.replace(_NODE_ATTRIBUTE, [Field(_NODE_ATTRIBUTE, BYTES, one) for one in kept])
 
     def set_integer(self, name: str, value: int) -> None:
         """Give an attribute an integer, which is not negative."""
-        self._set(name, Field(_ATTRIBUTE_INTEGER, _VARINT, value), _TYPE_INTEGER)
+        self._set(name, Field(_ATTRIBUTE_INTEGER, VARINT, value), _TYPE_INTEGER)
 
     def set_float(self, name: str, value: float) -> None:
         """Give an attribute a float."""
-        self._set(name, Field(_ATTRIBUTE_FLOAT, _FIXED32, struct.pack("<f", value)), _TYPE_FLOAT)
+        self._set(name, Field(_ATTRIBUTE_FLOAT, FIXED32, struct.pack("<f", value)), _TYPE_FLOAT)
 
     def _set(self, name: str, value: Field, kind: int) -> None:
         others = [one for one in self._attributes() if one.text(_ATTRIBUTE_NAME) != name]
         made = Message(
-            [*_texts(_ATTRIBUTE_NAME, [name]), value, Field(_ATTRIBUTE_TYPE, _VARINT, kind)]
+            [*text_fields(_ATTRIBUTE_NAME, [name]), value, Field(_ATTRIBUTE_TYPE, VARINT, kind)]
         )
-        fields = [Field(_NODE_ATTRIBUTE, _BYTES, one) for one in [*others, made]]
+        fields = [Field(_NODE_ATTRIBUTE, BYTES, one) for one in [*others, made]]
         self.replace(_NODE_ATTRIBUTE, fields)
 
     def _attributes(self) -> list[Message]:
@@ -235,7 +174,7 @@ class Graph(Message):
 
     @nodes.setter
     def nodes(self, nodes: Iterable[Node]) -> None:
-        self.replace(_GRAPH_NODE, [Field(_GRAPH_NODE, _BYTES, node) for node in nodes])
+        self.replace(_GRAPH_NODE, [Field(_GRAPH_NODE, BYTES, node) for node in nodes])
 
     @property
     def inputs(self) -> list[str]:
@@ -244,6 +183,11 @@ class Graph(Message):
     @property
     def outputs(self) -> list[str]:
         return self._names(_GRAPH_OUTPUT)
+
+    @property
+    def describes_values(self) -> bool:
+        """Whether types or shapes of values between nodes are stored, too."""
+        return any(one.number == _GRAPH_VALUE for one in self.fields)
 
     def tensors(self) -> dict[str, Declared]:
         """Return what is said of inputs and outputs that are tensors."""
@@ -272,7 +216,7 @@ class Graph(Message):
         for number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
             values = self.messages(number, Message)
             kept = [one for one in values if one.text(_VALUE_NAME) not in dropped]
-            self.replace(number, [Field(number, _BYTES, one) for one in kept])
+            self.replace(number, [Field(number, BYTES, one) for one in kept])
 
     def add_input(self, name: str, element: int, shape: Sequence[int | str]) -> None:
         """Add an input.
@@ -282,14 +226,36 @@ class Graph(Message):
             shape: sizes, or names of those that may be any.
         """
         sizes = [
-            Message([Field(1, _VARINT, size)] if isinstance(size, int) else _texts(2, [size]))
+            Message([Field(_SIZE_NUMBER, VARINT, size)] if isinstance(size, int) else _named(size))
             for size in shape
         ]
-        dimensions = Message([Field(1, _BYTES, size) for size in sizes])
-        tensor = Message([Field(1, _VARINT, element), Field(2, _BYTES, dimensions)])
-        kind = Message([Field(1, _BYTES, tensor)])
-        value = Message([*_texts(_VALUE_NAME, [name]), Field(_VALUE_TYPE, _BYTES, kind)])
-        self.fields.append(Field(_GRAPH_INPUT, _BYTES, value))
+        dimensions = Message([Field(1, BYTES, size) for size in sizes])
+        tensor = Message([Field(1, VARINT, element), Field(2, BYTES, dimensions)])
+        kind = Message([Field(1, BYTES, tensor)])
+        value = Message([*text_fields(_VALUE_NAME, [name]), Field(_VALUE_TYPE, BYTES, kind)])
+        self.fields.append(Field(_GRAPH_INPUT, BYTES, value))
+
+    def name_size(self, names: Iterable[str], axis: int, size: str) -> None:
+        """Let one size of some inputs and outputs be any, by a name.
+
+        Raises:
+            IndexError: they have fewer dimensions.
+        """
+        sought = set(names)
+        for number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+            for value in self.messages(number, Message):
+                if value.text(_VALUE_NAME) in sought:
+                    _sizes(value)[axis].fields = _named(size)
+
+    def add_weight(self, name: str, values: Sequence[int]) -> None:
+        """Add a vector of int64."""
+        weight = [
+            Field(_WEIGHT_SIZE, VARINT, len(values)),
+            Field(_WEIGHT_ELEMENT, VARINT, INT64),
+            *text_fields(_WEIGHT_NAME, [name]),
+            Field(_WEIGHT_BYTES, BYTES, struct.pack(f"<{len(values)}q", *values)),
+        ]
+        self.fields.append(Field(_GRAPH_WEIGHT, BYTES, Message(weight)))
 
     def _names(self, number: int) -> list[str]:
         return [one.text(_VALUE_NAME) for one in self.messages(number, Message)]
@@ -322,8 +288,20 @@ class Model(Message):
 
     def import_domain(self, name: str) -> None:
         """Import version 1 of a domain."""
-        opset = Message([*_texts(_OPSET_DOMAIN, [name]), Field(_OPSET_VERSION, _VARINT, 1)])
-        self.fields.append(Field(_MODEL_OPSET, _BYTES, opset))
+        opset = Message([*text_fields(_OPSET_DOMAIN, [name]), Field(_OPSET_VERSION, VARINT, 1)])
+        self.fields.append(Field(_MODEL_OPSET, BYTES, opset))
+
+
+def _named(size: str) -> list[Field]:
+    return text_fields(_SIZE_NAME, [size])
+
+
+def _sizes(value: Message) -> list[Message]:
+    """Return the sizes of an input or output."""
+    kinds = value.messages(_VALUE_TYPE, Message)
+    tensors = [tensor for kind in kinds for tensor in kind.messages(_TYPE_TENSOR, Message)]
+    shapes = [shape for tensor in tensors for shape in tensor.messages(_TENSOR_SHAPE, Message)]
+    return [size for shape in shapes for size in shape.messages(_SHAPE_SIZE, Message)]
 
 
 def _declared(tensor: Message) -> Declared:
@@ -333,61 +311,5 @@ def _declared(tensor: Message) -> Declared:
     return Declared(tensor.number(_TENSOR_ELEMENT), shape)
 
 
-def _texts(number: int, texts: Iterable[str]) -> list[Field]:
-    return [Field(number, _BYTES, text.encode()) for text in texts]
-
-
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _fields(data: bytes) -> Iterator[Field]:
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield Field(number, kind, value)
-            continue
-        if kind == _BYTES:
-            size, at = _varint(data, at)
-        elif kind in (_FIXED32, _FIXED64):
-            size = 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(data):
-            raise ValueError("a field ends beyond its message")
-        yield Field(number, kind, data[at : at + size])
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the number that begins at `at`, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
-
-
-def _written(one: Field) -> bytes:
-    tag = _number(one.number << 3 | one.kind)
-    if isinstance(one.value, int):
-        return tag + _number(one.value)
-    content = one.content()
-    return tag + (_number(len(content)) if one.kind == _BYTES else b"") + content
-
-
-def _number(value: int) -> bytes:
-    """Write a number of at most 64 bits, seven at a time, the lowest first."""
-    written = bytearray()
-    while value >= 0x80:
-        written.append(value & 0x7F | 0x80)
-        value >>= 7
-    written.append(value)
-    return bytes(written)

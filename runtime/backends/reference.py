@@ -20,6 +20,7 @@ from internvl_edge.bundle.errors import BundleError, CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
+from internvl_edge.runtime.backends.graph_contract import takes_batch
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
     CACHE_BYTES,
@@ -30,7 +31,7 @@ from internvl_edge.runtime.backends.kv_cache import (
 from internvl_edge.runtime.backends.machine import machine_key
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
-from internvl_edge.runtime.backends.sessions import Provider, open_graphs, takes_batch
+from internvl_edge.runtime.backends.sessions import Provider, open_graphs
 
 #: The cache is read in multiples of this, as an engine's captured graphs do.
 KEY_BUCKET = 256

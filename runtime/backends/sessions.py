@@ -10,20 +10,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, DeviceError, PreparedWarning
 from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.bundle.quoting import named, quoted, reason
+from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.remedies import Remedy
 from internvl_edge.bundle.verified import HeldFiles, VerifiedFiles
-from internvl_edge.runtime.backends import attention_nodes
+from internvl_edge.runtime.backends.graph_contract import check_graph
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_kernel import OwnKernel
 from internvl_edge.runtime.backends.own_kernels import (
     NO_KERNELS,
-    OwnKernels,
     bundle_kernels,
     left_products,
     vision_kernels,
@@ -41,16 +40,6 @@ from internvl_edge.runtime.niceness import give_way
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-_ORT_TYPE = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-    "int8": "tensor(int8)",
-    "uint8": "tensor(uint8)",
-    "bool": "tensor(bool)",
-}
-
 #: Products that share a zero point, as they did at first, cannot be made unsigned when they load.
 _OLD_BUNDLE = (
     "an older bundle needs another form of its weights on this CPU: export the checkpoint anew"
@@ -60,6 +49,17 @@ _OLD_BUNDLE = (
 Optimise = Literal["all", "basic", "none"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class GraphChange(Protocol):
+    """Changes graphs when they are opened."""
+
+    def give(self, graph: Path, options: ort.SessionOptions) -> str | bytes:
+        """Return what to open with these options: a graph's path, or its bytes, changed.
+
+        Raises:
+            OSError: it cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Provider:
             meet activations rounded to int8 (35 dB instead of 78 on tiny_ocr); "basic", into equal
             ones; or "none": a prepared graph was saved optimised.
         form: in which integer products are exact on this machine.
-        own: what computes parts of a graph in the place of ONNX Runtime.
+        own: changes a graph that is opened: by default nothing.
         spins: whether threads without work wait awake, on cores that others want meanwhile.
     """
 
@@ -81,7 +81,7 @@ class Provider:
     options: Mapping[str, str] = field(default_factory=dict)
     optimise: Optimise = "all"
     form: Form = AS_STORED
-    own: OwnKernels = NO_KERNELS
+    own: GraphChange = NO_KERNELS
     spins: bool = True
 
     @property
@@ -269,36 +269,6 @@ class _Part:
         return open_session(self.files.path, self.name, self.provider, threads)
 
 
-def check_graph(
-    bundle: Bundle, graph: str, opened: ort.InferenceSession, *, attends: bool = False
-) -> None:
-    """Raise BundleError unless an opened graph is the contract's.
-
-    Args:
-        attends: whether attention was given to our own kernel; see `attention_nodes`.
-    """
-    spec, manifest = bundle.spec, bundle.manifest
-    if graph == contract.VISION_GRAPH:
-        inputs = contract.vision_inputs(spec.vision)
-        outputs = contract.vision_outputs(
-            spec.vision, spec.language, manifest.vision, manifest.dialect
-        )
-    elif attends:
-        inputs = attention_nodes.inputs(spec.language, manifest)
-        outputs = attention_nodes.outputs(spec.language, manifest)
-    else:
-        given = manifest.kv, manifest.dialect, takes_batch(opened)
-        inputs = contract.language_inputs(spec.language, manifest.language, *given)
-        outputs = contract.language_outputs(spec.language, *given)
-    check_contract(opened, inputs, outputs)
-
-
-def takes_batch(opened: ort.InferenceSession) -> bool:
-    """Whether a language graph takes several sequences in a pass; older ones take one."""
-    ranks = {node.name: len(node.shape) for node in opened.get_inputs()}
-    return ranks.get(contract.POSITIONS, 0) > 1
-
-
 def open_session(
     folder: Path, graph: str, provider: Provider, threads: int | None
 ) -> ort.InferenceSession:
@@ -369,31 +339,3 @@ def check_path(folder: Path) -> None:
         raise BundleError(
             f"{named(folder)} is not UTF-8, and ONNX Runtime takes no other path; rename the folder"
         ) from error
-
-
-def check_contract(
-    graph: ort.InferenceSession,
-    inputs: list[contract.Tensor],
-    outputs: list[contract.Tensor],
-) -> None:
-    """Raise BundleError unless names, types and fixed dimensions are the contract's."""
-    for nodes, tensors in ((graph.get_inputs(), inputs), (graph.get_outputs(), outputs)):
-        try:
-            got = {(node.name, node.type, _fixed(node.shape)) for node in nodes}
-        except UnicodeDecodeError as error:
-            raise BundleError(
-                f"a graph has a damaged name: {reason(error)}; export it anew"
-            ) from error
-        wanted = {(t.name, _ORT_TYPE[t.dtype], _fixed(t.shape)) for t in tensors}
-        if got != wanted:
-            raise BundleError(
-                "graph and manifest do not match: graph"
-                f" {quoted(sorted(got - wanted, key=str)[:2])}, manifest"
-                f" {quoted(sorted(wanted - got, key=str)[:2])}; export the checkpoint with this"
-                " version of internvl-edge"
-            )
-
-
-def _fixed(shape: Sequence[int | str]) -> tuple[int | None, ...]:
-    """A shape with None for the symbolic dimensions."""
-    return tuple(dim if isinstance(dim, int) else None for dim in shape)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from internvl_edge.runtime.backends.graph_bytes import Declared, Message, Model
+from internvl_edge.runtime.backends.graph_bytes import Declared, Model, Node
+from internvl_edge.runtime.backends.protocol_buffers import Message
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=9)
 integers = st.integers(-(2**63), 2**63 - 1)
@@ -103,6 +104,31 @@ def test_changes_are_those_that_onnx_makes(
         del wanted.attribute[:]
         wanted.attribute.extend([*attributes, helper.make_attribute("more", 7)])
     assert onnx.load_from_string(changed.serialised()) == model
+
+
+def test_what_is_added_is_what_onnx_would_write() -> None:
+    info, values = helper.make_tensor_value_info, [-1, 300, 2**40]
+    wanted = helper.make_graph(
+        [helper.make_node("Concat", ["a", "b"], ["joined"], "joined", axis=0)],
+        "added",
+        [info("a", TensorProto.FLOAT, ["rows", 2]), info("b", TensorProto.FLOAT, [1, 2])],
+        [info("joined", TensorProto.FLOAT, ["rows", 2])],
+        [numpy_helper.from_array(np.array(values), "w")],
+    )
+    given_graph = helper.make_graph([], "added", [*wanted.input], [*wanted.output])
+    for one in (*given_graph.input, *given_graph.output):
+        one.type.tensor_type.shape.dim[0].dim_value = 1
+    changed = Model.parse(helper.make_model(given_graph).SerializeToString())
+    node = Node.made("Concat", ["a", "b"], "joined")
+    node.set_integer("axis", 0)
+    changed.graph.nodes = [node]
+    changed.graph.add_weight("w", values)
+    changed.graph.name_size(["a", "joined", "other"], 0, "rows")
+    assert onnx.load_from_string(changed.serialised()).graph == wanted
+    assert not changed.graph.describes_values
+    given_graph.value_info.append(info("between", TensorProto.FLOAT, [1]))
+    given_bytes = helper.make_model(given_graph).SerializeToString()
+    assert Model.parse(given_bytes).graph.describes_values
 
 
 @given(st.binary(max_size=200))
