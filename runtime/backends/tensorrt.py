@@ -13,6 +13,7 @@ copied, and the 370 KB of InternLM2's 92,553 logits only for who asks for all of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,17 +29,16 @@ from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime.backends import MOST_SLICES, Slice, several, single
 from internvl_edge.runtime.backends.cuda import Box, Cuda, Graph
 from internvl_edge.runtime.backends.plans import PLANS, Engines
+from internvl_edge.runtime.backends.slots import Storages, together
 from internvl_edge.runtime.backends.tensorrt_cache import (
-    Slot,
+    EngineSlot,
+    EngineStorage,
     Span,
-    Storage,
-    Storages,
     TensorRtCache,
-    together,
 )
 from internvl_edge.runtime.backends.tensorrt_library import Context, Library
 from internvl_edge.runtime.backends.tensorrt_memory import Buffers, key_bucket, pieces
-from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
+from internvl_edge.runtime.decoding.device_sampling import LargestOfRows, selection_kernels
 from internvl_edge.runtime.decoding.sampling import Candidates
 
 
@@ -81,15 +81,24 @@ class TensorRtBackend:
         cuda: device, context and stream.
         library: the one the engines were built with.
         engines: built for this machine; see `find_engines`.
+        sequences: that are decoded in one pass, no more than the engines are for; None: as many.
 
     Raises:
         BundleError: a plan is not the one that was built, does not load or breaks the contract.
         DeviceError: not enough device memory.
     """
 
-    def __init__(self, bundle: Bundle, cuda: Cuda, library: Library, engines: Engines) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        cuda: Cuda,
+        library: Library,
+        engines: Engines,
+        sequences: int | None = None,
+    ) -> None:
         self._bundle, self._cuda = bundle, cuda
-        self.limits = engines.manifest.limits
+        limits = engines.manifest.limits
+        self.limits = replace(limits, sequences=sequences or limits.sequences)
         manifest, spec = bundle.manifest, bundle.spec
         self._dtype = contract.compute_dtype(manifest.language, manifest.dialect)
         self._rows_dtype = contract.compute_dtype(manifest.vision, manifest.dialect)
@@ -111,14 +120,8 @@ class TensorRtBackend:
             self._prefill = self._language.context(self._scratch.address)
             self._buffers = Buffers(bundle, cuda, self.limits, self._dtype)
             self._prefill.bind(self._buffers.addresses())
-            kernels = selection_kernels(cuda)
-            vocab = spec.language.vocab_size
-            #: Of each row of a step; none without the kernels.
-            self._largest = [
-                LargestLogits(cuda, kernels, vocab)
-                for _ in range(self.limits.sequences)
-                if kernels is not None
-            ]
+            rows, vocab = self.limits.sequences, spec.language.vocab_size
+            self._largest = LargestOfRows(cuda, selection_kernels(cuda), rows, vocab)
             self.description = f"{library.name} {library.version}, {cuda.name}"
         plans = engines.manifest.files
         # A plan built again may compute with other tactics, and round differently.
@@ -202,7 +205,8 @@ class TensorRtBackend:
         with self._cuda.active():
             for group in self._groups(batch):
                 places = self._queue_step([batch[index] for index in group])
-                found |= zip(group, self._candidates(places, count), strict=True)
+                read = partial(self._buffers.read_logits, places[-1] + 1)
+                found |= zip(group, self._largest.read(places, count, read), strict=True)
         return [found[index] for index in range(len(batch))]
 
     def _groups(self, batch: Sequence[Slice]) -> Iterator[list[int]]:
@@ -217,22 +221,8 @@ class TensorRtBackend:
             several(batch, self.most_slices)
         steps = [index for index, new in enumerate(batch) if len(new.rows) == 1]
         yield from ([index] for index in range(len(batch)) if index not in steps)
-        for group in together([_cache(batch[index]) for index in steps], self.limits.context):
+        for group in together([_cache(batch[index]).slot for index in steps]):
             yield [steps[place] for place in group]
-
-    def _candidates(self, places: Sequence[int], count: int) -> list[Candidates]:
-        """Wait for at least the `count` largest logits of some rows."""
-        found: list[Candidates | None] = [None for _ in places]
-        largest = [self._largest[place] for place in places if self._largest]
-        if copied := [one for one in largest if one.fetch(count)]:
-            self._cuda.synchronize()
-            found = [one.fetched(count) for one in copied]
-        known = [one for one in found if one is not None]
-        if len(known) == len(places):
-            return known
-        rows = self._buffers.read_logits(places[-1] + 1)
-        pairs = zip(found, places, strict=True)
-        return [one or Candidates(rows[place]) for one, place in pairs]
 
     def _prompt(self, new: Slice) -> NDArray[np.float32]:
         """Run rows of one sequence, in as many passes as the engine needs; logits of those wanted
@@ -251,7 +241,11 @@ class TensorRtBackend:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _queue_prompt(
-        self, slot: Slot, embeddings: NDArray[np.floating], start: int, rows: NDArray[np.int64]
+        self,
+        slot: EngineSlot,
+        embeddings: NDArray[np.floating],
+        start: int,
+        rows: NDArray[np.int64],
     ) -> None:
         """Queue a pass over rows of one sequence, of which some get logits."""
         buffers, tokens, storage = self._buffers, len(embeddings), slot.storage
@@ -299,7 +293,7 @@ class TensorRtBackend:
         self._buffers.positions.write(positions)
         self._buffers.rows.write(rows)
 
-    def _append(self, slot: Slot, place: tuple[int, int], start: int, stop: int) -> None:
+    def _append(self, slot: EngineSlot, place: tuple[int, int], start: int, stop: int) -> None:
         """Queue the copy of new keys and values that the engine put nowhere.
 
         Args:
@@ -312,19 +306,13 @@ class TensorRtBackend:
             box = Box(own, width, place[1] * storage.kv_heads)
             slot.copy(self._cuda, box, start, stop)
 
-    def _choose(self, rows: int) -> None:
-        """Queue the choice among the logits of each of the first rows."""
-        vocab, logits = self._bundle.spec.language.vocab_size, self._buffers.logits
-        for row, largest in enumerate(self._largest[:rows]):
-            largest.queue(logits[row : row + 1].of_shape((vocab,)))
-
-    def _step(self, storage: Storage, span: Span) -> Callable[[], None]:
+    def _step(self, storage: EngineStorage, span: Span) -> Callable[[], None]:
         if span not in storage.steps:
             context = self._language.context(self._scratch.address)
             context.bind(self._buffers.addresses())
             context.bind(storage.addresses(span.first, self._buffers.fresh, span.count))
             context.shape(self._shapes(span.count, 1, span.keys, span.count))
-            choose = partial(self._choose, span.count)
+            choose = partial(self._largest.queue, self._buffers.logits[: span.count])
             storage.steps[span] = CapturedStep(self._cuda, context, choose)
         return storage.steps[span]
 
@@ -346,9 +334,9 @@ class TensorRtBackend:
             if not sizes.keys().isdisjoint(tensor.shape)
         }
 
-    def _allocated(self, slots: int) -> Storage:
+    def _allocated(self, slots: int) -> EngineStorage:
         try:
-            return Storage(self._bundle, self._cuda, self.limits, slots, self._dtype)
+            return EngineStorage(self._bundle, self._cuda, self.limits.context, slots, self._dtype)
         except DeviceError as error:
             raise CapacityError(
                 f"no device memory for a KV cache of {self.limits.context} tokens"

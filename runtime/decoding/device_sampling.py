@@ -8,8 +8,10 @@ the logits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internvl_edge.kernels.build import BuildError, cuda_binary
 from internvl_edge.kernels.cuda import (
@@ -75,6 +77,46 @@ class LargestLogits:
             return None
         order = np.argsort(ids)
         return Candidates(logits[order], ids[order])
+
+
+class LargestOfRows:
+    """The largest logits of each of some rows of a pass.
+
+    Args:
+        kernels: None: all logits are copied, and chosen from on the CPU.
+        rows: of logits `(rows, vocab)`, at most.
+    """
+
+    def __init__(self, cuda: Cuda, kernels: CudaKernels | None, rows: int, vocab: int) -> None:
+        self._cuda, self._vocab, self._each = cuda, vocab, list[LargestLogits]()
+        if kernels is not None:
+            self._each = [LargestLogits(cuda, kernels, vocab) for _ in range(rows)]
+
+    def queue(self, logits: DeviceArray) -> None:
+        """Queue the choice from each row of logits `(rows, vocab)`."""
+        for row, largest in enumerate(self._each[: len(logits)]):
+            largest.queue(logits[row : row + 1].of_shape((self._vocab,)))
+
+    def read(
+        self, rows: Sequence[int], count: int, read_all: Callable[[], NDArray[np.float32]]
+    ) -> list[Candidates]:
+        """Wait for at least the `count` largest logits of some rows.
+
+        Args:
+            read_all: waits for the logits of all rows up to the last of these, `(rows, vocab)`:
+                where not enough are chosen from one.
+        """
+        found: list[Candidates | None] = [None for _ in rows]
+        chosen = [self._each[row] for row in rows if self._each]
+        if copied := [one for one in chosen if one.fetch(count)]:
+            self._cuda.synchronize()
+            found = [one.fetched(count) for one in copied]
+        known = [one for one in found if one is not None]
+        if len(known) == len(rows):
+            return known
+        logits = read_all()
+        pairs = zip(found, rows, strict=True)
+        return [one or Candidates(logits[row]) for one, row in pairs]
 
 
 def _copied(count: int) -> int:

@@ -23,7 +23,8 @@ from internvl_edge.export.tensorrt.profiles import plan_build, this_place
 from internvl_edge.runtime import InternVL, UsageError
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Limits
-from internvl_edge.runtime.backends.tensorrt_cache import Span, TensorRtCache, together
+from internvl_edge.runtime.backends.slots import together
+from internvl_edge.runtime.backends.tensorrt_cache import Span, TensorRtCache
 from internvl_edge.runtime.backends.tensorrt_library import Library
 from internvl_edge.runtime.decoding.passes import Run
 
@@ -137,13 +138,13 @@ def test_a_full_slot_between_is_left_out(model: InternVL, trt: FakeTensorRt) -> 
     first, full, last = caches(model, [5, LIMITS.context, 4])
     before = held(full)
     groups = [[0], [1]]
-    assert list(together([first, last], LIMITS.context)) == groups
+    assert list(together([first.slot, last.slot])) == groups
     model.engine.run([new_run(model, cache, [9]) for cache in (first, last)])
     np.testing.assert_array_equal(held(full), before)
     assert {span.count for span in first.slot.storage.steps} == {1}
     full.state.truncate(0)
     model.engine.run([new_run(model, full, [7])])
-    assert list(together([last, first], LIMITS.context)) == [[1, 0]]
+    assert list(together([last.slot, first.slot])) == [[1, 0]]
 
 
 def test_a_step_of_three(bindings: HostDriver, model: InternVL, trt: FakeTensorRt) -> None:
