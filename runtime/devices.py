@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from internvl_edge.bundle.contract import VISION_FILES
 from internvl_edge.bundle.errors import DeviceError, UsageError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, quoted
@@ -64,6 +65,7 @@ def open_device(
     low_memory: bool = False,
     context: int | None = None,
     build_engines: EngineBuilder | None = None,
+    max_sequences: int | None = None,
 ) -> Opened:
     """Load a bundle's graphs on a device.
 
@@ -76,17 +78,22 @@ def open_device(
         low_memory: on the CPU, hold one graph at a time.
         context: positions a KV cache must have room for; None leaves it to the device.
         build_engines: builds engines where there are none that fit this machine.
+        max_sequences: that a GPU decodes in one pass; None: one, or as many as engines are for. The
+            CPU takes any number.
 
     Raises:
         DeviceError: the device is unknown or not available.
         BundleError: a graph or engine does not load.
-        UsageError: `threads` is not positive, or `build_engines` no function.
+        CapacityError: there is no memory for caches of so many sequences.
+        UsageError: `threads` or `max_sequences` is not positive, engines are for fewer sequences,
+            or `build_engines` is no function.
     """
     if not isinstance(device, str) or device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
     function_or_none("build_engines", build_engines)
-    if threads is not None and threads < 1:
-        raise UsageError(f"is {quoted(threads)}, it must be at least 1", option="threads")
+    for option, value in (("threads", threads), ("max_sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise UsageError(f"is {quoted(value)}, it must be at least 1", option=option)
     if stream is not None and device == "cpu":
         raise DeviceError(f"a CUDA stream was given for device {quoted(device)}; use device='cuda'")
     if device == "cpu":
@@ -101,8 +108,8 @@ def open_device(
         )
     try:
         if device == "cuda" or (device == "auto" and not engines):
-            return _open_cuda(bundle, threads, stream)
-        return _open_tensorrt(bundle, stream, context, build_engines)
+            return _open_cuda(bundle, threads, stream, context, max_sequences or 1)
+        return _open_tensorrt(bundle, stream, context, build_engines, max_sequences)
     except DeviceError as error:
         if device != "auto":
             raise
@@ -128,7 +135,9 @@ def _open_cpu(bundle: Bundle, threads: int | None, low_memory: bool, note: str =
     return Opened(backend, tile_on_host, memory=guard)
 
 
-def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
+def _open_cuda(
+    bundle: Bundle, threads: int | None, stream: Any, context: int | None, sequences: int
+) -> Opened:
     from internvl_edge.runtime.backends.cuda import Cuda
     from internvl_edge.runtime.backends.onnxruntime_cuda import (
         OnnxRuntimeCudaBackend,
@@ -139,12 +148,23 @@ def _open_cuda(bundle: Bundle, threads: int | None, stream: Any) -> Opened:
 
     check_provider("cuda")
     cuda = Cuda.open(stream)
-    backend = OnnxRuntimeCudaBackend(bundle, cuda, cuda_provider(cuda), threads)
+    backend = OnnxRuntimeCudaBackend(
+        bundle,
+        cuda,
+        cuda_provider(cuda),
+        threads,
+        sequences=sequences,
+        context=context or min(bundle.spec.language.max_context, CUDA_CONTEXT),
+    )
     return Opened(backend, DeviceTiler.of(cuda), CUDA_CONTEXT)
 
 
 def _open_tensorrt(
-    bundle: Bundle, stream: Any, context: int | None, build_engines: EngineBuilder | None
+    bundle: Bundle,
+    stream: Any,
+    context: int | None,
+    build_engines: EngineBuilder | None,
+    sequences: int | None,
 ) -> Opened:
     from internvl_edge.runtime.backends.cuda import Cuda
     from internvl_edge.runtime.backends.plans import find_engines, why_none
@@ -162,8 +182,21 @@ def _open_tensorrt(
         if build_engines is None:
             raise DeviceError(why_none(bundle, machine, context), [Remedy.BUILD_ENGINES])
         engines = build_engines(bundle, cuda, library, context)
-    backend = TensorRtBackend(bundle, cuda, library, engines)
+    built = engines.manifest.limits.sequences
+    if sequences is not None and sequences > built:
+        raise UsageError(
+            f"is {sequences}, the engines are for {built}; rebuild them with 'internvl-edge build"
+            f" {named(bundle.path)} --max-sequences {sequences}'",
+            option="max_sequences",
+        )
+    backend = TensorRtBackend(bundle, cuda, library, engines, sequences)
     return Opened(backend, DeviceTiler.of(cuda), backend.limits.context)
+
+
+def encoder_name(bundle: Bundle, backend: Backend) -> str:
+    """Name what encodes images: the vision graph, its weights, and what runs them."""
+    hashes = [bundle.manifest.files[name].sha256 for name in VISION_FILES]
+    return " ".join([*hashes, backend.numerics])
 
 
 @lru_cache(maxsize=8)

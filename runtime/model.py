@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.manifest import Bundle, Verify, open_bundle
 from internvl_edge.bundle.quoting import quoted
@@ -36,7 +35,7 @@ from internvl_edge.runtime.decoding.request import Reply
 from internvl_edge.runtime.decoding.reservations import Reservations
 from internvl_edge.runtime.decoding.reuse import ImageStore, PrefixStore
 from internvl_edge.runtime.decoding.shelf import Shelf
-from internvl_edge.runtime.devices import Device, EngineBuilder, open_device
+from internvl_edge.runtime.devices import Device, EngineBuilder, encoder_name, open_device
 from internvl_edge.runtime.images.folder import (
     FOLDER_BYTES,
     FOLDER_DAYS,
@@ -82,7 +81,9 @@ class InternVL(NotCopied):
         self.spec: ModelSpec = bundle.spec
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self.inputs = Inputs(self.spec, tokenizer, tiler, max_context, _encoder(bundle, backend))
+        self.inputs = Inputs(
+            self.spec, tokenizer, tiler, max_context, encoder_name(bundle, backend)
+        )
         self.context_id, self.sampling = self.inputs.context_id, self.inputs.sampling
         prefixes = PrefixStore(shelf := Shelf(reuse_bytes))
         self.engine = Engine(backend, self.spec, EmbeddingTable.load(bundle), prefixes)
@@ -118,6 +119,7 @@ class InternVL(NotCopied):
         device: Device = "auto",
         threads: int | None = None,
         max_context: int | None = None,
+        max_sequences: int | None = None,
         verify: Verify = "once",
         stream: Any = None,
         reuse_bytes: int = REUSE_BYTES,
@@ -136,6 +138,8 @@ class InternVL(NotCopied):
                 (`internvl-edge build`), "cuda" ONNX Runtime's provider.
             threads: CPU threads; None is one per core.
             max_context: most tokens (image rows included) a prompt and its answer may take.
+            max_sequences: most answers that a GPU decodes in one pass, each with memory for a whole
+                context; None: one, or as many as engines are for. The CPU takes any number.
             verify: "hash" reads all files, "once" large ones only when changed, "size" none.
             stream: CUDA stream of the caller's to work on: an integer handle or an object of
                 torch, CuPy, PyCUDA or cuda.core. It must live as long as the model.
@@ -153,8 +157,8 @@ class InternVL(NotCopied):
         Raises:
             BundleError: not a bundle, or a damaged one.
             DeviceError: the device is not available.
-            LimitError: `max_context` is beyond what the model can do, the bundle does not fit into
-                memory, or `image_folder` is a file.
+            LimitError: `max_context` is beyond what the model can do, `max_sequences` beyond what
+                engines are for, it does not fit into memory, or `image_folder` is a file.
         """
         max_context = whole_or("max_context", max_context, None)
         kept = whole_or("reuse_bytes", reuse_bytes, REUSE_BYTES)
@@ -175,6 +179,7 @@ class InternVL(NotCopied):
             low_memory=flag("low_memory", low_memory),
             context=max_context,
             build_engines=build_engines,
+            max_sequences=whole_or("max_sequences", max_sequences, None),
         )
         if max_context is None:
             max_context = min(limit, opened.context or limit)
@@ -392,9 +397,3 @@ class InternVL(NotCopied):
         """Like `tile`, with the name the image has in the caches."""
         self.home.check()
         return self.inputs.tile(image, max_tiles)
-
-
-def _encoder(bundle: Bundle, backend: Backend) -> str:
-    """Name what encodes images: the vision graph, its weights, and what runs them."""
-    hashes = [bundle.manifest.files[name].sha256 for name in contract.VISION_FILES]
-    return " ".join([*hashes, backend.numerics])

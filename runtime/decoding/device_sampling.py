@@ -54,13 +54,6 @@ class LargestLogits:
         given = {"out": self._found, "scratch": self._scratch, "stream": self._cuda.stream}
         self._kernels.select(logits, **given)
 
-    def read(self, count: int) -> Candidates | None:
-        """Wait for the largest `count` and what equals the last of them; None: not all are here."""
-        if not self.fetch(count):
-            return None
-        self._cuda.synchronize()
-        return self.fetched(count)
-
     def fetch(self, count: int) -> bool:
         """Queue the copy of what `fetched` reads; whether so many may be here."""
         if not 1 <= count <= SELECT_MOST:
@@ -70,7 +63,8 @@ class LargestLogits:
         return True
 
     def fetched(self, count: int) -> Candidates | None:
-        """Return what was copied, as `read` does, once somebody has waited."""
+        """Return the largest `count` and what equals the last of them, once somebody has waited;
+        None: not all are here."""
         copied = _copied(count)
         ids, logits = read_candidates(self._host[:copied])
         if count > 1 and len(ids) == SELECT_MOST and not logits[-1] < logits[count - 1]:

@@ -33,7 +33,7 @@ from internvl_edge.runtime import (
     devices,
 )
 from internvl_edge.runtime.backends import Slice, onnxruntime_cuda, sessions
-from internvl_edge.runtime.backends.onnxruntime_cuda import CudaCache
+from internvl_edge.runtime.backends.cuda_passes import Binding, CudaCache
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
 from internvl_edge.runtime.decoding.sampling import Sampling
 
@@ -198,47 +198,39 @@ def rows_of(model: InternVL, ids: list[int]) -> NDArray[Any]:
 def test_the_cache_is_one_block_bound_as_past_and_present(
     bindings: HostDriver, model: InternVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bound: list[tuple[str, str, int]] = []
-    place = onnxruntime_cuda.Place
-    for kind in ("bind_input", "bind_output"):
-        original = getattr(place, kind)
+    bound: dict[str, int] = {}
+    bind = Binding._bind
 
-        def noted(
-            self: Any,
-            binding: Any,
-            name: str,
-            array: Any,
-            kind: str = kind,
-            original: Any = original,
-        ) -> None:
-            bound.append((kind, name, array.address))
-            original(self, binding, name, array)
+    def noted(self: Binding, told: Any, name: str, array: Any) -> None:
+        bound[name] = array.address
+        bind(self, told, name, array)
 
-        monkeypatch.setattr(place, kind, noted)
-    cache = model.engine.backend.new_cache(32)
-    past = {name[5:]: at for kind, name, at in bound if name.startswith("past.")}
-    present = {name[8:]: at for kind, name, at in bound if name.startswith("present.")}
+    monkeypatch.setattr(Binding, "_bind", noted)
+    cache, language = model.engine.backend.new_cache(32), model.spec.language
+    new = Slice(cache, rows_of(model, [3]), language.rope_theta, np.array([0]))
+    model.engine.backend.forward([new])
+    past = {name[5:]: at for name, at in bound.items() if name.startswith("past.")}
+    present = {name[8:]: at for name, at in bound.items() if name.startswith("present.")}
     assert past == present
-    language = model.spec.language
     step = 32 * language.num_key_value_heads * language.head_dim * 4
     first = min(past.values())
     assert sorted(past.values()) == [
         first + i * step for i in range(2 * language.num_hidden_layers)
     ]
     assert isinstance(cache, CudaCache)
-    assert first == cache._memory.address
+    assert first == cache.slot.storage.memory.address
 
 
 def test_a_step_writes_its_own_rows_of_the_cache_and_nothing_else(model: InternVL) -> None:
     cache = model.engine.backend.new_cache(32)
     assert isinstance(cache, CudaCache)
-    assert not cache._memory.to_host().any()  # cleared, whatever the memory held before
+    memory, theta = cache.slot.storage.memory, model.spec.language.rope_theta
+    assert not memory.to_host().any()  # cleared, whatever the memory held before
     for start, ids in ((0, [3, 4, 5]), (3, [6]), (4, [7])):
-        before = cache._memory.to_host()
-        theta = model.spec.language.rope_theta
+        before = memory.to_host()
         model.engine.backend.forward([Slice(cache, rows_of(model, ids), theta, np.array([0]))])
-        cache.state.extend(np.array(ids), model.spec.language.rope_theta)
-        changed = np.flatnonzero((cache._memory.to_host() != before).any(axis=(0, 1, 2, 4)))
+        cache.state.extend(np.array(ids), theta)
+        changed = np.flatnonzero((memory.to_host() != before).any(axis=(0, 1, 2, 4)))
         assert changed.tolist() == list(range(start, start + len(ids)))
 
 
@@ -293,7 +285,7 @@ def test_a_prompt_begun_earlier_is_copied_on_the_device(
     bindings.calls.clear()
     got = remembering.generate(question, [image], max_new_tokens=5)
     assert got.timings.cached_tokens > got.timings.prompt_tokens // 2
-    assert bindings.named("cuMemcpyDtoDAsync")
+    assert len(bindings.named("cuMemcpy3DAsync")) == 1
     wanted = golden_model.generate(question, [PIXELS], max_new_tokens=5)
     assert got.token_ids == wanted.token_ids
 
@@ -338,12 +330,18 @@ def test_a_cache_that_does_not_fit(bindings: HostDriver, model: InternVL) -> Non
 
 
 def test_everything_is_given_back(bindings: HostDriver, model: InternVL) -> None:
+    def held() -> list[list[int]]:
+        kinds = bindings.memory, bindings.pinned
+        return [sorted(block.nbytes for block in blocks.values()) for blocks in kinds]
+
+    logits = model.logits(list(range(5, 25)))  # of more rows than a step's
     model.generate(QUESTION, [PIXELS], max_new_tokens=3)
-    held = len(bindings.memory)
+    before = held()
+    assert logits.nbytes not in before[0]
     for _ in range(3):
         model.generate(QUESTION, [PIXELS], max_new_tokens=3)
-    assert len(bindings.memory) == held
-    assert bindings.pinned == {}
+        np.testing.assert_array_equal(model.logits(list(range(5, 25))), logits)
+    assert held() == before
 
 
 def test_the_description_names_the_device(model: InternVL) -> None:

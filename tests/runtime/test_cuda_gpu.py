@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from candidates import check_candidates
 from cuda_callers import TOKENS, answer_in_pycuda
+from many import ASKED, alone, same
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,6 +26,7 @@ from internvl_edge.kernels.device import DeviceArray
 from internvl_edge.runtime import DeviceError, ImageError, InternVL
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.decoding.device_sampling import LargestLogits, selection_kernels
+from internvl_edge.runtime.decoding.sampling import Candidates
 from internvl_edge.runtime.images.device_tiling import DeviceTiler
 from internvl_edge.runtime.images.preprocess import Tiling, tile_on_host
 
@@ -96,6 +98,12 @@ def test_copies_and_a_graph(cuda: Cuda) -> None:
     cuda.check_primary()
 
 
+def read(largest: LargestLogits, cuda: Cuda, count: int) -> Candidates | None:
+    assert largest.fetch(count)
+    cuda.synchronize()
+    return largest.fetched(count)
+
+
 def test_captured_candidates(cuda: Cuda, nvcc: None) -> None:
     """Of InternLM2's 92,553 logits, by a graph over what comes next; too many equals are told."""
     rng, kernels = np.random.default_rng(7), selection_kernels(cuda)
@@ -104,14 +112,14 @@ def test_captured_candidates(cuda: Cuda, nvcc: None) -> None:
         host, logits = cuda.pinned((92_553,), "float32"), cuda.zeros((92_553,), "float32")
         largest = LargestLogits(cuda, kernels, 92_553)
         largest.queue(logits)
-        assert largest.read(50) is None  # all alike
+        assert read(largest, cuda, 50) is None  # all alike
         with cuda.capture() as graph:
             largest.queue(logits)
         for _ in range(3):
             host[:] = rng.standard_normal(92_553)
             cuda.upload(host, logits)
             graph.launch()
-            first, found = largest.read(1), largest.read(50)
+            first, found = read(largest, cuda, 1), read(largest, cuda, 50)
             assert first is not None
             assert first.ids is not None
             assert first.ids.tolist() == [host.argmax()]
@@ -185,6 +193,20 @@ def test_answers_are_the_cpus(
     rows = golden_model.encode_images([PIXELS])
     # float32 sums in another order; TF32 would be off by 1e-3.
     np.testing.assert_allclose(model.encode_images([PIXELS]), rows, rtol=0, atol=1e-4)
+
+
+def test_a_batch_is_answered_as_each_alone(
+    cuda: Cuda, golden_bundle: Path, golden_model: InternVL
+) -> None:
+    """Several sequences in a pass, also beyond the trained length."""
+    model = load(golden_bundle, max_sequences=3, max_context=700, reuse_bytes=0)
+    trained = model.spec.language.max_position_embeddings
+    ids = np.random.default_rng(0).integers(5, 400, trained + 9).tolist()
+    greedy = [one for one in ASKED if "sampling" not in one]
+    for asked in (greedy, [ids[: trained - 15], ids, ids[:20]]):
+        wanted = [alone(golden_model, one, max_new_tokens=25) for one in asked]
+        same(model.generate_batch(asked, max_new_tokens=25), wanted)
+    model.close()
 
 
 def test_answers_in_torchs_context_and_stream(

@@ -33,7 +33,10 @@ def found(cuda: Cuda, logits: Any, count: int) -> Candidates | None:
     with cuda.active():
         largest = LargestLogits(cuda, CudaKernels(cuda.driver), len(logits))
         largest.queue(DeviceArray.of(cuda.driver, np.asarray(logits, np.float32)))
-        return largest.read(count)
+        if not largest.fetch(count):
+            return None
+        cuda.synchronize()
+        return largest.fetched(count)
 
 
 @settings(

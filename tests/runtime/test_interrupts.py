@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.bundle.rope import rope_base, rope_rows
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends.onnxruntime_cuda import LogitsOutput, StagedInput
+from internvl_edge.runtime.backends.cuda_passes import Binding, LogitsOutput, Place, StagedInput
 from internvl_edge.runtime.backends.rope_table import CacheRope, RopeTable
 from internvl_edge.runtime.devices import Device
 
@@ -143,46 +143,68 @@ def test_caches_share_the_trained_table_and_nothing_else(golden_model: InternVL)
     )
 
 
-class Place:
-    """Notes what is bound, and hands out memory."""
+class Memory:
+    """Hands out memory of the host as a device's, and notes what ONNX Runtime is told."""
+
+    device = 0
 
     def __init__(self) -> None:
-        self.cuda = self
-        self.bound: Any = None
+        self.held: dict[int, NDArray[Any]] = {}
+        self.bound: dict[str, NDArray[Any]] = {}
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return Array(self, np.zeros(shape, dtype))
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return np.zeros(shape, dtype)
 
-    pinned = empty
+    def upload(self, source: NDArray[Any], target: Any) -> None:
+        target.values[:] = source
 
-    def upload(self, source: NDArray[Any], target: NDArray[Any]) -> None:
-        target[:] = source
+    def io_binding(self) -> Memory:
+        return self
 
-    def bind_input(self, binding: Any, name: str, array: NDArray[Any]) -> None:
-        self.bound = array
+    def bind_input(
+        self, name: str, memory: str, device: int, kind: type, shape: Any, address: int
+    ) -> None:
+        self.bound[name] = self.held[address][: shape[0]]
 
     bind_output = bind_input
+
+
+class Array:
+    """Some rows of a block of memory; a block goes with its array."""
+
+    def __init__(self, memory: Memory, values: NDArray[Any]) -> None:
+        self.memory, self.values, self.address = memory, values, values.ctypes.data
+        self.shape, self.dtype = values.shape, values.dtype
+        memory.held.setdefault(self.address, values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice) -> Array:
+        return Array(self.memory, self.values[rows])
 
 
 @pytest.mark.parametrize("then", [2, 3, 9])
 def test_what_is_bound_is_what_was_written(then: int) -> None:
     """Also where memory grew, or was being bound, when an interrupt came."""
     for at in range(1, 300):
-        place: Any = Place()
-        staged = StagedInput(place, None, "rows", np.float32)
-        logits = LogitsOutput(place, None, 5, None)
-        logits_place: Any = Place()
-        logits._place = logits_place
+        memory: Any = Memory()
+        binding = Binding(Place(memory, "host"), memory)
+        staged, logits = StagedInput(memory, "rows", np.float32), LogitsOutput(memory, 2, 5)
         counted = Moments(at, interrupt)
         with suppress(KeyboardInterrupt), counted:
             for rows in (2, 9, 3):
-                staged.write(np.full((rows, 4), rows, np.float32))
-                logits.bind(rows)
-        staged.write(np.full((then, 4), -1, np.float32))
-        logits.bind(then)
-        np.testing.assert_array_equal(place.bound, np.full((then, 4), -1))
-        assert logits_place.bound.shape == (then, 5)
-        assert np.shares_memory(logits_place.bound, logits._device)
+                staged.write(binding, np.full((rows, 4), rows, np.float32))
+                logits.bind(binding, rows)
+        staged.write(binding, np.full((then, 4), -1, np.float32))
+        logits.bind(binding, then)
+        np.testing.assert_array_equal(memory.bound["rows"], np.full((then, 4), -1))
+        found: Any = logits.device
+        assert memory.bound["logits"].shape == (then, 5)
+        assert np.shares_memory(memory.bound["logits"], found.values)
         if counted.seen < at:
             break
     assert 5 < at < 299

@@ -208,6 +208,19 @@ def test_a_prompt_begun_beside_is_copied_on_the_device(path: Path, golden_model:
     model.close()
 
 
+def test_no_more_sequences_than_the_engines_are_for(path: Path) -> None:
+    """Fewer take less memory; auto is no excuse for other answers than were asked for."""
+    named = rf"max_sequences is 4, the engines are for 3; .* build {path} --max-sequences 4"
+    for device in ("tensorrt", "auto"):
+        with pytest.raises(UsageError, match=named):
+            InternVL.load(path, device=device, max_sequences=4)
+    for asked, slots in ((None, 3), (3, 3), (2, 2), (1, 1)):
+        model = InternVL.load(path, device="tensorrt", max_sequences=asked)
+        cache: Any = model.engine.backend.new_cache(8)
+        assert cache.slot.storage.slots == slots
+        assert (model.engine.backend.most_slices == 1) == (slots == 1)
+
+
 def test_a_bundle_written_earlier_takes_one_sequence_a_pass(
     path: Path, tmp_path: Path, golden_model: InternVL, trt: FakeTensorRt
 ) -> None:
