@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ class Chat(NotCopied):
         self._images = told.tile(inputs, max_tiles)
         for image in self._images:
             image.release()
-        self._cache = answering.engine.backend.new_cache(answering.max_context)
+        self._cache = answering.engine.new_cache(answering.max_context)
+        self._cache.state.owner = weakref.ref(self)
         self._active: Turn | None = None
 
     @property

@@ -131,6 +131,14 @@ class SelectingBackend(Protocol):
         """
 
 
+@runtime_checkable
+class SlottedBackend(Protocol):
+    """A backend whose passes take caches from a number of places."""
+
+    def is_in_way(self, cache: Cache) -> bool:
+        """Whether the next cache would be run by itself, and would not if this one were gone."""
+
+
 def single(batch: Sequence[Slice]) -> Slice:
     """Return the only slice of a batch.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class CacheState:
     Attributes:
         length: filled positions.
         touched: positions that were ever written: their memory is taken.
+        owner: refers to who goes on with it after an answer, if anybody does.
         lock: held by whoever writes rows or copies them.
     """
 
@@ -72,6 +74,7 @@ class CacheState:
         self._base: float | None = None
         self.length = 0
         self.touched = 0
+        self.owner: weakref.ref[Any] | None = None
         self.lock = threading.RLock()
 
     def common_prefix(self, signatures: NDArray[np.int64], base: float) -> int:
@@ -85,6 +88,11 @@ class CacheState:
     def content(self) -> tuple[NDArray[np.int64], float | None]:
         """Signatures `(length,)` and the rotary base that all of them are under; None: several."""
         return self._signatures[: self.length], self._base
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody goes on with it after an answer."""
+        return self.owner is not None and self.owner() is not None
 
     @property
     def nbytes(self) -> int:

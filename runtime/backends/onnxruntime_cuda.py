@@ -23,7 +23,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.cuda_passes import (
     Binding,
@@ -181,6 +181,10 @@ class OnnxRuntimeCudaBackend:
             cache = CudaCache(self._cuda, self._storages.take(), capacity)
             self._storages.own(cache)
             return cache
+
+    def is_in_way(self, cache: Cache) -> bool:
+        """See `SlottedBackend.is_in_way`."""
+        return self._batched and self._storages.is_in_way(cache)
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
         """Run new rows of each sequence; see `Backend.forward`.

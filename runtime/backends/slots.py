@@ -152,6 +152,12 @@ class Storages(Generic[S]):
         self._all.append(self._allocate(1 if self._all else self._sequences))
         return Slot(self._all[-1], self._all[-1].take())
 
+    def is_in_way(self, cache: Cache) -> bool:
+        """See `SlottedBackend.is_in_way`."""
+        assert isinstance(cache, SlotCache)
+        shared = self._all[0]  # the only one with room for several
+        return shared.slots > 1 and not shared.free and cache.slot.storage is shared
+
     def own(self, cache: SlotCache[S]) -> None:
         """Give the slot of a cache back when it goes."""
         weakref.finalize(cache, self.give_back, cache.slot).atexit = False

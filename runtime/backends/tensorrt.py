@@ -26,7 +26,7 @@ from internvl_edge.bundle.errors import CapacityError, ContextError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
 from internvl_edge.runtime.backends.cuda import Box, Cuda, Graph
 from internvl_edge.runtime.backends.plans import PLANS, Engines
 from internvl_edge.runtime.backends.slots import Storages, together
@@ -180,6 +180,10 @@ class TensorRtBackend:
         with self._cuda.active():
             language = self._bundle.spec.language
             return TensorRtCache(self._cuda, self._storages, language, capacity)
+
+    def is_in_way(self, cache: Cache) -> bool:
+        """See `SlottedBackend.is_in_way`."""
+        return self._storages.is_in_way(cache)
 
     def forward(self, batch: Sequence[Slice]) -> NDArray[np.float32]:
         """Run new rows of each sequence; see `Backend.forward`.

@@ -108,7 +108,7 @@ class Admission:
         means.reservations.take(handle, _claim(handle, reserved))
         cache = request.cache
         if cache is None:
-            cache = means.engine.backend.new_cache(handle.positions)
+            cache = means.engine.new_cache(handle.positions)
         handle.had_bytes = cache.held_bytes if request.cache is not None else 0
         handle.cache, handle.reserved = cache, reserved
         ids, answered = handle.prompt_ids, handle.ids[:-1]

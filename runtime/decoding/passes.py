@@ -15,7 +15,7 @@ from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.bundle.rope import rope_base
 from internvl_edge.bundle.specs import LanguageSpec, ModelSpec
 from internvl_edge.kernels.operators.turns import Turns
-from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice
+from internvl_edge.runtime.backends import Backend, Cache, SelectingBackend, Slice, SlottedBackend
 from internvl_edge.runtime.decoding.embedding import EmbeddingTable
 from internvl_edge.runtime.decoding.reuse import PrefixStore
 from internvl_edge.runtime.decoding.sampling import Candidates
@@ -148,6 +148,12 @@ class Engine:
     def most_tokens(self) -> int:
         """Tokens of one prefill pass, where the prompt is short."""
         return MAX_CHUNK
+
+    def new_cache(self, capacity: int) -> Cache:
+        """Allocate a cache; a kept one gives up its place where this one shares passes by that."""
+        if isinstance(self.backend, SlottedBackend):
+            self._prefixes.make_room(self.backend.is_in_way)
+        return self.backend.new_cache(capacity)
 
     def run(self, runs: Sequence[Run]) -> list[list[Candidates]]:
         """Append the positions of every run to its cache, in one pass.

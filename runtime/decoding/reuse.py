@@ -6,7 +6,7 @@ Both lie on one shelf that is bounded in bytes; what was used longest ago goes f
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ Rows = NDArray[np.floating]
 
 #: Shared positions below which nothing is copied: the template alone is not worth it.
 LEAST_SHARED = 16
+#: What keys of caches begin with.
+_CACHE = "cache "
 
 
 class ImageStore:
@@ -76,6 +78,15 @@ class PrefixStore:
             self._shelf.drop(key)
         self._shelf.put(_key(cache), cache, nbytes, prompt)
 
+    def make_room(self, is_in_way: Callable[[Cache], bool]) -> None:
+        """Forget the least recently used of the caches in the way that nobody goes on with."""
+        oldest_first = reversed(self._shelf.values())
+        kept = ((key, one) for key, one in oldest_first if key.startswith(_CACHE))
+        key = next((key for key, one in kept if not one.state.in_use and is_in_way(one)), None)
+        if key is not None:
+            del oldest_first, kept  # its memory goes with the last that refers to it
+            self._shelf.drop(key)
+
     def fill(
         self,
         cache: Cache,
@@ -121,7 +132,7 @@ def _rows_key(image: ImageIdentity) -> str:
 
 
 def _key(cache: Cache) -> str:
-    return f"cache {id(cache)}"
+    return f"{_CACHE}{id(cache)}"
 
 
 def _prompt(signatures: NDArray[np.int64], base: float) -> bytes:

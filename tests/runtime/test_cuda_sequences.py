@@ -29,6 +29,29 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return noted_sizes(monkeypatch)
 
 
+def test_kept_caches_give_up_their_slots(
+    bindings: HostDriver, golden_bundle: Path, sizes: list[int]
+) -> None:
+    """Those used longest ago; not one that a chat goes on with."""
+    model = load(golden_bundle, reuse_bytes=1 << 30)
+    chat = model.chat()
+    chat.send("A question", max_new_tokens=3)
+    for number in range(3):
+        asked = [f"{word}, number {number}" for word in ("One", "Another")]
+        sizes.clear()
+        model.generate_batch(asked, max_new_tokens=6)
+        assert 2 in sizes
+    repeated = model.generate(asked[1], max_new_tokens=2)
+    assert repeated.timings.cached_tokens == repeated.timings.prompt_tokens - 1
+    cache: Any = chat._cache
+    assert (cache.slot.storage.slots, cache.slot.index) == (3, 0)
+    assert chat.send("Another", max_new_tokens=3).timings.cached_tokens > 10
+    del cache, chat  # what is kept of it is nobody's any more
+    new: list[Any] = [model.engine.new_cache(8) for _ in range(4)]
+    assert [cache.slot.storage.slots for cache in new] == [3, 3, 3, 1]
+    model.close()
+
+
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
 def test_other_decoders(
     bindings: HostDriver, tmp_path: Path, sizes: list[int], family: str

@@ -208,6 +208,14 @@ def test_a_prompt_begun_beside_is_copied_on_the_device(path: Path, golden_model:
     model.close()
 
 
+def test_kept_caches_give_up_their_slots(path: Path) -> None:
+    model = InternVL.load(path, device="tensorrt")
+    for question in ("One", "Another", "A third one", "The last"):
+        model.generate(question, max_new_tokens=2)
+    new: list[Any] = [model.engine.new_cache(8) for _ in range(4)]
+    assert [cache.slot.storage.slots for cache in new] == [3, 3, 3, 1]
+
+
 def test_no_more_sequences_than_the_engines_are_for(path: Path) -> None:
     """Fewer take less memory; auto is no excuse for other answers than were asked for."""
     named = rf"max_sequences is 4, the engines are for 3; .* build {path} --max-sequences 4"
