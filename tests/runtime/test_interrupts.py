@@ -47,11 +47,15 @@ def test_a_slice_of_the_campaign(golden_bundle: Path) -> None:
     assert totals.refused < totals.tried // 20
 
 
-def test_a_slice_of_it_on_a_device(bindings: HostDriver, golden_bundle: Path) -> None:
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_slice_of_it_on_a_device(
+    bindings: HostDriver, golden_bundle: Path, sequences: int
+) -> None:
     """What was queued before the interrupt is done before memory is written or freed."""
 
     def load(reuse: int) -> InternVL:
-        return InternVL.load(golden_bundle, device="cuda", threads=1, reuse_bytes=reuse)
+        given = {"threads": 1, "reuse_bytes": reuse, "max_sequences": sequences}
+        return InternVL.load(golden_bundle, device="cuda", **given)
 
     totals = interrupts.run(load, 7, lambda number: number < 3, each=6)
     leave_contexts(bindings)
