@@ -35,6 +35,7 @@ class Worker:
         self._jobs: Jobs = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._turn = threading.Lock()
+        self._threads: set[int] = set()  # by their numbers: two where an interrupt came in between
         leave = partial(_wait_for, self._jobs, self._turn)
         atexit.register(leave)
         weakref.finalize(self, _end, self._jobs, leave).atexit = False
@@ -43,15 +44,17 @@ class Worker:
         """Have a job done; where an interrupt comes in between, perhaps with the next one."""
         self._jobs.put(job)
         if not self._begun:  # where an interrupt comes in between, two take turns
-            serve = partial(_serve, self._jobs, self._ended, self._turn, self._begin)
+            given = self._jobs, self._ended, self._turn, self._threads
+            serve = partial(_serve, *given, self._begin)
             # A thread waits for another to have begun: one that no interrupt comes to.
             _thread.start_new_thread(_start, (self._name, serve))
             self._begun = True
 
     def close(self) -> None:
-        """Wait for what was handed in, and for the end of the thread."""
+        """Wait for what was handed in, and for the end of the thread; a job does not, which would
+        wait for itself."""
         self._jobs.put(None)
-        if self._begun:
+        if self._begun and threading.get_ident() not in self._threads:
             self._ended.get()
 
 
@@ -59,7 +62,10 @@ def _start(name: str, serve: Job) -> None:
     threading.Thread(target=serve, name=name, daemon=True).start()
 
 
-def _serve(jobs: Jobs, ended: SimpleQueue[None], turn: threading.Lock, begin: Job) -> None:
+def _serve(
+    jobs: Jobs, ended: SimpleQueue[None], turn: threading.Lock, threads: set[int], begin: Job
+) -> None:
+    threads.add(threading.get_ident())
     begin()
     with turn:
         while (job := jobs.get()) is not None:

@@ -42,6 +42,19 @@ def test_a_job_that_fails_is_told_and_the_next_is_done(caplog: pytest.LogCapture
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_job_may_close_its_worker() -> None:
+    """As a model is closed by what is told of its progress."""
+    said: SimpleQueue[str] = SimpleQueue()
+    worker = Worker("worker")
+
+    def close() -> None:
+        worker.close()
+        said.put("closed")
+
+    worker.submit(close)
+    assert said.get(timeout=10) == "closed"
+
+
 def test_the_thread_ends_with_its_worker_and_holds_nothing_that_was_done() -> None:
     class Held:
         def do(self) -> None:
