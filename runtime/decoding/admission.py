@@ -107,8 +107,12 @@ class Admission:
         reserved = self._ahead(handle, len(handle.prompt_ids) + len(handle.ids))
         means.reservations.take(handle, _claim(handle, reserved))
         cache = request.cache
-        if cache is None:
-            cache = means.engine.new_cache(handle.positions)
+        try:
+            if cache is None:
+                cache = means.engine.new_cache(handle.positions)
+        except CapacityError:  # it waits: others may have what it was promised
+            means.reservations.release(handle)
+            raise
         handle.had_bytes = cache.held_bytes if request.cache is not None else 0
         handle.cache, handle.reserved = cache, reserved
         ids, answered = handle.prompt_ids, handle.ids[:-1]

@@ -15,6 +15,7 @@ from campaign.interrupts import Moments
 from numpy.typing import NDArray
 from together import Together
 
+from internvl_edge.bundle.errors import CapacityError
 from internvl_edge.runtime import InternVL, LimitError, PrecisionError, PromptError, Sampling
 from internvl_edge.runtime.backends import Cache, SelectingBackend, Slice, sessions
 from internvl_edge.runtime.backends.own_kernels import NO_KERNELS
@@ -76,6 +77,29 @@ def test_each_is_answered_as_alone(
         assert len(handle.request.timings.token_s) == len(own)
     assert scheduler.step() == []
     assert max(backend.passes) == min(slices, 4)
+
+
+def test_who_gets_no_cache_waits_and_is_promised_nothing(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = InternVL.load(golden_bundle, device="cpu", threads=1, reuse_bytes=0)
+    scheduler, promised = Scheduler(model.answering), model.answering.reservations
+
+    def no_memory(capacity: int) -> Cache:
+        raise CapacityError("no memory for a KV cache")
+
+    asked = {"max_new_tokens": 9, "ignore_eos": True}
+    first = scheduler.add(request(model, "Hello", **asked))
+    alone = promised.promised
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine.backend, "new_cache", no_memory)
+        second = scheduler.add(request(model, "Hello", **asked))
+        scheduler.step()
+        assert promised.promised == alone
+        assert second.alive
+    run(scheduler, [first, second])
+    assert second.ids == first.ids
+    assert promised.promised == 0
 
 
 def test_prompts_come_one_by_one_while_others_decode(
