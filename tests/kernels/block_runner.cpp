@@ -3,26 +3,15 @@
 // (int64); x, values, scales, bias. Output: the names of the paths, a line; then each path's y of
 // each product. Every array ends where its heap block ends; one that is named as an argument, one
 // element too early.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <string>
 
 #include "driver.h"
+#include "runner.h"
 
 using ive::blocks::Multiplication;
 using ive::blocks::Path;
 using ive::blocks::paths;
 using ive::blocks::Product;
-
-template <typename T>
-std::unique_ptr<T[]> read(int64_t count, bool too_short = false) {
-  if (too_short) --count;
-  std::unique_ptr<T[]> array(new T[count]);
-  const auto wanted = static_cast<size_t>(count);
-  if (std::fread(array.get(), sizeof(T), wanted, stdin) != wanted) std::exit(3);
-  return array;
-}
 
 void run(const int64_t (&shape)[6], const std::string& too_short) {
   const auto [rows, inputs, columns, block, bits, biased] = shape;
@@ -49,13 +38,7 @@ void run(const int64_t (&shape)[6], const std::string& too_short) {
 
 int main(int count, char** arguments) {
   const std::string too_short = count > 1 ? arguments[1] : "";
-  const char* between = "";
-  for (const Path& path : paths(4)) {
-    if (!path.runs_here()) continue;
-    std::printf("%s%s", between, path.name);
-    between = ",";
-  }
-  std::printf("\n");
+  print_names(paths(4));
   int64_t shape[6];
   while (std::fread(shape, sizeof shape, 1, stdin) == 1) run(shape, too_short);
 }

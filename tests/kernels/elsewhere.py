@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,20 @@ def compiled(compiler: str, runner: Path, sources: str, folder: Path, *flags: st
     if done.returncode:
         pytest.skip(f"{compiler} cannot build it here: {done.stderr.strip()[-300:]}")
     return program
+
+
+def on_x86(model: str, runner: Path, sources: str, folder: Path) -> list[str]:
+    """Build a runner, and return the command that runs it as on a CPU of another model."""
+    if platform.machine() != "x86_64":
+        pytest.skip("this machine is no x86-64")
+    program = compiled("g++", runner, sources, folder)
+    return [emulator("qemu-x86_64-static"), "-cpu", model, str(program)]
+
+
+def on_aarch64(model: str, runner: Path, sources: str, folder: Path) -> list[str]:
+    """Build a runner, and return the command that runs it as on a CPU of that model."""
+    program = compiled(ARM, runner, sources, folder)
+    return [emulator("qemu-aarch64-static"), "-cpu", model, str(program)]
 
 
 def emulator(name: str) -> str:

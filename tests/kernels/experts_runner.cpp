@@ -3,23 +3,12 @@
 // (int64); x, logits, and of gates and ups, and of what leads back, values and scales. Output: the
 // names of the paths, a line; then each path's y of each layer. Every array ends where its heap
 // block ends; one that is named as an argument, one element too early.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <string>
 
 #include "experts.h"
+#include "runner.h"
 
 using namespace ive::blocks;
-
-template <typename T>
-std::unique_ptr<T[]> read(int64_t count, bool too_short = false) {
-  if (too_short) --count;
-  std::unique_ptr<T[]> array(new T[count]);
-  const auto wanted = static_cast<size_t>(count);
-  if (std::fread(array.get(), sizeof(T), wanted, stdin) != wanted) std::exit(3);
-  return array;
-}
 
 void mix(const Layer& layer, const Path& path) {
   Mixture mixture(layer, path);
@@ -66,13 +55,7 @@ void run(const int64_t (&shape)[7], const std::string& too_short) {
 
 int main(int count, char** arguments) {
   const std::string too_short = count > 1 ? arguments[1] : "";
-  const char* between = "";
-  for (const Path& path : paths(4)) {
-    if (!path.runs_here()) continue;
-    std::printf("%s%s", between, path.name);
-    between = ",";
-  }
-  std::printf("\n");
+  print_names(paths(4));
   int64_t shape[7];
   while (std::fread(shape, sizeof shape, 1, stdin) == 1) run(shape, too_short);
 }

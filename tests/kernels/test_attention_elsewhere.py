@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attention_cases import DTYPES, HEADS, SIZES, Case, case, check
-from elsewhere import ARM, SANITIZED, compiled, emulator
+from elsewhere import SANITIZED, compiled, on_aarch64, on_x86
 
 from internvl_edge.kernels.attention.library import KINDS
 
@@ -69,18 +68,13 @@ def serialised(given: Case) -> bytes:
     ("model", "wanted"), [("Haswell", ["AVX2", "plain"]), ("Nehalem", ["plain"])]
 )
 def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("this machine is no x86-64")
-    program = compiled("g++", RUNNER, "attention", tmp_path)
-    command = [emulator("qemu-x86_64-static"), "-cpu", model, str(program)]
-    assert run(command, given_passes()) == wanted
+    assert run(on_x86(model, RUNNER, "attention", tmp_path), given_passes()) == wanted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["neoverse-n1", "cortex-a53"])
 def test_on_aarch64(model: str, tmp_path: Path) -> None:
-    program = compiled(ARM, RUNNER, "attention", tmp_path)
-    command = [emulator("qemu-aarch64-static"), "-cpu", model, str(program)]
+    command = on_aarch64(model, RUNNER, "attention", tmp_path)
     assert run(command, given_passes()) == ["NEON", "plain"]
 
 

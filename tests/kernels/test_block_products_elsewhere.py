@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from block_cases import BITS, EXACT_INPUTS, KINDS, Case, case, check, error, integers
-from elsewhere import ARM, ARM_LIBRARIES, SANITIZED, compiled, emulator
+from elsewhere import (
+    ARM,
+    ARM_LIBRARIES,
+    SANITIZED,
+    compiled,
+    emulator,
+    on_aarch64,
+    on_x86,
+)
 
 from internvl_edge.kernels.blocks.library import BLOCKS
 
@@ -71,11 +78,8 @@ def check_all(products: list[Case], results: list[list[np.ndarray]]) -> None:
     ("model", "wanted"), [("Haswell", ["AVX2", "plain"]), ("Nehalem", ["plain"])]
 )
 def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("this machine is no x86-64")
-    program = compiled("g++", RUNNER, "blocks", tmp_path)
     products = given_products()
-    paths, results = run([emulator("qemu-x86_64-static"), "-cpu", model, str(program)], products)
+    paths, results = run(on_x86(model, RUNNER, "blocks", tmp_path), products)
     assert paths == wanted
     check_all(products, results)
 
@@ -90,9 +94,8 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
-    program = compiled(ARM, RUNNER, "blocks", tmp_path)
     products = given_products()
-    paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], products)
+    paths, results = run(on_aarch64(model, RUNNER, "blocks", tmp_path), products)
     assert paths == wanted
     check_all(products, results)
 

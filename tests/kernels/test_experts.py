@@ -3,7 +3,6 @@ emulation; and memory's bounds."""
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from elsewhere import ARM, SANITIZED, compiled, emulator
+from elsewhere import SANITIZED, compiled, on_aarch64, on_x86
 from expert_cases import Experts, check, layer, layers
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -180,11 +179,7 @@ def check_all(results: list[NDArray[np.float32]]) -> None:
     ("model", "wanted"), [("Haswell", ["AVX2", "plain"]), ("Nehalem", ["plain"])]
 )
 def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("this machine is no x86-64")
-    program = compiled("g++", RUNNER, "blocks", tmp_path)
-    command = [emulator("qemu-x86_64-static"), "-cpu", model, str(program)]
-    paths, results = run(command, layers())
+    paths, results = run(on_x86(model, RUNNER, "blocks", tmp_path), layers())
     assert paths == wanted
     check_all(results)
 
@@ -195,8 +190,7 @@ def test_on_other_x86(model: str, wanted: list[str], tmp_path: Path) -> None:
     [("max", ["NEON matrix products", "NEON dot products", "plain"]), ("cortex-a53", ["plain"])],
 )
 def test_on_aarch64(model: str, wanted: list[str], tmp_path: Path) -> None:
-    program = compiled(ARM, RUNNER, "blocks", tmp_path)
-    paths, results = run([emulator("qemu-aarch64-static"), "-cpu", model, str(program)], layers())
+    paths, results = run(on_aarch64(model, RUNNER, "blocks", tmp_path), layers())
     assert paths == wanted
     check_all(results)
 
