@@ -1,4 +1,4 @@
-"""Sequences that share passes on CUDA: models, caches with something in them, and what is run."""
+"""Sequences that share passes on a GPU: models, caches with something in them, and what is run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_driver import HostDriver
 from numpy.typing import NDArray
 
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.backends import Slice
-from internvl_edge.runtime.backends.cuda_passes import CudaCache, Layout
+from internvl_edge.runtime.backends.cuda_passes import Layout
 from internvl_edge.runtime.decoding.passes import Run
 
 SEQUENCES, CONTEXT = 3, 700
@@ -25,7 +26,7 @@ def load(path: Path, **options: Any) -> InternVL:
 
 
 def caches(model: InternVL, lengths: list[int]) -> list[Any]:
-    """Caches with so many positions filled, on CUDA in neighbouring slots."""
+    """Caches with so many positions filled, in neighbouring slots."""
     made = [model.engine.backend.new_cache(CONTEXT) for _ in lengths]
     for number, (cache, length) in enumerate(zip(made, lengths, strict=True)):
         if ids := [5 + (number + place) % 400 for place in range(length)]:
@@ -39,7 +40,7 @@ def new_run(model: InternVL, cache: Any, ids: list[int], count: int = 0) -> Run:
     return Run(cache, array, array, base, np.array([len(ids) - 1]), count)
 
 
-def held(cache: CudaCache) -> NDArray[Any]:
+def held(cache: Any) -> NDArray[Any]:
     """Keys and values `(2 * layers, kv_heads, context, head_dim)`."""
     return cache.slot.storage.memory.to_host()[:, cache.slot.index]
 
@@ -56,3 +57,31 @@ def noted_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Layout, "of", counted)
     return found
+
+
+def check_candidates(model: InternVL) -> None:
+    """Check that candidates are a row's largest logits beside another sequence, and with all logits
+    beside some."""
+    pair, same_pair = caches(model, [60, 9]), caches(model, [60, 9])
+    for token, count in ((5, 1), (6, 3), (7, 64), (8, 0), (9, 2)):
+        chosen = model.engine.run([new_run(model, cache, [token], count) for cache in pair])
+        for (found,), other in zip(chosen, same_pair, strict=True):
+            logits = model.engine.decode(other, token)
+            ids = np.arange(len(logits)) if found.ids is None else found.ids
+            np.testing.assert_allclose(found.logits, logits[ids], atol=1e-5)
+            assert int(ids[found.logits.argmax()]) == int(logits.argmax())
+
+
+def check_slots(bindings: HostDriver, model: InternVL) -> None:
+    """Check that a slot serves the next cache, and that more have memory of their own."""
+    new = model.engine.backend.new_cache
+    held_ones: list[Any] = [new(8) for _ in range(SEQUENCES)]
+    memory = len(bindings.memory)
+    more: list[Any] = [new(8), new(8)]
+    assert [cache.slot.storage.slots for cache in (*held_ones, *more)] == [3, 3, 3, 1, 1]
+    del more[0]
+    del held_ones[1]
+    again: Any = new(8)
+    assert (again.slot.storage.slots, again.slot.index) == (3, 1)
+    del more, again, held_ones
+    assert len(bindings.memory) == memory

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from host_driver import HostDriver
 from many import ASKED, alone, same
-from side_by_side import CONTEXT, caches, held, load, new_run, noted_sizes
+from side_by_side import (
+    CONTEXT,
+    caches,
+    check_candidates,
+    check_slots,
+    held,
+    load,
+    new_run,
+    noted_sizes,
+)
 
 from internvl_edge.kernels.device import Driver
 from internvl_edge.runtime import InternVL
@@ -207,32 +216,15 @@ def test_a_step_of_three(bindings: HostDriver, model: InternVL) -> None:
 
 
 def test_candidates_of_each_are_its_largest_logits(model: InternVL) -> None:
-    """Beside another sequence, and with all logits beside some."""
-    pair, same_pair = caches(model, [60, 9]), caches(model, [60, 9])
-    for token, count in ((5, 1), (6, 3), (7, 64), (8, 0), (9, 2)):
-        chosen = model.engine.run([new_run(model, cache, [token], count) for cache in pair])
-        for (found,), other in zip(chosen, same_pair, strict=True):
-            logits = model.engine.decode(other, token)
-            ids = np.arange(len(logits)) if found.ids is None else found.ids
-            np.testing.assert_allclose(found.logits, logits[ids], atol=1e-5)
-            assert int(ids[found.logits.argmax()]) == int(logits.argmax())
+    check_candidates(model)
 
 
 def test_a_slot_serves_the_next_cache_and_more_than_slots_have_memory_of_their_own(
     bindings: HostDriver, model: InternVL
 ) -> None:
-    new = model.engine.backend.new_cache
     memory = len(bindings.memory)
-    held_ones = [new(8) for _ in range(3)]
+    check_slots(bindings, model)
     assert len(bindings.memory) == memory  # taken when the model was loaded
-    more: list[Any] = [new(8), new(8)]
-    assert [cache.slot.storage.slots for cache in (*held_ones, *more)] == [3, 3, 3, 1, 1]
-    del more[0]
-    del held_ones[1]
-    again: Any = new(8)
-    assert (again.slot.storage.slots, again.slot.index) == (3, 1)
-    del more, again, held_ones
-    assert len(bindings.memory) == memory
 
 
 def test_a_prompt_begun_beside_is_copied_on_the_device(

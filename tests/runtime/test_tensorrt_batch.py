@@ -14,7 +14,7 @@ from earlier import of_one_sequence
 from fake_tensorrt import FakeTensorRt, fake_build
 from host_driver import HostDriver
 from many import ASKED, alone, same
-from numpy.typing import NDArray
+from side_by_side import caches, check_candidates, check_slots, held, new_run
 
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
@@ -24,9 +24,8 @@ from internvl_edge.runtime import InternVL, UsageError
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.plans import Limits
 from internvl_edge.runtime.backends.slots import together
-from internvl_edge.runtime.backends.tensorrt_cache import Span, TensorRtCache
+from internvl_edge.runtime.backends.tensorrt_cache import Span
 from internvl_edge.runtime.backends.tensorrt_library import Library
-from internvl_edge.runtime.decoding.passes import Run
 
 LIMITS = Limits(context=700, tokens=64, tiles=2, rows=4, sequences=3)
 DIALECTS = [pytest.param("tensorrt", marks=needs_newest), "tensorrt-portable"]
@@ -99,26 +98,6 @@ def test_each_has_rotary_tables_of_its_own(model: InternVL, golden_model: Intern
     model.close()
 
 
-def caches(model: InternVL, lengths: list[int]) -> list[TensorRtCache]:
-    """Caches with so many positions filled, in neighbouring slots."""
-    made = [model.engine.backend.new_cache(LIMITS.context) for _ in lengths]
-    for number, (cache, length) in enumerate(zip(made, lengths, strict=True)):
-        ids = [5 + (number + place) % 400 for place in range(length)]
-        model.engine.run([new_run(model, cache, ids)])
-    return [cache for cache in made if isinstance(cache, TensorRtCache)]
-
-
-def new_run(model: InternVL, cache: Any, ids: list[int], count: int = 0) -> Run:
-    array = np.array(ids, np.int64)
-    base = model.spec.language.rope_theta
-    return Run(cache, array, array, base, np.array([len(ids) - 1]), count)
-
-
-def held(cache: TensorRtCache) -> NDArray[Any]:
-    """Keys and values `(2 * layers, kv_heads, context, head_dim)`."""
-    return cache.slot.storage.memory.to_host()[:, cache.slot.index]
-
-
 def test_slots_between_keep_what_they_hold(model: InternVL) -> None:
     first, idle, last = caches(model, [40, 7, 3])
     assert [cache.slot.index for cache in (first, idle, last)] == [0, 1, 2]
@@ -170,31 +149,13 @@ def test_a_step_of_three(bindings: HostDriver, model: InternVL, trt: FakeTensorR
 
 
 def test_candidates_of_each_are_its_largest_logits(model: InternVL) -> None:
-    """Beside another sequence, and with all logits beside some."""
-    pair, same_pair = caches(model, [60, 9]), caches(model, [60, 9])
-    for token, count in ((5, 1), (6, 3), (7, 64), (8, 0), (9, 2)):
-        chosen = model.engine.run([new_run(model, cache, [token], count) for cache in pair])
-        for (found,), other in zip(chosen, same_pair, strict=True):
-            logits = model.engine.decode(other, token)
-            ids = np.arange(len(logits)) if found.ids is None else found.ids
-            np.testing.assert_allclose(found.logits, logits[ids], atol=1e-5)
-            assert int(ids[found.logits.argmax()]) == int(logits.argmax())
+    check_candidates(model)
 
 
 def test_a_slot_serves_the_next_cache_and_more_than_slots_have_memory_of_their_own(
     bindings: HostDriver, model: InternVL
 ) -> None:
-    new = model.engine.backend.new_cache
-    held_ones = [new(8) for _ in range(3)]
-    memory = len(bindings.memory)
-    more: list[Any] = [new(8), new(8)]
-    assert [cache.slot.storage.slots for cache in (*held_ones, *more)] == [3, 3, 3, 1, 1]
-    del more[0]
-    del held_ones[1]
-    again: Any = new(8)
-    assert (again.slot.storage.slots, again.slot.index) == (3, 1)
-    del more, again, held_ones
-    assert len(bindings.memory) == memory
+    check_slots(bindings, model)
 
 
 def test_a_prompt_begun_beside_is_copied_on_the_device(path: Path, golden_model: InternVL) -> None:
