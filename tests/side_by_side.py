@@ -59,6 +59,21 @@ def noted_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def check_between(model: InternVL) -> None:
+    """Check that a slot between those that are run keeps what it holds."""
+    first, idle, last = caches(model, [40, 7, 3])
+    assert [cache.slot.index for cache in (first, idle, last)] == [0, 1, 2]
+    before = [held(cache) for cache in (first, idle, last)]
+    model.engine.run([new_run(model, cache, [9]) for cache in (last, first)])
+    for cache, old, length in zip((first, idle, last), before, (40, 7, 3), strict=True):
+        changed = np.flatnonzero((held(cache) != old).any(axis=(0, 1, 3)))
+        assert set(changed) <= {length}
+    alone = model.engine.backend.new_cache(CONTEXT)  # in a storage of one
+    model.engine.run([new_run(model, alone, list(range(6, 13)))])
+    got, wanted = (model.engine.decode(cache, 8) for cache in (idle, alone))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
 def check_candidates(model: InternVL) -> None:
     """Check that candidates are a row's largest logits beside another sequence, and with all logits
     beside some."""

@@ -54,7 +54,7 @@ def give_products(model: bytes) -> bytes | None:
         changed = Model.parse(model)
         nodes = changed.graph.nodes
         taken = [node for node in nodes if _takes(node)]
-        left = any(node.operator == _EXPERTS and node not in taken for node in nodes)
+        left = any(node.operator == _EXPERTS and not _takes(node) for node in nodes)
     except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
         return None
     if left or not taken:

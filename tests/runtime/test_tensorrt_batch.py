@@ -14,7 +14,7 @@ from earlier import of_one_sequence
 from fake_tensorrt import FakeTensorRt, fake_build
 from host_driver import HostDriver
 from many import ASKED, alone, same
-from side_by_side import caches, check_candidates, check_slots, held, new_run
+from side_by_side import caches, check_between, check_candidates, check_slots, held, new_run
 
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
@@ -99,17 +99,7 @@ def test_each_has_rotary_tables_of_its_own(model: InternVL, golden_model: Intern
 
 
 def test_slots_between_keep_what_they_hold(model: InternVL) -> None:
-    first, idle, last = caches(model, [40, 7, 3])
-    assert [cache.slot.index for cache in (first, idle, last)] == [0, 1, 2]
-    before = [held(cache) for cache in (first, idle, last)]
-    model.engine.run([new_run(model, cache, [9]) for cache in (last, first)])
-    for cache, old, length in zip((first, idle, last), before, (40, 7, 3), strict=True):
-        changed = np.flatnonzero((held(cache) != old).any(axis=(0, 1, 3)))
-        assert set(changed) <= {length}
-    alone = model.engine.backend.new_cache(LIMITS.context)  # in a storage of one
-    model.engine.run([new_run(model, alone, list(range(6, 13)))])
-    got, wanted = (model.engine.decode(cache, 8) for cache in (idle, alone))
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    check_between(model)
 
 
 def test_a_full_slot_between_is_left_out(model: InternVL, trt: FakeTensorRt) -> None:
