@@ -140,6 +140,11 @@ class Handle(Claimant):
             self.request.timings.accepted_tokens += accepted
             self._speculator.resolved(tokens)
 
+    def learn(self) -> None:
+        """Let later answers be guessed from this one; see `Speculator`."""
+        if self._speculator is not None:
+            self._speculator.ended(self.ids)
+
     def take(self, token: int, logprob: float | None) -> Event:
         """Add a token; say what it made of the text, and whether it is the last."""
         request = self.request

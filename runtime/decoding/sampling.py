@@ -40,7 +40,7 @@ class Sampling:
         min_p: keep tokens at least this times as likely as the most likely one.
         repetition_penalty: > 1 makes tokens already generated less likely.
         seed: of the random generator; None draws a fresh one.
-        speculate: most tokens guessed ahead at a time, from what prompt and answer repeat; 0 none.
+        speculate: most tokens guessed ahead at a time, from the prompt and from answers; 0 none.
             The choice among them stays the same; see `speculation`.
     """
 

@@ -177,6 +177,7 @@ class Scheduler:
         """End an answer as it stands; where an interrupt came in between, again."""
         if handle.reply is None:
             if not handle.failed:
+                handle.learn()
                 if handle.cache is not None:
                     self._answering.prefixes.keep(handle.cache)
                 for image in handle.request.images:

@@ -375,3 +375,14 @@ def test_a_few_rows_are_computed_as_one(tmp_path: Path, language: Any) -> None:
         wanted = [engine.decode(single, token) for token in tokens]
         ((*found,),) = engine.run([engine.following(few, tokens, 0)])
         np.testing.assert_array_equal([one.logits for one in found], wanted)
+
+
+def test_what_was_answered_before_is_guessed(golden_bundle: Path) -> None:
+    """Unless it was to be told token by token; the answer stays the same."""
+    model = load_eager(golden_bundle)
+    asked = {"max_new_tokens": 24, "ignore_eos": True}
+    plain = model.generate("Hello", sampling=PLAIN, **asked)
+    first, again = (model.generate("Hello", **asked) for _ in range(2))
+    assert plain.token_ids == first.token_ids == again.token_ids
+    assert first.timings.accepted_tokens < 8
+    assert again.timings.drafted_tokens == again.timings.accepted_tokens == 16

@@ -83,7 +83,7 @@ def test_it_matters_not_what_was_the_prompt(ids: list[int], cut: int) -> None:
 def test_drafts_are_what_was_copied_or_found(
     prompt: list[int], answer: list[int], most: int
 ) -> None:
-    drafter = Drafter(prompt, SLOT, VOCAB)
+    drafter = Drafter(NgramIndex(prompt, SLOT, VOCAB))
     for end in range(len(answer) + 1):
         expected = guessed(prompt, answer[:end], most)
         assert (drafter.matched, drafter.draft(most)) == expected
@@ -97,7 +97,7 @@ def test_a_form_goes_on_behind_what_was_filled_in() -> None:
     """By n-grams alone the field before would follow a value, as it did the last time."""
     form = list(json.dumps(dict.fromkeys(("shop", "date", "total"), ""), indent=2).encode())
     filled = json.dumps({"shop": "ABC", "date": "7 May", "total": "3.20"}, indent=2).encode()
-    drafter = Drafter(form, 256, 257)
+    drafter = Drafter(NgramIndex(form, 256, 257))
     right = {}
     for end, byte in enumerate(filled):
         right[end] = drafter.draft(7) == list(filled[end : end + 7])
@@ -115,7 +115,7 @@ def test_keys_of_the_largest_vocabulary_are_told_apart() -> None:
 
 
 def test_an_image_is_never_proposed() -> None:
-    drafter = Drafter([1, 2, SLOT, SLOT, 3, 1], SLOT, VOCAB)
+    drafter = Drafter(NgramIndex([1, 2, SLOT, SLOT, 3, 1], SLOT, VOCAB))
     assert drafter.draft(5) == [2]
     drafter.append(2)
     assert drafter.draft(5) == []

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.runtime.decoding.pass_costs import PassCosts
-from internvl_edge.runtime.decoding.speculation import Experience, Others, Speculator
+from internvl_edge.runtime.decoding.speculation import Experience, Grounds, Others, Speculator
 
 VOCAB, SLOT = 1000, 999
 ROWS = range(1, 9)
@@ -214,3 +214,58 @@ def test_the_search_for_guesses_takes_a_hundredth_of_the_time() -> None:
         costs.searched(0.0002)
         spent += 1
     assert spent <= 6
+
+
+def filled(draw: random.Random) -> list[int]:
+    """A form of other values each time: ten keys of eight tokens, which no prompt names."""
+    keys = [list(range(100 + 10 * key, 108 + 10 * key)) for key in range(10)]
+    return [token for key in keys for token in (*key, *(draw.randrange(30) for _ in range(3)))]
+
+
+def told(guesser: Speculator, ids: Sequence[int]) -> int:
+    """How many passes an answer takes."""
+    done = passes = 1
+    while done < len(ids):
+        guesses = guesser.draft(ids[:done], len(ids) - done, Others())
+        right = next((n for n, one in enumerate(guesses) if one != ids[done + n]), len(guesses))
+        done, passes = done + min(right + 1, len(ids) - done), passes + 1
+    guesser.ended(ids)
+    return passes
+
+
+def test_an_answer_is_guessed_from_earlier_ones() -> None:
+    """Its keys are theirs; its values nobody knows."""
+    draw, experience = random.Random(2), measured(flat)
+    passes = [told(Speculator([0], SLOT, 7, experience), filled(draw)) for _ in range(8)]
+    assert passes[0] > 100  # nothing repeats
+    assert passes[-1] < 62
+
+
+@given(seed=st.integers(0, 99))
+def test_of_two_guesses_the_one_that_is_right_more_often(seed: int) -> None:
+    """The prompt tells this answer; earlier ones went on otherwise behind every three tokens."""
+    draw, experience = random.Random(seed), measured(flat)
+    for _ in range(8):
+        text = [draw.randrange(30) for _ in range(120)]
+        passes = told(Speculator(text, SLOT, 7, experience), text)
+        other = [token if place % 4 else 30 + draw.randrange(5) for place, token in enumerate(text)]
+        Speculator([0], SLOT, 7, experience).ended(other)
+    assert passes < 40
+
+
+def test_guesses_that_agree_count_for_more_than_such_that_do_not() -> None:
+    """Earlier answers and the prompt say the same in one place, and not in another."""
+    experience = measured(flat)
+    experience.answers.add([], [1, 2, 3, 10], SLOT)
+    experience.answers.add([], [5, 6, 7, 30], SLOT)
+    ids = [9, 1, 2, 3, 10, 9, 5, 6, 7, 20]
+    for _ in range(30):
+        guesser = Speculator([1, 2, 3, 10, 5, 6, 7, 20], SLOT, 7, experience)
+        for done in range(1, len(ids) + 1):
+            guesser.draft(ids[:done], 1, Others())
+    rates = {
+        doubted: experience.rates.rate(Grounds(recalled=True, matched=1, doubted=doubted))
+        for doubted in (False, True)
+    }
+    assert rates[False] > 0.9
+    assert rates[True] < 0.1
