@@ -69,16 +69,20 @@ def unguessable(count: int) -> list[int]:
 
 @given(
     ids=st.lists(st.integers(0, 5), min_size=1, max_size=240),
+    earlier=st.lists(st.lists(st.integers(0, 5), min_size=40, max_size=240), max_size=2),
     costs=st.lists(st.floats(0.9, 6), min_size=8, max_size=8),
     most=st.integers(1, 7),
 )
 def test_it_never_loses_more_than_was_allowed(
-    ids: list[int], costs: list[float], most: int
+    ids: list[int], earlier: list[list[int]], costs: list[float], most: int
 ) -> None:
     def cost(rows: int) -> float:
         return costs[rows - 1]
 
-    passes = answer([1, 2, 3, 1, 2], ids, cost, measured(cost), most)
+    experience = measured(cost)
+    for other in earlier:
+        Speculator([1, 2, 3], SLOT, most, experience).ended(other)
+    passes = answer([1, 2, 3, 1, 2], ids, cost, experience, most)
     assert taken(passes, cost) <= cost(1) * (1.01 * len(ids) + 0.5) + 1e-9
 
 
