@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from internvl_edge.runtime import InternVL, Reply, Sampling
 
+#: What never ends would be waited for so long.
+LONG_S = 60.0
 PIXELS = np.random.default_rng(3).integers(0, 256, (100, 150, 3), np.uint8)
 OTHER = 255 - PIXELS
 ASKED: list[Any] = [
@@ -58,3 +61,11 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def finishes(work: Callable[[], object]) -> None:
+    """Do it in a thread, which may never end where something is wrong."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(LONG_S)
+    assert not thread.is_alive()

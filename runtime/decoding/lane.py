@@ -23,16 +23,19 @@ from internvl_edge.runtime.niceness import give_way
 Wake = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Waiter:
-    """A request that waits for an image, and how it is woken."""
+    """A request that waits for an image, and how it is woken.
+
+    Each is equal to itself alone, so that no Python runs where a list of them changes.
+    """
 
     request: Request
     wake: Wake
 
 
 class Asked(Encoding):
-    """An encoding, and who waits for it."""
+    """An encoding, and who waits for it: where nobody does, it is given up between two passes."""
 
     def __init__(self, image: TiledImage) -> None:
         super().__init__(image)
@@ -83,12 +86,13 @@ class VisionLane:
             return asked, len(asked.waiting) == 1
 
     def leave(self, encoding: Encoding, waiter: Waiter) -> None:
-        """Wait for an encoding no longer; where nobody else does, it is given up."""
+        """Wait for an encoding no longer; where nobody else does, it is given up.
+
+        Nothing is locked: a prompt that is collected leaves, too, and Python collects in the midst
+        of anything, this lane's own methods included.
+        """
         if isinstance(encoding, Asked):
-            with self._lock:
-                encoding.waiting.remove(waiter)
-                if not encoding.waiting and encoding in self._queue:
-                    self._queue.remove(encoding)
+            encoding.waiting.remove(waiter)
 
     def close(self) -> None:
         """End the thread after the pass under way; another begins when something is asked for."""
@@ -118,6 +122,7 @@ class VisionLane:
     def _next(self) -> list[tuple[Asked, int]]:
         """Return what the next pass takes: pictures, and how many tiles of each."""
         with self._lock:
+            self._queue = [asked for asked in self._queue if asked.waiting]
             left = self._encoder.tiles_at_once
             found: list[tuple[Asked, int]] = []
             for asked in self._ranked():
@@ -133,9 +138,9 @@ class VisionLane:
         now, policy = time.perf_counter(), self._policy
 
         def rank(asked: Asked) -> float:
-            waiting = (one.request for one in asked.waiting)
+            waiting = [one.request for one in asked.waiting[:]]  # some may leave meanwhile
             ranks = (policy.rank(one.priority, now - one.started) for one in waiting)
-            return -max(ranks, default=-math.inf)  # where an interrupt left it without anybody
+            return -max(ranks, default=-math.inf)
 
         return sorted(self._queue, key=rank)
 

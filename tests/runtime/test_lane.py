@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
+from campaign.interrupts import Moments
+from many import finishes
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.extras import example_room
 from internvl_edge.runtime import InternVL, Policy
 from internvl_edge.runtime.decoding.encoding import ImageEncoder
-from internvl_edge.runtime.decoding.lane import VisionLane, Waiter
+from internvl_edge.runtime.decoding.lane import Beside, VisionLane, Waiter
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.decoding.reuse import ImageStore
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.shelf import Shelf
+from internvl_edge.runtime.images.identity import PendingImage
 
 
 class Tower:
@@ -73,6 +76,54 @@ def test_whose_picture_is_first(
         time.sleep(0.001)
     lane.close()
     assert tower.seen == order
+
+
+class Handed:
+    """Holds what a lane's thread would do."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], object]] = []
+
+    def submit(self, job: Callable[[], object]) -> None:
+        self.jobs.append(job)
+
+
+def test_a_prompt_may_be_collected_in_the_midst_of_anything(
+    golden_model: InternVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the lane does where it is asked, and in its thread: all of it here, in one thread."""
+    side = golden_model.spec.vision.tile_size
+    first, then = (
+        golden_model.inputs.tiles(np.full((1, side, side, 3), grey, np.uint8)) for grey in (3, 4)
+    )
+
+    def encode(at: int) -> Moments:
+        tower: Any = Tower()
+        tower.may.set()
+        encoder = ImageEncoder(tower, ImageStore(Shelf(0)), golden_model.answering.finite)
+        lane, handed = VisionLane(encoder, Policy()), Handed()
+        monkeypatch.setattr(lane, "_thread", handed)
+        beside = Beside(lane, lambda: None)
+        prompts = [beside.encode(Request([5], ()), [PendingImage(first, 1)])]
+        assert next(prompts[0]) is False
+        with Moments(at, prompts.clear) as counted:
+            encoding, _ = lane.ask(then, Waiter(Request([5], ()), lambda: None))
+            handed.jobs.pop()()
+        assert not prompts or counted.seen < at
+        assert encoding.rows is not None
+        assert tower.seen in ([3, 4], [4])
+        assert not lane._queue
+        return counted
+
+    def at_every_moment() -> None:
+        for at in range(1, 900):
+            seen.append(encode(at).seen)
+            if seen[-1] < at:
+                break
+
+    seen: list[int] = []
+    finishes(at_every_moment)
+    assert 100 < seen[-1] < len(seen)
 
 
 class Told:

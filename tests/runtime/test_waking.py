@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 from campaign.interrupts import Moments
+from many import LONG_S, finishes
 
 from internvl_edge.runtime import InternVL
 from internvl_edge.runtime.decoding.request import Reply, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.waking import Waking
-
-#: What never ends would be waited for so long.
-LONG_S = 60.0
 
 
 def test_a_wait_ends_when_it_is_woken() -> None:
@@ -51,7 +48,7 @@ def test_an_interrupted_wait_leaves_nothing_locked() -> None:
                 break
 
     moments: list[int] = []
-    _finished(at_every_moment)
+    finishes(at_every_moment)
     assert 5 < moments[-1] < 199
 
 
@@ -78,17 +75,9 @@ def test_a_step_may_be_cancelled_in_its_midst(golden_model: InternVL) -> None:
                 break
 
     replies: list[tuple[bool, Reply | None]] = []
-    _finished(at_every_moment)
+    finishes(at_every_moment)
     assert 150 < len(replies) < 240
     for cancelled, reply in replies:
         assert reply is not None
         assert reply.finish_reason == ("cancelled" if cancelled else whole.finish_reason)
         assert reply.token_ids == whole.token_ids[: len(reply.token_ids)]
-
-
-def _finished(work: Callable[[], None]) -> None:
-    """Do it in a thread, which may never end where something is wrong."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(LONG_S)
-    assert not thread.is_alive()
