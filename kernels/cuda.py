@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from internvl_edge.kernels.build import CUDA_SOURCES, cuda_binary
 from internvl_edge.kernels.device import (
+    DeviceArray,
     Driver,
     Scratch,
     describe,
@@ -58,6 +60,14 @@ CANDIDATE = np.dtype(np.uint64)
 CACHED_AXES = 64
 
 
+@dataclass(frozen=True)
+class _Axis:
+    """Weights of an axis on the device, which are freed with it."""
+
+    struct: AxisStruct
+    arrays: list[DeviceArray]
+
+
 class CudaKernels:
     """Tiling, pixel shuffle and selection of logits in the context that is current at each call."""
 
@@ -65,7 +75,7 @@ class CudaKernels:
         self.driver = driver
         self._functions: dict[tuple[int, str], Any] = {}
         self._modules: dict[tuple[int, str], Any] = {}
-        self._axes: OrderedDict[tuple[int, int, int, bool], AxisStruct] = OrderedDict()
+        self._axes: OrderedDict[tuple[int, int, int, bool], _Axis] = OrderedDict()
         self._scratch = Scratch(driver)
         self._staging = Scratch(driver)
 
@@ -250,14 +260,13 @@ class CudaKernels:
         key = (context, axis.size_in, axis.size, axis.short)
         if key not in self._axes:
             if len(self._axes) >= CACHED_AXES:
-                _, old = self._axes.popitem(last=False)
                 self.driver("cuCtxSynchronize")
-                for address in (old.low, old.count, old.weights):
-                    self.driver("cuMemFree", address)
-            addresses = (self.driver.upload(a) for a in (axis.low, axis.count, axis.weights))
-            self._axes[key] = AxisStruct(*addresses, axis.taps, axis.size)
+                self._axes.popitem(last=False)
+            of = [DeviceArray.of(self.driver, a) for a in (axis.low, axis.count, axis.weights)]
+            addresses = (array.address for array in of)
+            self._axes[key] = _Axis(AxisStruct(*addresses, axis.taps, axis.size), of)
         self._axes.move_to_end(key)
-        return self._axes[key]
+        return self._axes[key].struct
 
     def _launch(
         self,

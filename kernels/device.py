@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,32 @@ class Driver:
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         try:
-            status, *values = getattr(self.bindings, name)(*arguments)
-        except RuntimeError as error:  # the bindings load libcuda at the first call
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise self.failure(
-                f"{name}: {reason}; install an NVIDIA driver, or use the CPU"
-            ) from error
+            answer = getattr(self.bindings, name)(*arguments)
+        except RuntimeError as error:
+            raise self._unloaded(name, error) from error
+        return self._values(name, answer)
+
+    def acquire(self, make: str, release: str, *arguments: Any) -> Acquired:
+        """Call `make` in the current context; what it makes goes back by `release`.
+
+        Between the driver's answer and its being held, Python looks for no interrupt: one finds
+        nothing made, or something that will be given back.
+        """
+        made = Acquired(self, self.context(), release)
+        try:
+            made.answers.extend(starmap(getattr(self.bindings, make), (arguments,)))
+        except RuntimeError as error:
+            raise self._unloaded(make, error) from error
+        made.handle = self._values(make, made.answers[0])
+        return made
+
+    def _unloaded(self, name: str, error: RuntimeError) -> Exception:
+        """The bindings load libcuda at the first call."""
+        reason = " ".join(str(error).split()).rstrip(".")
+        return self.failure(f"{name}: {reason}; install an NVIDIA driver, or use the CPU")
+
+    def _values(self, name: str, answer: Any) -> Any:
+        status, *values = answer
         if int(status) != 0:
             reason = getattr(status, "name", status)
             remedy = _REMEDIES.get(int(status), _NO_REMEDY)
@@ -101,22 +122,10 @@ class Driver:
         """Make what comes on stream `then` wait for what is on `first`; the host does not wait."""
         if (first or LEGACY_STREAM) == (then or LEGACY_STREAM):
             return
-        event = self("cuEventCreate", EVENT_WITHOUT_TIME)
-        self("cuEventRecord", event, first)
-        self("cuStreamWaitEvent", then, event, 0)
-        self("cuEventDestroy", event)  # the driver keeps it until it has happened
-
-    def upload(self, array: NDArray[Any]) -> int:
-        """A copy of a host array in new device memory; its address.
-
-        From pageable memory the driver may return before the bytes have arrived, and a stream that
-        does not wait for the default one would read too early: hence the wait.
-        """
-        whole = np.ascontiguousarray(array)
-        address = int(self("cuMemAlloc", max(whole.nbytes, 1)))
-        self("cuMemcpyHtoD", address, whole.ctypes.data, whole.nbytes)
-        self("cuStreamSynchronize", 0)
-        return address
+        event = self.acquire("cuEventCreate", "cuEventDestroy", EVENT_WITHOUT_TIME)
+        self("cuEventRecord", event.handle, first)
+        self("cuStreamWaitEvent", then, event.handle, 0)
+        event.release()  # the driver keeps it until it has happened
 
     def address_on_device(self, array: NDArray[Any]) -> int | None:
         """Return the address at which the device reads pinned or managed host memory; else None."""
@@ -127,26 +136,53 @@ class Driver:
             return None
 
 
+class Acquired:
+    """Something of the driver's, given back when nobody refers to it any more, or by `release`.
+
+    Not when the process ends: the driver may be gone by then, and this with it.
+
+    Args:
+        driver: makes it, and takes it back.
+        context: where.
+        release: the call that takes it back.
+
+    Attributes:
+        handle: of it.
+        answers: the driver's, once it has made it.
+        release: gives it back now, once.
+    """
+
+    handle: Any
+
+    def __init__(self, driver: Driver, context: int, release: str) -> None:
+        self.answers: list[Any] = []
+        self.release = weakref.finalize(self, _release, driver, context, release, self.answers)
+        self.release.atexit = False
+
+
 class DeviceArray:
     """An array in device memory, C-contiguous: of its own, freed with it, or part of another's."""
 
-    def __init__(
-        self, driver: Driver, shape: tuple[int, ...], dtype: Any, address: int | None = None
-    ) -> None:
-        """Memory at `address` is taken over; without one, new memory is allocated."""
+    def __init__(self, driver: Driver, shape: tuple[int, ...], dtype: Any) -> None:
         self._driver, self.shape, self.dtype = driver, shape, np.dtype(dtype)
         self._context = driver.context()
-        self.address = address or int(driver("cuMemAlloc", max(self.nbytes, 1)))
-        self._whole: DeviceArray | None = None  # whose memory this is part of
-        self._free: Callable[[], Any] = release_with(
-            self, driver, self._context, "cuMemFree", self.address
+        self._memory: Acquired | None = driver.acquire(
+            "cuMemAlloc", "cuMemFree", max(self.nbytes, 1)
         )
+        self.address = int(self._memory.handle)
+        self._whole: DeviceArray | None = None  # whose memory this is part of
 
     @classmethod
     def of(cls, driver: Driver, array: NDArray[Any]) -> DeviceArray:
-        """A copy of a host array."""
-        driver.context()
-        return cls(driver, array.shape, array.dtype, driver.upload(array))
+        """A copy of a host array.
+
+        From pageable memory the driver may return before the bytes have arrived, and a stream that
+        does not wait for the default one would read too early: hence the wait.
+        """
+        copied, whole = cls(driver, array.shape, array.dtype), np.ascontiguousarray(array)
+        driver("cuMemcpyHtoD", copied.address, whole.ctypes.data, whole.nbytes)
+        driver("cuStreamSynchronize", 0)
+        return copied
 
     @property
     def nbytes(self) -> int:
@@ -190,7 +226,7 @@ class DeviceArray:
         array = object.__new__(cls)
         array._driver, array._context = driver, driver.context()
         array.shape, array.dtype, array.address = shape, np.dtype(dtype), address
-        array._whole, array._free = None, _nothing
+        array._whole = array._memory = None
         return array
 
     def to_host(self) -> NDArray[Any]:
@@ -203,7 +239,8 @@ class DeviceArray:
 
     def free(self) -> None:
         """Give the memory back now, if it is the array's own; do not use it or its parts again."""
-        self._free()
+        if self._memory is not None:
+            self._memory.release()
 
 
 class Scratch:
@@ -224,25 +261,11 @@ class Scratch:
         return self._held[place].address
 
 
-def release_with(
-    owner: Any, driver: Driver, context: int, call: str, handle: Any
-) -> weakref.finalize[..., Any]:
-    """Give a handle back to the driver when its owner goes, or when the result is called.
-
-    Not when the process ends: the driver may be gone by then, and the handle with it.
-    """
-    release = weakref.finalize(owner, _release, driver, context, call, handle)
-    release.atexit = False
-    return release
-
-
-def _release(driver: Driver, context: int, call: str, handle: Any) -> None:
-    with driver.in_context(context):
-        driver(call, handle)
-
-
-def _nothing() -> None:
-    pass
+def _release(driver: Driver, context: int, call: str, answers: Sequence[Any]) -> None:
+    for status, handle in answers:
+        if int(status) == 0:
+            with driver.in_context(context):
+                driver(call, handle)
 
 
 class _Described:

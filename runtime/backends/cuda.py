@@ -17,11 +17,10 @@ Everything is queued on one stream, so that nothing waits but the host for resul
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,9 +32,9 @@ from internvl_edge.bundle.errors import DeviceError
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.kernels.device import (
     LEGACY_STREAM,
+    Acquired,
     DeviceArray,
     Driver,
-    release_with,
     stream_handle,
 )
 
@@ -66,11 +65,11 @@ class Cuda:
         if stream is not None:
             self.stream = _adopted(stream)
             self.context = int(driver("cuStreamGetCtx", self.stream))
-        with self.active():
+        with driver.in_context(self.context):
             self.device = int(driver("cuCtxGetDevice"))
             if stream is None:
-                self.stream = int(driver("cuStreamCreate", NON_BLOCKING))
-                release_with(self, driver, self.context, "cuStreamDestroy", self.stream)
+                self._own = driver.acquire("cuStreamCreate", "cuStreamDestroy", NON_BLOCKING)
+                self.stream = int(self._own.handle)
 
     @classmethod
     def open(cls, stream: Any = None) -> Cuda:
@@ -152,10 +151,7 @@ class Cuda:
         """Page-locked host memory: copies from and to it run beside the host. Freed with it."""
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
-        address = int(self.driver("cuMemHostAlloc", max(size, 1), 0))
-        block = (ctypes.c_uint8 * max(size, 1)).from_address(address)
-        release_with(block, self.driver, self.context, "cuMemFreeHost", address)
-        whole = np.frombuffer(memoryview(block), np.uint8, size)
+        whole = np.asarray(_Pinned(self.driver, max(size, 1)))[:size]
         return whole.view(kind).reshape(shape)
 
     def upload(self, source: NDArray[Any], target: DeviceArray) -> None:
@@ -198,7 +194,7 @@ class Cuda:
 
     def event(self) -> Event:
         """Record a point in the stream's work."""
-        event = Event(self, self.driver("cuEventCreate", 0))
+        event = Event(self)
         self.driver("cuEventRecord", event.handle, self.stream)
         return event
 
@@ -215,34 +211,41 @@ class Cuda:
             if self._capturing is graph:
                 self._end_capture()
             raise
-        captured = self.driver("cuStreamEndCapture", self.stream)
+        captured = self._captured()
         self._capturing = None
         graph.take(captured)
 
     def _end_capture(self) -> None:
         """End what is being captured, if anything is: the stream does nothing else until then."""
         if self._capturing is not None:
-            self.driver.bindings.cuStreamEndCapture(self.stream)  # whatever its status is
+            with suppress(self.driver.failure):  # of a broken capture
+                self._captured()
             self._capturing = None
 
+    def _captured(self) -> Acquired:
+        """End the capture under way; return what was captured."""
+        return self.driver.acquire("cuStreamEndCapture", "cuGraphDestroy", self.stream)
 
-@dataclass(frozen=True)
+
 class Event:
     """A point in a stream's work."""
 
-    cuda: Cuda
-    handle: Any
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._made = cuda.driver.acquire("cuEventCreate", "cuEventDestroy", 0)
 
-    def __post_init__(self) -> None:
-        release_with(self, self.cuda.driver, self.cuda.context, "cuEventDestroy", self.handle)
+    @property
+    def handle(self) -> Any:
+        """The driver's name of it."""
+        return self._made.handle
 
     def wait(self) -> None:
         """Wait on the host until it is reached."""
-        self.cuda.driver("cuEventSynchronize", self.handle)
+        self._cuda.driver("cuEventSynchronize", self.handle)
 
     def seconds_until(self, later: Event) -> float:
         """Time between two events that have been reached."""
-        return float(self.cuda.driver("cuEventElapsedTime", self.handle, later.handle)) / 1e3
+        return float(self._cuda.driver("cuEventElapsedTime", self.handle, later.handle)) / 1e3
 
 
 class Graph:
@@ -250,20 +253,34 @@ class Graph:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._executable: Any = None
+        self._executable: Acquired | None = None
 
-    def take(self, graph: Any) -> None:
+    def take(self, captured: Acquired) -> None:
         """Make the captured work ready to launch."""
-        driver = self._cuda.driver
-        self._executable = driver("cuGraphInstantiate", graph, 0)
-        driver("cuGraphDestroy", graph)
-        release_with(self, driver, self._cuda.context, "cuGraphExecDestroy", self._executable)
+        self._executable = self._cuda.driver.acquire(
+            "cuGraphInstantiate", "cuGraphExecDestroy", captured.handle, 0
+        )
+        captured.release()
 
     def launch(self) -> None:
         """Queue the captured work. The memory it was captured with is used again."""
         if self._executable is None:
             raise DeviceError("the graph was not captured; end the `with` block of capture first")
-        self._cuda.driver("cuGraphLaunch", self._executable, self._cuda.stream)
+        self._cuda.driver("cuGraphLaunch", self._executable.handle, self._cuda.stream)
+
+
+class _Pinned:
+    """Page-locked bytes as NumPy takes them, which holds on to them for its arrays."""
+
+    def __init__(self, driver: Driver, size: int) -> None:
+        self._memory = driver.acquire("cuMemHostAlloc", "cuMemFreeHost", size, 0)
+        address = int(self._memory.handle)
+        self.__array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 def _adopted(stream: Any) -> int:

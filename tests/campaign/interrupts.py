@@ -24,6 +24,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import host_driver
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,6 +37,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 SYSTEMS = ("Look.", "Look closely. " * 24, "Look closely. " * 36)
 REUSE = (0, 200_000, 1 << 30)
 KINDS = ("ctrl-c",) * 6 + ("twice", "cancel", "raise", "close", "leave")
+#: Of the reader, and of what stands in for a driver in C: their own code is not what is tried.
+UNTRIED = (__file__, host_driver.__file__)
 #: Moments of a turn, before one was counted.
 FIRST_GUESS = 3000
 
@@ -117,6 +120,7 @@ class Moments:
     def __init__(self, at: int, act: Callable[[], None]) -> None:
         self._at, self._act = at, act
         self.seen = 0
+        self._within: list[FrameType] = []  # that have called C, which has not come back
         # Held here: where it raises while memory is collected, the interpreter, which is about to
         # call it, lets go of it.
         self._tracers = self._called, self._enter, self._step
@@ -130,10 +134,11 @@ class Moments:
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
         sys.setprofile(None)
+        self._within.clear()  # nobody else holds what they hold
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_code.co_filename == __file__:
-            return None  # the reader's own code is not what is tried
+        if frame.f_code.co_filename in UNTRIED:
+            return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return self._tracers[-1]
 
@@ -143,13 +148,22 @@ class Moments:
         return self._tracers[-1]
 
     def _called(self, frame: FrameType, event: str, arg: object) -> None:
-        """Raise at the end of a call, which is then the call's."""
+        """Raise at the end of a call, which is then the call's: not where C called, which goes on
+        before Python looks for a signal."""
+        if event != "return" and frame.f_code.co_filename not in UNTRIED:
+            self._told_of_c(frame, event)
         callers = {"return": frame.f_back, "c_return": frame}
         caller = callers.get(event)
-        if caller is None or caller.f_code.co_filename == __file__:
+        if caller is None or caller.f_code.co_filename in UNTRIED or caller in self._within:
             return
         if caller.f_lasti in places(caller.f_code).behind:
             self._count()
+
+    def _told_of_c(self, frame: FrameType, event: str) -> None:
+        if event == "c_call":
+            self._within.append(frame)
+        elif event in ("c_return", "c_exception") and self._within:
+            self._within.pop()
 
     def _count(self) -> None:
         self.seen += 1
