@@ -23,7 +23,7 @@ from internvl_edge.runtime.memory import MemoryGuard
 
 if TYPE_CHECKING:
     from internvl_edge.runtime.backends.cuda import Cuda
-    from internvl_edge.runtime.backends.plans import Engines
+    from internvl_edge.runtime.backends.plans import Engines, Wanted
     from internvl_edge.runtime.backends.tensorrt_library import Library
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -33,8 +33,8 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 #: committed as they fill, and a chat gets the model's whole context.
 CUDA_CONTEXT = 16384
 
-#: Builds engines for a GPU: bundle, CUDA, TensorRT, positions of the cache -> engines.
-EngineBuilder: TypeAlias = "Callable[[Bundle, Cuda, Library, int | None], Engines]"
+#: Builds engines for a GPU: bundle, CUDA, TensorRT, what they are to be for -> engines.
+EngineBuilder: TypeAlias = "Callable[[Bundle, Cuda, Library, Wanted], Engines]"
 
 _log = logging.getLogger("internvl_edge")
 
@@ -77,7 +77,7 @@ def open_device(
         stream: CUDA stream to work on; see `Cuda.open`.
         low_memory: on the CPU, hold one graph at a time.
         context: positions a KV cache must have room for; None leaves it to the device.
-        build_engines: builds engines where there are none that fit this machine.
+        build_engines: builds engines where there are none that fit this machine and what is asked.
         max_sequences: that a GPU decodes in one pass; None: one, or as many as engines are for. The
             CPU takes any number.
 
@@ -85,8 +85,8 @@ def open_device(
         DeviceError: the device is unknown or not available.
         BundleError: a graph or engine does not load.
         CapacityError: there is no memory for caches of so many sequences.
-        UsageError: `threads` or `max_sequences` is not positive, engines are for fewer sequences,
-            or `build_engines` is no function.
+        UsageError: `threads` or `max_sequences` is not positive, engines are, or can be, for fewer
+            sequences only, or `build_engines` is no function.
     """
     if not isinstance(device, str) or device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
@@ -167,7 +167,7 @@ def _open_tensorrt(
     sequences: int | None,
 ) -> Opened:
     from internvl_edge.runtime.backends.cuda import Cuda
-    from internvl_edge.runtime.backends.plans import find_engines, why_none
+    from internvl_edge.runtime.backends.plans import Wanted, find_engines, why_none
     from internvl_edge.runtime.backends.tensorrt import TensorRtBackend
     from internvl_edge.runtime.backends.tensorrt_library import Library
     from internvl_edge.runtime.images.device_tiling import DeviceTiler
@@ -177,16 +177,19 @@ def _open_tensorrt(
     library.check_dialect(bundle.manifest.dialect)
     with cuda.active():
         machine = library.machine(cuda)
-    engines = find_engines(bundle, machine, context)
+    wanted = Wanted(context, sequences)
+    engines = find_engines(bundle, machine, wanted)
+    if engines is None and build_engines is not None:
+        engines = build_engines(bundle, cuda, library, wanted)
+    elif engines is None:  # those of fewer sequences are refused below, also where auto was asked
+        engines = find_engines(bundle, machine, Wanted(context))
     if engines is None:
-        if build_engines is None:
-            raise DeviceError(why_none(bundle, machine, context), [Remedy.BUILD_ENGINES])
-        engines = build_engines(bundle, cuda, library, context)
+        raise DeviceError(why_none(bundle, machine, wanted), [Remedy.BUILD_ENGINES])
     built = engines.manifest.limits.sequences
     if sequences is not None and sequences > built:
         raise UsageError(
-            f"is {sequences}, the engines are for {built}; rebuild them with 'internvl-edge build"
-            f" {named(bundle.path)} --max-sequences {sequences}'",
+            f"is {sequences}, the engines are for {built}; rebuild them with"
+            f" '{wanted.command(bundle)}'",
             option="max_sequences",
         )
     backend = TensorRtBackend(bundle, cuda, library, engines, sequences)

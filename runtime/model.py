@@ -150,7 +150,8 @@ class InternVL(NotCopied):
             image_folder_bytes: most bytes there; what was used longest ago is removed first.
             image_folder_days: rows not used for so long are removed.
             low_memory: on the CPU, hold one of the two graphs at a time.
-            build_engines: builds TensorRT engines where the bundle has none that fit this machine:
+            build_engines: builds TensorRT engines where the bundle has none that fit this machine,
+                `max_context` and `max_sequences`:
                 `internvl_edge.export.tensorrt.engines.build_for_machine`.
             policy: how requests that are asked together share the model.
 

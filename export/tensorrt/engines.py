@@ -56,6 +56,7 @@ from internvl_edge.runtime.backends.plans import (
     Engines,
     Limits,
     Machine,
+    Wanted,
     built_engines,
     changes,
     engine_key,
@@ -129,22 +130,19 @@ def build_for_machine(
     bundle: Bundle,
     cuda: Cuda,
     library: Library,
-    context: int | None,
+    wanted: Wanted,
     build: Build | None = None,
-    *,
-    max_sequences: int = 1,
 ) -> Engines:
-    """Build engines for the GPU that is here, with the defaults: `InternVL.load`'s `build_engines`.
-
-    Args:
-        max_sequences: see `limits_of`.
+    """Build engines for the GPU that is here and what is wanted, else with the defaults:
+    `InternVL.load`'s `build_engines`.
 
     Raises:
+        UsageError: they cannot be for what is wanted.
         CapacityError: they do not fit the memory.
         EngineBuildError, OutputError: see `build_engines`.
     """
     place = this_place(cuda, library)
-    limits = limits_of(bundle.spec, None, context, max_sequences)
+    limits = limits_of(bundle.spec, None, wanted.context, wanted.sequences or 1)
     memory = plan_build(bundle, limits, place)
     return build_engines(
         bundle, place, limits, memory, library, overwrite=True, build=build or build_in_process

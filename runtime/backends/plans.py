@@ -67,6 +67,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What engines are to be for, at least; None takes what there is.
+
+    Attributes:
+        context: positions of the KV cache.
+        sequences: of one pass of the decoder.
+    """
+
+    context: int | None = None
+    sequences: int | None = None
+
+    def command(self, bundle: Bundle) -> str:
+        """Return what builds such engines."""
+        options = [("--max-context", self.context), ("--max-sequences", self.sequences)]
+        given = [f" {option} {value}" for option, value in options if value is not None]
+        return f"internvl-edge build {named(bundle.path)}{''.join(given)}"
+
+
+#: Whatever engines there are.
+ANY = Wanted()
+
+
+@dataclass(frozen=True)
 class Machine:
     """What an engine depends on beside its graph.
 
@@ -156,12 +179,9 @@ def source_hashes(bundle: Bundle) -> dict[str, str]:
     return {name: files[name].sha256 for name in sorted(files) if Path(name).stem in stems}
 
 
-def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -> Engines | None:
-    """The engines of a bundle that fit this machine: of the longest context, and of these those of
-    the most sequences.
-
-    Args:
-        context: positions asked for; None takes what there is.
+def find_engines(bundle: Bundle, machine: Machine, wanted: Wanted = ANY) -> Engines | None:
+    """The engines of a bundle that fit this machine and what is wanted: of the longest context, and
+    of these those of the most sequences.
 
     Raises:
         BundleError: an engines.json is damaged.
@@ -169,7 +189,7 @@ def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -
     fitting = [
         found
         for found in built_engines(bundle)
-        if not changes(found.manifest, bundle, machine, context)
+        if not changes(found.manifest, bundle, machine, wanted)
     ]
 
     def size(found: Engines) -> tuple[int, int]:
@@ -178,16 +198,13 @@ def find_engines(bundle: Bundle, machine: Machine, context: int | None = None) -
     return max(fitting, key=size, default=None)
 
 
-def why_none(bundle: Bundle, machine: Machine, context: int | None = None) -> str:
+def why_none(bundle: Bundle, machine: Machine, wanted: Wanted = ANY) -> str:
     """What there is instead, exactly what differs, and the command that helps."""
-    command = f"internvl-edge build {named(bundle.path)}"
-    if context is not None:
-        command += f" --max-context {context}"
-    remedy = f"run '{command}'"
+    remedy = f"run '{wanted.command(bundle)}'"
     found = built_engines(bundle)
     if not found:
         return f"{named(bundle.path)} has no engines for this machine; {remedy}"
-    differing = [(changes(item.manifest, bundle, machine, context), item) for item in found]
+    differing = [(changes(item.manifest, bundle, machine, wanted), item) for item in found]
     fewest, item = min(differing, key=lambda pair: len(pair[0]))
     return f"{named(item.path)} does not fit any more: {'; '.join(fewest)}; {remedy}"
 
@@ -208,7 +225,7 @@ def built_engines(bundle: Bundle) -> list[Engines]:
 
 
 def changes(
-    manifest: EngineManifest, bundle: Bundle, machine: Machine, context: int | None = None
+    manifest: EngineManifest, bundle: Bundle, machine: Machine, wanted: Wanted = ANY
 ) -> list[str]:
     """What is not as it was when the engines were built, for people; empty: they can be used.
 
@@ -233,8 +250,11 @@ def changes(
     for name in sorted(source.keys() | manifest.source.keys()):
         if source.get(name) != manifest.source.get(name):
             found.append(f"{name} is another file now")
-    if context is not None and context > manifest.limits.context:
-        found.append(f"context was {manifest.limits.context}, {context} is asked for")
+    limits = manifest.limits
+    if (wanted.context or 0) > limits.context:
+        found.append(f"context was {limits.context}, {wanted.context} is asked for")
+    if (wanted.sequences or 0) > limits.sequences:
+        found.append(f"sequences were {limits.sequences}, {wanted.sequences} are asked for")
     return found
 
 

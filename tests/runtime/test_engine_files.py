@@ -26,6 +26,7 @@ from internvl_edge.runtime.backends.plans import (
     Engines,
     Limits,
     Machine,
+    Wanted,
     built_engines,
     changes,
     find_engines,
@@ -149,8 +150,24 @@ def test_the_longest_context_is_taken(opened: Bundle) -> None:
     found = find_engines(opened, ORIN)
     assert found is not None
     assert found.manifest.limits.context == 8192
-    assert find_engines(opened, ORIN, 8193) is None
-    assert "8193 is asked for" in why_none(opened, ORIN, 8193)
+    assert find_engines(opened, ORIN, Wanted(8193)) is None
+    assert "8193 is asked for" in why_none(opened, ORIN, Wanted(8193))
+
+
+def test_those_are_taken_that_are_for_as_many_sequences_as_are_asked_for(opened: Bundle) -> None:
+    """Though others have a longer context."""
+    for context, sequences in ((1024, 4), (8192, 1), (2048, 4), (512, 6)):
+        publish(opened, limits=Limits(context, rows=sequences, sequences=sequences))
+    for wanted, context in ((Wanted(), 8192), (Wanted(None, 3), 2048), (Wanted(300, 5), 512)):
+        found = find_engines(opened, ORIN, wanted)
+        assert found is not None
+        assert found.manifest.limits.context == context
+    assert find_engines(opened, ORIN, Wanted(1024, 5)) is None
+    said = why_none(opened, ORIN, Wanted(1024, 5))
+    assert "sequences were 4, 5 are asked for" in said
+    assert said.endswith(
+        f"run 'internvl-edge build {opened.path} --max-context 1024 --max-sequences 5'"
+    )
 
 
 def test_of_one_context_those_of_most_sequences_are_taken(opened: Bundle) -> None:

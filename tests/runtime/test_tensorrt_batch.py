@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from side_by_side import caches, check_between, check_candidates, check_slots, h
 
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.export.bundle import export_bundle
-from internvl_edge.export.tensorrt.engines import build_engines
+from internvl_edge.export.tensorrt.engines import build_engines, build_for_machine
 from internvl_edge.export.tensorrt.profiles import plan_build, this_place
 from internvl_edge.runtime import InternVL, UsageError
 from internvl_edge.runtime.backends.cuda import Cuda
-from internvl_edge.runtime.backends.plans import Limits
+from internvl_edge.runtime.backends.plans import FOLDER, Limits
 from internvl_edge.runtime.backends.slots import together
 from internvl_edge.runtime.backends.tensorrt_cache import Span
 from internvl_edge.runtime.backends.tensorrt_library import Library
@@ -180,12 +182,34 @@ def test_no_more_sequences_than_the_engines_are_for(path: Path) -> None:
         assert (model.engine.backend.most_slices == 1) == (slots == 1)
 
 
+def test_engines_are_built_for_as_many_sequences_as_are_asked_for(
+    path: Path, tmp_path: Path, trt: FakeTensorRt
+) -> None:
+    """Beside those of a longer context that are for one; without a builder they are found."""
+    own = Path(shutil.copytree(path, tmp_path / "own"))
+    shutil.rmtree(own / FOLDER)
+    build(own, trt, Limits(context=900, tokens=64, tiles=2, rows=4))
+    given: Any = {"device": "tensorrt", "max_sequences": 3}
+    with pytest.raises(UsageError, match="is 3, the engines are for 1"):
+        InternVL.load(own, **given)
+    for builder in (partial(build_for_machine, build=fake_build), None):
+        model = InternVL.load(own, **given, max_context=700, build_engines=builder)
+        cache: Any = model.engine.backend.new_cache(8)
+        assert (cache.slot.storage.slots, cache.slot.storage.context) == (3, 700)
+    assert len([*(own / FOLDER).glob("sm*")]) == 2
+
+
 def test_a_bundle_written_earlier_takes_one_sequence_a_pass(
     path: Path, tmp_path: Path, golden_model: InternVL, trt: FakeTensorRt
 ) -> None:
     older = of_one_sequence(path, tmp_path / "older")
-    with pytest.raises(UsageError, match="max_sequences is 3; this bundle was written when"):
+    refused = pytest.raises(UsageError, match="max_sequences is 3; this bundle was written when")
+    with refused:
         build(older, trt, LIMITS)
+    shutil.rmtree(older / FOLDER, ignore_errors=True)
+    given: Any = {"device": "tensorrt", "build_engines": build_for_machine}
+    with refused:
+        InternVL.load(older, max_sequences=3, **given)
     build(older, trt, Limits(context=700, tokens=64, tiles=2, rows=4))
     model = InternVL.load(older, device="tensorrt", reuse_bytes=0)
     assert model.engine.backend.most_slices == 1

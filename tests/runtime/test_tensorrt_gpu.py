@@ -74,8 +74,8 @@ def test_a_batch_is_answered_as_each_alone(
     if dialect == "tensorrt" and not library.api.modern:
         pytest.skip(f"{library.name} {library.version} does not parse this dialect")
     path = export_bundle(GOLDEN / "model", tmp_path / "bundle", dialect=dialect)
-    build = partial(build_for_machine, max_sequences=3)
-    model = InternVL.load(path, device="tensorrt", build_engines=build, reuse_bytes=0)
+    given: Any = {"build_engines": build_for_machine, "max_sequences": 3}
+    model = InternVL.load(path, device="tensorrt", reuse_bytes=0, **given)
     assert model.engine.backend.most_slices > 1
     wanted = [alone(golden_model, one, max_new_tokens=12) for one in ASKED]
     for _ in range(2):
