@@ -172,15 +172,13 @@ class OnnxRuntimeCudaBackend:
         with self._cuda.active():
             if not self._batched:
                 storage = self._allocated(1, capacity)
-                return CudaCache(self._cuda, CudaSlot(storage, storage.take()), capacity)
+                return CudaCache(self._cuda, CudaSlot(storage, 0), capacity)
             if capacity > self._context:
                 raise ContextError(
                     f"{capacity} tokens > {self._context} that a KV cache has room for",
                     without_gains([Remedy.RAISE_CONTEXT]),
                 )
-            cache = CudaCache(self._cuda, self._storages.take(), capacity)
-            self._storages.own(cache)
-            return cache
+            return CudaCache(self._cuda, self._storages.take(), capacity)
 
     def is_in_way(self, cache: Cache) -> bool:
         """See `SlottedBackend.is_in_way`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -38,7 +39,7 @@ class Storage:
             (2 * language.num_hidden_layers, *contract.cache_shape(language, context, slots)),
             contract.CACHE_DTYPE[bundle.manifest.kv],
         )
-        self.free = list(range(slots))
+        self.free = set(range(slots))
         self.ends = [0] * slots
 
     @property
@@ -74,12 +75,6 @@ class Storage:
         """Keys and values of all layers."""
         return int(self.memory.shape[0])
 
-    def take(self) -> int:
-        """Give the lowest free slot to a cache: a pass takes all up to the highest that is run."""
-        index = min(self.free)
-        self.free.remove(index)
-        return index
-
     def address(self, plane: int, slot: int) -> int:
         """Where the first position of a slot is."""
         return self.memory.address + (plane * self.slots + slot) * self.kv_heads * self.pitch
@@ -90,7 +85,7 @@ S = TypeVar("S", bound=Storage)
 
 @dataclass(eq=False)
 class Slot(Generic[S]):
-    """A place for one cache in a storage."""
+    """A place for one cache in a storage, which is the cache's for as long as it holds it."""
 
     storage: S
     index: int
@@ -145,12 +140,14 @@ class Storages(Generic[S]):
             self._all.append(self._allocate(self._sequences))
 
     def take(self) -> Slot[S]:
-        """Return a free slot, of new memory where there is none."""
-        for storage in self._all:
+        """Return a free slot, of new memory where there is none; it is given back when it goes."""
+        for storage in self._all[:]:
             if storage.free:
-                return Slot(storage, storage.take())
-        self._all.append(self._allocate(1 if self._all else self._sequences))
-        return Slot(self._all[-1], self._all[-1].take())
+                return self._slot(storage)
+        made = self._allocate(1 if self._all else self._sequences)
+        slot = self._slot(made)
+        self._all.append(made)  # last: one that is idle may be let go of at any moment
+        return slot
 
     def is_in_way(self, cache: Cache) -> bool:
         """See `SlottedBackend.is_in_way`."""
@@ -158,17 +155,24 @@ class Storages(Generic[S]):
         shared = self._all[0]  # the only one with room for several
         return shared.slots > 1 and not shared.free and cache.slot.storage is shared
 
-    def own(self, cache: SlotCache[S]) -> None:
-        """Give the slot of a cache back when it goes."""
-        weakref.finalize(cache, self.give_back, cache.slot).atexit = False
+    def _slot(self, storage: S) -> Slot[S]:
+        """Take the lowest free slot: a pass runs all up to the highest that is taken.
 
-    def give_back(self, slot: Slot[S]) -> None:
-        """Keep a slot for the next cache, or free its memory."""
-        slot.end = 0
-        slot.storage.free.append(slot.index)
-        for storage in reversed(self._all[:]):
-            if storage.idle and any(other.free for other in self._all if other is not storage):
-                self._all.remove(storage)
+        It is taken when it is sure to be given back, so that an interrupt loses none.
+        """
+        slot = Slot(storage, min(storage.free))
+        weakref.finalize(slot, self._give_back, storage, slot.index).atexit = False
+        storage.free.discard(slot.index)
+        return slot
+
+    def _give_back(self, storage: S, index: int) -> None:
+        """Keep a slot for the next cache, or free its memory; in the midst of anything."""
+        storage.ends[index] = 0
+        storage.free.add(index)
+        for one in reversed(self._all[:]):
+            if one.idle and any(other.free for other in self._all if other is not one):
+                with suppress(ValueError):  # another slot was given back meanwhile
+                    self._all.remove(one)
 
 
 class SlotCache(Generic[S]):

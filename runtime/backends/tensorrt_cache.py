@@ -77,7 +77,6 @@ class TensorRtCache(SlotCache[EngineStorage]):
         self, cuda: Cuda, storages: Storages[EngineStorage], language: LanguageSpec, capacity: int
     ) -> None:
         super().__init__(cuda, storages.take(), capacity)
-        storages.own(self)
         table = self.slot.storage.tables[0]
         self._rope = RopeTable(language, table.shape[1], str(table.dtype))
 
