@@ -14,7 +14,7 @@ from internvl_edge.bundle.errors import ContextError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.bundle.tokenizer import load_tokenizer
 from internvl_edge.runtime import InternVL
-from internvl_edge.runtime.backends import Backend, Cache, Slice, single
+from internvl_edge.runtime.backends import Backend, Cache, PlainPasses, Slice, single
 from internvl_edge.runtime.backends.kv_cache import CacheState
 from internvl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -43,7 +43,7 @@ class LlamaCppCache:
         """Nothing beyond the length is read."""
 
 
-class LlamaCppBackend:
+class LlamaCppBackend(PlainPasses):
     """Images through `vision`, rows of embeddings through llama.cpp; see `Backend`."""
 
     def __init__(self, vision: Backend, language: LlamaCpp) -> None:
@@ -62,18 +62,6 @@ class LlamaCppBackend:
     @property
     def numerics(self) -> str:
         return self._vision.numerics
-
-    @property
-    def takes_drafts(self) -> bool:
-        return False
-
-    @property
-    def holds_scores(self) -> bool:
-        return True
-
-    @property
-    def turns(self) -> None:
-        return None
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         return self._vision.encode_tiles(tiles)

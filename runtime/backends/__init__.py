@@ -111,6 +111,22 @@ class Backend(Protocol):
         """
 
 
+class PlainPasses:
+    """What a backend says of its passes unless it knows better; see `Backend`."""
+
+    @property
+    def takes_drafts(self) -> bool:
+        return False
+
+    @property
+    def holds_scores(self) -> bool:
+        return True
+
+    @property
+    def turns(self) -> None:
+        return None
+
+
 @runtime_checkable
 class SelectingBackend(Protocol):
     """A backend that can also find the largest logits where they are, and leaves the others."""

@@ -23,7 +23,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.cuda_passes import (
     Binding,
@@ -72,7 +72,7 @@ def cuda_provider(cuda: Cuda) -> Provider:
     )
 
 
-class OnnxRuntimeCudaBackend:
+class OnnxRuntimeCudaBackend(PlainPasses):
     """Runs vision.onnx and language.onnx on a CUDA device.
 
     Args:
@@ -133,18 +133,6 @@ class OnnxRuntimeCudaBackend:
     @property
     def most_slices(self) -> int:
         return MOST_SLICES if self._batched else 1
-
-    @property
-    def takes_drafts(self) -> bool:
-        return False
-
-    @property
-    def holds_scores(self) -> bool:
-        return True
-
-    @property
-    def turns(self) -> None:
-        return None
 
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""

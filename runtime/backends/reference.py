@@ -19,7 +19,7 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
 from internvl_edge.runtime.backends.graph_contract import takes_batch
 from internvl_edge.runtime.backends.kv_cache import (
     BUFFER_BYTES,
@@ -87,7 +87,7 @@ class ReferenceCache:
             past.numpy()[:, :, start:stop] = source.pasts[name].numpy()[:, :, start:stop]
 
 
-class ReferenceBackend:
+class ReferenceBackend(PlainPasses):
     """Runs a bundle of the tensorrt or tensorrt-portable dialect on the CPU.
 
     Args:
@@ -138,18 +138,6 @@ class ReferenceBackend:
     @property
     def most_slices(self) -> int:
         return MOST_SLICES if self._batched else 1
-
-    @property
-    def takes_drafts(self) -> bool:
-        return False
-
-    @property
-    def holds_scores(self) -> bool:
-        return True
-
-    @property
-    def turns(self) -> None:
-        return None
 
     def encode_tiles(self, tiles: NDArray[np.uint8]) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)` -> `(tiles, tokens_per_tile, hidden)`."""

@@ -26,7 +26,7 @@ from internvl_edge.bundle.errors import CapacityError, ContextError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
 from internvl_edge.runtime.backends.cuda import Box, Cuda, Graph
 from internvl_edge.runtime.backends.plans import PLANS, Engines
 from internvl_edge.runtime.backends.slots import Storages, together
@@ -73,7 +73,7 @@ class CapturedStep:
         self._choose()
 
 
-class TensorRtBackend:
+class TensorRtBackend(PlainPasses):
     """Runs a bundle's engines.
 
     Args:
@@ -131,18 +131,6 @@ class TensorRtBackend:
     @property
     def most_slices(self) -> int:
         return 1 if self.limits.sequences == 1 else MOST_SLICES
-
-    @property
-    def takes_drafts(self) -> bool:
-        return False
-
-    @property
-    def holds_scores(self) -> bool:
-        return True
-
-    @property
-    def turns(self) -> None:
-        return None
 
     def encode_tiles(self, tiles: Any) -> NDArray[np.floating]:
         """uint8 `(tiles, S, S, 3)`, on the device or not, -> `(tiles, tokens_per_tile, hidden)`."""
