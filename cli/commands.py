@@ -78,7 +78,7 @@ BENCH = {
     ),
     "estimate": Command("memory and speed on a GPU not at hand", "bench.estimate.run", "bench"),
     "scale": Command(
-        "export a released model's true shapes with drawn weights, measured",
+        "export a released model's true shapes with drawn weights, rounded to nearest, measured",
         "bench.scale.run",
         "bench",
     ),
