@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.bench.common.ceilings import read_bandwidth
+from internvl_edge.bench.common.turns import in_turns, session_options
 from internvl_edge.bench.kernels.products import SHAPE, FormRate, measure_forms
 from internvl_edge.bench.scale.members import internvl_1_5
 from internvl_edge.bench.scale.synthetic import SyntheticWeights
@@ -212,20 +214,14 @@ def _compare(
 ) -> list[tuple[float, float]]:
     """Median milliseconds of (float, quantised) for each feed."""
     with scratch_folder() as folder:
-        runs = [
-            _runner(unit, chosen, folder / name, threads)
+        runs = {
+            name: _runner(unit, chosen, folder / name, threads)
             for name, chosen in (("float", QuantPlan()), ("quantised", plan))
-        ]
+        }
         results = []
         for feed in feeds:
-            times: list[list[float]] = [[], []]
-            for repeat in range(REPEATS + 1):
-                for run, taken in zip(runs, times, strict=True):
-                    start = time.perf_counter()
-                    run(feed)
-                    if repeat:  # the first is warm-up
-                        taken.append(1e3 * (time.perf_counter() - start))
-            results.append((statistics.median(times[0]), statistics.median(times[1])))
+            timed = in_turns({name: partial(run, feed) for name, run in runs.items()}, REPEATS)
+            results.append((1e3 * timed["float"].seconds, 1e3 * timed["quantised"].seconds))
     return results
 
 
@@ -236,12 +232,9 @@ def _runner(unit: Unit, plan: QuantPlan, folder: Path, threads: int) -> Callable
     dialect = OnnxRuntimeDialect(GraphBuilder("unit"), plan)
     unit.build(dialect, WeightReader(SyntheticWeights(internvl_1_5()), "float32"), "fp32")
     dialect.graph.save(folder, lambda _: None)
-    options = ort.SessionOptions()
+    options = session_options(threads)
     options.log_severity_level = 3
     use_exact_products(options)
-    options.intra_op_num_threads = threads
-    # The other run's threads would spin into this one's first milliseconds.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     tower = any(linear.kind == "int8" for linear in plan.linears.values())
     model = (tower_kernel() if tower else own_kernel(BLOCKS)).give(folder / "unit.onnx", options)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -44,7 +44,7 @@ def describe_machine(threads: int, root: Path = Path("/")) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": _versions(),
+        "libraries": installed_versions(LIBRARIES),
         "command": command_line(sys.argv),
     }
 
@@ -123,9 +123,10 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of packages; those that are not installed are left out."""
     found = {}
-    for name in LIBRARIES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -6,8 +6,6 @@ compared. ONNX Runtime takes one sequence a pass: several are run one after the 
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bench.common.turns import in_turns, session_options
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.contract import CachePrecision
 from internvl_edge.export.graphs.dialects.probes import attention_graph
@@ -98,26 +97,16 @@ class _Pair:
         ort = load_onnxruntime()
         sessions = []
         for given in (model, give_attention(model)):
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = threads
-            # The other session's threads would spin into this one's first milliseconds.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+            options = session_options(threads)
             options.register_custom_ops_library(str(kernel.library))
             sessions.append(ort.InferenceSession(given, options, ["CPUExecutionProvider"]))
         return cls(cache, *sessions)
 
     def measure(self, sequences: int, rows: int, cached: int, runs: int) -> AttentionRow:
         given = _Given.draw(self.cache, sequences, rows, cached)
-        passes = self._theirs(given), self._ours(given)
-        times: tuple[list[float], list[float]] = [], []
-        results: list[Any] = [None, None]
-        for _ in range(runs + 1):
-            for i, one in enumerate(passes):
-                started = time.perf_counter()
-                results[i] = one()
-                times[i].append(time.perf_counter() - started)
-        theirs_s, ours_s = (statistics.median(taken[1:]) for taken in times)
-        theirs, ours = (np.concatenate(one).reshape(-1) for one in results)
+        timed = in_turns({"theirs": self._theirs(given), "ours": self._ours(given)}, runs)
+        theirs_s, ours_s = timed["theirs"].seconds, timed["ours"].seconds
+        theirs, ours = (np.concatenate(one.result).reshape(-1) for one in timed.values())
         heads, kv_heads, head = SHAPE
         operations = 4 * heads * head * sequences * rows * (cached + (rows + 1) / 2)
         item = np.dtype(contract.CACHE_DTYPE[self.cache]).itemsize

@@ -5,16 +5,16 @@ All run in turns in sessions of their own, with the same threads; medians are co
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bench.common.turns import in_turns, session_options
 from internvl_edge.bundle.contract import Tensor
 from internvl_edge.export.checkpoint.weights import Weight
 from internvl_edge.export.formats.plan import LinearPlan, QuantPlan
@@ -90,15 +90,12 @@ def _measure(sessions: Mapping[str, Any], bits: int, rows: int, runs: int) -> Bl
     x: NDArray[Any] = random.standard_normal((rows, inputs)).astype(np.float32)
     feeds = dict.fromkeys(sessions, x)
     feeds["integers"] = random.integers(0, 256, x.shape, np.uint8)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    results: dict[str, NDArray[np.float32]] = {}
-    for _ in range(runs + 1):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            (results[name],) = session.run(None, {"x": feeds[name]})
-            times[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
-    theirs, ours = results["matmulnbits"], results["kernel"]
+    calls = {
+        name: partial(session.run, None, {"x": feeds[name]}) for name, session in sessions.items()
+    }
+    timed = in_turns(calls, runs)
+    median = {name: one.seconds for name, one in timed.items()}
+    (theirs,), (ours,) = timed["matmulnbits"].result, timed["kernel"].result
     return BlockRow(
         bits=bits,
         rows=rows,
@@ -148,15 +145,9 @@ def _write_integers(folder: Path) -> Path:
 
 def open_graph(graph: Path, threads: int, form: Form, kernel: OwnKernel = NO_KERNEL) -> Any:
     """Open a graph as `onnxruntime.InferenceSession` on the CPU, its nodes given to the kernel."""
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # The other sessions' threads would spin into this one's first milliseconds.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    for key, value in form.entries.items():
-        options.add_session_config_entry(key, value)
+    options = session_options(threads, form)
     model = kernel.give(graph, options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return load_onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def render_blocks(kernel: OwnKernel, rows: Sequence[BlockRow], threads: int) -> list[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bench.common.turns import in_turns
 from internvl_edge.bench.kernels.blocks import open_graph
 from internvl_edge.bundle.contract import Tensor
 from internvl_edge.export.checkpoint.weights import Weight
@@ -73,24 +73,19 @@ def measure_experts(kernel: OwnKernel, threads: int, runs: int) -> list[ExpertsR
 def _measure(sessions: dict[str, Any], rows: int, runs: int) -> ExpertsRow:
     width, _, experts, chosen = SHAPE
     x = np.random.default_rng(rows).standard_normal((rows, width)).astype(np.float32)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    results: dict[str, NDArray[np.float32]] = {}
-    for _ in range(runs + 1):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            (results[name],) = session.run(None, {"x": x})
-            times[name].append(time.perf_counter() - started)
-    qmoe, ours = (statistics.median(times[name][1:]) for name in ("qmoe", "kernel"))
+    calls = {name: partial(session.run, None, {"x": x}) for name, session in sessions.items()}
+    timed = in_turns(calls, runs)
+    qmoe, ours = timed["qmoe"].seconds, timed["kernel"].seconds
+    (wanted,), (got,) = timed["qmoe"].result, timed["kernel"].result
     order = np.argsort(-(x @ _router().T), axis=-1)[:, :chosen]
     read = len(np.unique(order)) * _layer_bytes() / experts
-    norm = np.linalg.norm(results["qmoe"])
     return ExpertsRow(
         rows=rows,
         qmoe_ms=round(qmoe * 1e3, 3),
         kernel_ms=round(ours * 1e3, 3),
         speedup=round(qmoe / ours, 2),
         gigabytes_per_s=round(read / ours / 1e9, 1),
-        difference=float(np.linalg.norm(results["kernel"] - results["qmoe"]) / norm),
+        difference=float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)),
     )
 
 

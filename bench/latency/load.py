@@ -21,7 +21,7 @@ from PIL import Image
 from internvl_edge.bench.kernels.cpu import photo
 from internvl_edge.bench.latency.measure import JPEG_QUALITY, grid_shape, grid_tiles, question
 from internvl_edge.runtime import InternVL, Sampling
-from internvl_edge.runtime.asking import prompt_request
+from internvl_edge.runtime.asking import PromptOptions, prompt_request
 from internvl_edge.runtime.decoding.request import Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 
@@ -63,6 +63,20 @@ class Asked:
     max_tiles: int | None
     new_tokens: int
     gap: float
+
+    @property
+    def images(self) -> Sequence[bytes]:
+        return () if self.picture is None else (self.picture,)
+
+    @property
+    def options(self) -> PromptOptions:
+        """How it is answered: to the last token, since the stop token is disabled."""
+        return {
+            "max_tiles": self.max_tiles,
+            "max_new_tokens": self.new_tokens,
+            "ignore_eos": True,
+            "sampling": Sampling(),
+        }
 
 
 @dataclass(frozen=True)
@@ -132,28 +146,13 @@ def interfere(model: InternVL, asked: Sequence[Asked]) -> Interference:
 
 
 def _request(model: InternVL, asked: Asked) -> Request:
-    return prompt_request(
-        model.inputs,
-        asked.prompt,
-        () if asked.picture is None else asked.picture,
-        max_tiles=asked.max_tiles,
-        max_new_tokens=asked.new_tokens,
-        ignore_eos=True,
-        sampling=Sampling(),
-    )
+    return prompt_request(model.inputs, asked.prompt, asked.images, **asked.options)
 
 
 async def answer(model: InternVL, asked: Asked) -> Answered:
-    """Ask one and wait for its answer; the stop token is disabled."""
+    """Ask one and wait for its answer."""
     arrived = perf_counter()
-    stream = model.astream(
-        asked.prompt,
-        () if asked.picture is None else asked.picture,
-        max_tiles=asked.max_tiles,
-        max_new_tokens=asked.new_tokens,
-        ignore_eos=True,
-        sampling=Sampling(),
-    )
+    stream = model.astream(asked.prompt, asked.images, **asked.options)
     reply = await stream.finish()
     ended, timings = perf_counter(), reply.timings
     ttft = ended - arrived - (timings.token_s[-1] - timings.token_s[0])

@@ -5,6 +5,7 @@ Several sequences are a batch; it is run anew from its prompt when their number 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,27 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
-class TransformersEngine:
+class _OneBatch(ABC):
+    """Sequences that are rows of one batch."""
+
+    def __init__(self) -> None:
+        self._cache: Any = None
+        self._prompt, self._length = np.empty(0, np.int64), 0
+
+    def prefill(self, ids: Ids) -> Logits:
+        self._prompt = ids
+        (logits,) = self._begin(ids[None])
+        return np.asarray(logits)
+
+    def fork(self, count: int) -> None:
+        self._begin(np.repeat(self._prompt[None], count, 0))
+
+    @abstractmethod
+    def _begin(self, ids: Ids) -> Logits:
+        """Run prompts `(sequences, tokens)` in an empty cache; logits `(sequences, vocab)`."""
+
+
+class TransformersEngine(_OneBatch):
     """transformers over a Llama checkpoint, in bfloat16.
 
     Args:
@@ -33,6 +54,7 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+        super().__init__()
         torch.set_num_threads(threads)
         self._torch = torch
         auto: Any = AutoModelForCausalLM  # its methods carry no types
@@ -42,27 +64,17 @@ class TransformersEngine:
         self._new_cache: Callable[[], Any] = partial(DynamicCache, config=model.config)
         if compiled:
             self._new_cache = partial(StaticCache, config=model.config, max_cache_len=context)
-        self._cache: Any = None
-        self._prompt, self._length = np.empty(0, np.int64), 0
 
     @property
     def features(self) -> str:
         return f"bfloat16, {self._torch.backends.cpu.get_cpu_capability()}"
 
-    def prefill(self, ids: Ids) -> Logits:
-        self._prompt = ids
-        (logits,) = self._begin(1)
-        return np.asarray(logits)
-
-    def fork(self, count: int) -> None:
-        self._begin(count)
-
     def decode(self, tokens: Ids) -> Logits:
         return self._run(self._step, tokens[:, None])
 
-    def _begin(self, count: int) -> Logits:
+    def _begin(self, ids: Ids) -> Logits:
         self._cache, self._length = self._new_cache(), 0
-        return self._run(self._model.forward, np.repeat(self._prompt[None], count, 0))
+        return self._run(self._model.forward, ids)
 
     def _run(self, forward: Any, ids: Ids) -> Logits:
         torch = self._torch
@@ -79,7 +91,7 @@ class TransformersEngine:
         return np.asarray(output.logits[:, -1].float().numpy())
 
 
-class OptimumEngine:
+class OptimumEngine(_OneBatch):
     """Optimum's ONNX Runtime model, exported from a Llama checkpoint, in float32."""
 
     def __init__(self, path: Path, threads: int, context: int, sequences: int) -> None:
@@ -87,33 +99,24 @@ class OptimumEngine:
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
+        super().__init__()
         self._torch = torch
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         self._model = ORTModelForCausalLM.from_pretrained(
             path, export=True, session_options=options, use_io_binding=True
         )
-        self._cache: Any = None
-        self._prompt, self._length = np.empty(0, np.int64), 0
 
     @property
     def features(self) -> str:
         return "float32"
 
-    def prefill(self, ids: Ids) -> Logits:
-        self._prompt = ids
-        (logits,) = self._begin(1)
-        return np.asarray(logits)
-
-    def fork(self, count: int) -> None:
-        self._begin(count)
-
     def decode(self, tokens: Ids) -> Logits:
         return self._run(tokens[:, None])
 
-    def _begin(self, count: int) -> Logits:
+    def _begin(self, ids: Ids) -> Logits:
         self._cache, self._length = None, 0
-        return self._run(np.repeat(self._prompt[None], count, 0))
+        return self._run(ids)
 
     def _run(self, ids: Ids) -> Logits:
         torch = self._torch

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.bench.common.machine import installed_versions
 from internvl_edge.bundle.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def versions(packages: Sequence[str], python: str = sys.executable) -> dict[str,
 def main(arguments: Sequence[str]) -> int:
     """Serve one engine until stdin ends."""
     if arguments[0] == "versions":
-        print(json.dumps(_installed(arguments[1:])))
+        print(json.dumps(installed_versions(arguments[1:])))
         return 0
     name, path, *numbers = arguments
     # Libraries print: only answers may reach the pipe.
@@ -179,16 +179,6 @@ def _steps(engine: Engine, prompt: NDArray[np.int64], count: int, new_tokens: in
         engine.decode(tokens)
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def _installed(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":
