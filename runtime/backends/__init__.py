@@ -174,6 +174,8 @@ def several(batch: Sequence[Slice], most: int) -> Sequence[Slice]:
     Raises:
         LimitError: it has another number of them.
     """
+    if most == 1:
+        return [single(batch)]
     if not 1 <= len(batch) <= most:
         raise LimitError(f"this backend runs 1 to {most} sequences in a pass, got {len(batch)}")
     return batch

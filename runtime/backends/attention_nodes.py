@@ -14,7 +14,14 @@ from internvl_edge.bundle.contract import Tensor
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.kernels.attention.library import PLACE_FIELDS
-from internvl_edge.runtime.backends.graph_bytes import INT64, Declared, Graph, Model, Node
+from internvl_edge.runtime.backends.graph_bytes import (
+    INT64,
+    Declared,
+    Graph,
+    Model,
+    Node,
+    changed_model,
+)
 from internvl_edge.runtime.backends.own_nodes import MICROSOFT_DOMAIN, OWN_DOMAIN
 
 #: The input that says where each sequence of a pass stands: int64 `(sequences, fields)`, its first
@@ -90,11 +97,7 @@ def give_attention(model: bytes) -> bytes | None:
         The changed model; None where a node is not as ours computes it, there is none, or the
         bytes are no model.
     """
-    try:
-        changed = Model.parse(model)
-        return changed.serialised() if _gave(changed) else None
-    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
-        return None
+    return changed_model(model, _gave)
 
 
 def has_caches(model: bytes, wanted: Sequence[Tensor]) -> bool:
@@ -112,9 +115,9 @@ def _declared(tensor: Tensor) -> Declared:
     return Declared(_ELEMENTS[tensor.dtype], sizes)
 
 
-def _gave(changed: Model) -> bool:
+def _gave(model: Model) -> bool:
     """Change a model where all of its attention is as ours computes it; whether it is."""
-    graph = changed.graph
+    graph = model.graph
     nodes, said = graph.nodes, graph.tensors()
     taken = {i: node for i, node in enumerate(nodes) if is_attention(node)}
     tables = said.get(contract.ROPE_COS)
@@ -130,8 +133,8 @@ def _gave(changed: Model) -> bool:
         _give(node, operator, layers[i], heads[i] or 0)
     _drop_unused(graph)
     graph.add_input(SEQUENCES, INT64, (SEQUENCES, fields(len(layers))))
-    if OWN_DOMAIN not in changed.domains:
-        changed.import_domain(OWN_DOMAIN)
+    if OWN_DOMAIN not in model.domains:
+        model.import_domain(OWN_DOMAIN)
     return True
 
 

@@ -6,7 +6,7 @@ Fields that are not named here stay as they are, and where they are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from internvl_edge.runtime.backends.protocol_buffers import (
@@ -290,6 +290,22 @@ class Model(Message):
         """Import version 1 of a domain."""
         opset = Message([*text_fields(_OPSET_DOMAIN, [name]), Field(_OPSET_VERSION, VARINT, 1)])
         self.fields.append(Field(_MODEL_OPSET, BYTES, opset))
+
+
+def changed_model(model: bytes, change: Callable[[Model], bool]) -> bytes | None:
+    """Change a serialised `ModelProto`.
+
+    Args:
+        change: changes it in place; returns whether it is to be so.
+
+    Returns:
+        The changed model; None where it is not to be, or the bytes are no model.
+    """
+    try:
+        found = Model.parse(model)
+        return found.serialised() if change(found) else None
+    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
+        return None
 
 
 def _named(size: str) -> list[Field]:

@@ -9,6 +9,7 @@ import math
 import mmap
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,3 +126,24 @@ class CacheState:
         grown = np.empty(min(needed + needed // 8 + 32, max(self.capacity, needed)), np.int64)
         grown[: self.length] = self._signatures[: self.length]
         return grown
+
+
+def held_bytes(buffers: Sequence[NDArray[Any]], state: CacheState) -> int:
+    """All the memory that a cache takes between passes.
+
+    Args:
+        buffers: of `lazy_zeros`, all alike.
+        state: of the cache.
+    """
+    each = committed_bytes(buffers[0], state.touched) + BUFFER_BYTES
+    return len(buffers) * each + state.nbytes + CACHE_BYTES
+
+
+def filled_bytes(arrays: Sequence[NDArray[Any]], state: CacheState) -> int:
+    """Bytes of the filled positions of arrays `(1, kv_heads, capacity, head_dim)`."""
+    return sum(array.nbytes // state.capacity * state.length for array in arrays)
+
+
+def copy_positions(target: NDArray[Any], source: NDArray[Any], start: int, stop: int) -> None:
+    """Positions `start..stop` between arrays `(1, kv_heads, capacity, head_dim)`."""
+    target[:, :, start:stop] = source[:, :, start:stop]

@@ -64,21 +64,17 @@ class OnnxRuntimeBackend:
         # A graph gives its activations back after a pass: the other one needs as much.
         self._giving_back = ort.RunOptions()
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._description = (
+        self.description = (
             f"onnxruntime {ort.__version__}, {PROVIDERS['cpu']}, {threads or 'all'} threads"
         )
         if LANGUAGE_GRAPH in self._graphs.mapped:
-            self._description += ", own kernel for weights in blocks"
+            self.description += ", own kernel for weights in blocks"
         if self._graphs.attends:
-            self._description += ", own attention"
+            self.description += ", own attention"
         if self._graphs.tower.library is not None:
-            self._description += ", own vision kernels"
+            self.description += ", own vision kernels"
         if note:
-            self._description += f" ({note})"
-
-    @property
-    def description(self) -> str:
-        return self._description
+            self.description += f" ({note})"
 
     @property
     def numerics(self) -> str:

@@ -23,7 +23,7 @@ from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import reason
 from internvl_edge.bundle.remedies import Remedy, without_gains
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several
 from internvl_edge.runtime.backends.cuda import Cuda
 from internvl_edge.runtime.backends.cuda_passes import (
     Binding,
@@ -208,10 +208,7 @@ class OnnxRuntimeCudaBackend(PlainPasses):
         Raises:
             LimitError: more slices than are taken, or none.
         """
-        if self._batched:
-            several(batch, MOST_SLICES)
-        else:
-            single(batch)
+        several(batch, self.most_slices)
         steps: dict[float, list[int]] = {}  # attention rotates all rows of a pass by one table
         for index, new in enumerate(batch):
             if len(new.rows) == 1:

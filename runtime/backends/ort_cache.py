@@ -13,10 +13,10 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.specs import LanguageSpec
 from internvl_edge.runtime.backends import Cache
 from internvl_edge.runtime.backends.kv_cache import (
-    BUFFER_BYTES,
-    CACHE_BYTES,
     CacheState,
-    committed_bytes,
+    copy_positions,
+    filled_bytes,
+    held_bytes,
     lazy_zeros,
 )
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -57,9 +57,7 @@ class OrtCache:
 
     @property
     def held_bytes(self) -> int:
-        one = next(iter(self.storage.values())).numpy()  # all are alike
-        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
-        return len(self.storage) * buffer + self.state.nbytes + CACHE_BYTES
+        return held_bytes([value.numpy() for value in self.storage.values()], self.state)
 
     def trim(self) -> None:
         """Give back the binding, with the inputs and logits of the last pass, and own tables."""
@@ -92,13 +90,3 @@ def allocated(language: LanguageSpec, dtype: str, capacity: int, shared: RopeTab
         for pair in contract.cache_pairs(language)
     }
     return OrtCache(CacheState(capacity), CacheRope(shared, language, capacity), storage)
-
-
-def filled_bytes(arrays: list[NDArray[Any]], state: CacheState) -> int:
-    """Bytes of the filled positions of arrays `(1, kv_heads, capacity, head_dim)`."""
-    return sum(array.nbytes // state.capacity * state.length for array in arrays)
-
-
-def copy_positions(target: NDArray[Any], source: NDArray[Any], start: int, stop: int) -> None:
-    """Positions `start..stop` between arrays `(1, kv_heads, capacity, head_dim)`."""
-    target[:, :, start:stop] = source[:, :, start:stop]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 
-from internvl_edge.runtime.backends.graph_bytes import Model, Node
+from internvl_edge.runtime.backends.graph_bytes import Model, Node, changed_model
 
 MICROSOFT_DOMAIN, OWN_DOMAIN = "com.microsoft", "internvl_edge"
 
@@ -50,19 +50,18 @@ def give_products(model: bytes) -> bytes | None:
     Returns:
         The changed model; None where no node is ours, experts are not, or the bytes are no model.
     """
-    try:
-        changed = Model.parse(model)
-        nodes = changed.graph.nodes
-        taken = [node for node in nodes if _takes(node)]
-        left = any(node.operator == _EXPERTS and not _takes(node) for node in nodes)
-    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
-        return None
-    if left or not taken:
-        return None
+    return changed_model(model, _gave)
+
+
+def _gave(model: Model) -> bool:
+    nodes = model.graph.nodes
+    taken = [node for node in nodes if _takes(node)]
+    if not taken or any(node.operator == _EXPERTS and not _takes(node) for node in nodes):
+        return False
     for node in taken:
         node.domain = OWN_DOMAIN
-    changed.import_domain(OWN_DOMAIN)
-    return changed.serialised()
+    model.import_domain(OWN_DOMAIN)
+    return True
 
 
 def _takes(node: Node) -> bool:

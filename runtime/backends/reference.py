@@ -19,13 +19,13 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, CapacityError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.remedies import Remedy
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several
 from internvl_edge.runtime.backends.graph_contract import takes_batch
 from internvl_edge.runtime.backends.kv_cache import (
-    BUFFER_BYTES,
-    CACHE_BYTES,
     CacheState,
-    committed_bytes,
+    copy_positions,
+    filled_bytes,
+    held_bytes,
     lazy_zeros,
 )
 from internvl_edge.runtime.backends.machine import machine_key
@@ -61,15 +61,12 @@ class ReferenceCache:
     @property
     def nbytes(self) -> int:
         """Memory its filled positions take."""
-        arrays = [past.numpy() for past in self.pasts.values()]
-        return sum(array.nbytes // self.state.capacity * self.state.length for array in arrays)
+        return filled_bytes([past.numpy() for past in self.pasts.values()], self.state)
 
     @property
     def held_bytes(self) -> int:
         """All the memory it takes between passes."""
-        one = next(iter(self.pasts.values())).numpy()  # all are alike
-        buffer = committed_bytes(one, self.state.touched) + BUFFER_BYTES
-        return len(self.pasts) * buffer + self.state.nbytes + CACHE_BYTES
+        return held_bytes([past.numpy() for past in self.pasts.values()], self.state)
 
     def trim(self) -> None:
         """Give back the cache's own rotary tables."""
@@ -84,7 +81,7 @@ class ReferenceCache:
         """Take positions `start..stop` of another cache; `state` stays."""
         assert isinstance(source, ReferenceCache)
         for name, past in self.pasts.items():
-            past.numpy()[:, :, start:stop] = source.pasts[name].numpy()[:, :, start:stop]
+            copy_positions(past.numpy(), source.pasts[name].numpy(), start, stop)
 
 
 class ReferenceBackend(PlainPasses):
@@ -120,16 +117,12 @@ class ReferenceBackend(PlainPasses):
                 f" (Python 3.11 or later), this is {ort.__version__}"
             ) from error
         self._batched = takes_batch(self._language)
-        self._description = (
+        self.description = (
             f"onnxruntime {ort.__version__}, CPU, {threads or 'all'} threads, as reference for"
             f" graphs of the {manifest.dialect} dialect"
         )
         if note:
-            self._description += f" ({note})"
-
-    @property
-    def description(self) -> str:
-        return self._description
+            self.description += f" ({note})"
 
     @property
     def numerics(self) -> str:
@@ -165,10 +158,7 @@ class ReferenceBackend(PlainPasses):
 
         Sequences with as many rows as another are side by side in a pass.
         """
-        if self._batched:
-            several(batch, MOST_SLICES)
-        else:
-            single(batch)
+        several(batch, self.most_slices)
         logits: dict[int, NDArray[np.float32]] = {}
         for count in {len(one.rows) for one in batch}:
             alike = [index for index, one in enumerate(batch) if len(one.rows) == count]

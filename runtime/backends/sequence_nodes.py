@@ -13,7 +13,14 @@ from typing import Any, TypeGuard
 from internvl_edge.bundle import contract
 from internvl_edge.bundle.files import read_bytes
 from internvl_edge.runtime.backends.attention_nodes import head_size, is_attention, takes
-from internvl_edge.runtime.backends.graph_bytes import INT64, Graph, Model, Node, Stored
+from internvl_edge.runtime.backends.graph_bytes import (
+    INT64,
+    Graph,
+    Model,
+    Node,
+    Stored,
+    changed_model,
+)
 from internvl_edge.runtime.backends.own_kernel import GRAPH_BYTES, WEIGHTS_FOLDER
 
 #: What the names of added values begin with.
@@ -61,19 +68,15 @@ def give_sequences(model: bytes) -> bytes | None:
         The changed model; None where its attention is not as it is exported, or heads are rotated
         before it, by rows of one sequence.
     """
-    try:
-        changed = Model.parse(model)
-        return changed.serialised() if _gave(changed) else None
-    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
-        return None
+    return changed_model(model, _gave)
 
 
-def _gave(changed: Model) -> bool:
+def _gave(model: Model) -> bool:
     """Change a model where all of its attention is as it is exported; whether it is."""
-    graph = changed.graph
+    graph = model.graph
     taken = [node for node in graph.nodes if is_attention(node)]
     placed = {name for node in graph.nodes if node not in taken for name in node.inputs}
-    if not taken or not placed.isdisjoint(_PLACED) or changed.mentions(_ADDED):
+    if not taken or not placed.isdisjoint(_PLACED) or model.mentions(_ADDED):
         return False
     if graph.describes_values or not all(map(takes, taken)):
         return False

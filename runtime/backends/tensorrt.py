@@ -26,7 +26,7 @@ from internvl_edge.bundle.errors import CapacityError, ContextError, DeviceError
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.kernels.device import DeviceArray
-from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several, single
+from internvl_edge.runtime.backends import MOST_SLICES, Cache, PlainPasses, Slice, several
 from internvl_edge.runtime.backends.cuda import Box, Cuda, Graph
 from internvl_edge.runtime.backends.plans import PLANS, Engines
 from internvl_edge.runtime.backends.slots import Storages, together
@@ -207,10 +207,7 @@ class TensorRtBackend(PlainPasses):
         Raises:
             LimitError: more slices than are taken, or none.
         """
-        if self.most_slices == 1:
-            single(batch)
-        else:
-            several(batch, self.most_slices)
+        several(batch, self.most_slices)
         steps = [index for index, new in enumerate(batch) if len(new.rows) == 1]
         yield from ([index] for index in range(len(batch)) if index not in steps)
         for group in together([_cache(batch[index]).slot for index in steps]):

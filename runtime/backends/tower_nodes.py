@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from internvl_edge.runtime.backends.graph_bytes import Model, Node, Stored
+from internvl_edge.runtime.backends.graph_bytes import Model, Node, Stored, changed_model
 from internvl_edge.runtime.backends.integer_nodes import (
     is_product,
     shared_inputs,
@@ -47,17 +48,17 @@ def give_tower(model: bytes, *, products: bool = True) -> bytes | None:
     Returns:
         The changed model; None where it has no integer products, or the bytes are no model.
     """
-    try:
-        changed = Model.parse(model)
-        graph = changed.graph
-        tower = _Tower(graph.nodes, set(graph.outputs), graph.weights() if products else {})
-        if not any(map(is_product, tower.nodes)):
-            return None
-        graph.nodes = tower.given()
-    except (IndexError, ValueError):  # ONNX Runtime says what is wrong with it
-        return None
-    changed.import_domain(OWN_DOMAIN)
-    return changed.serialised()
+    return changed_model(model, partial(_gave, products))
+
+
+def _gave(products: bool, model: Model) -> bool:
+    graph = model.graph
+    tower = _Tower(graph.nodes, set(graph.outputs), graph.weights() if products else {})
+    if not any(map(is_product, tower.nodes)):
+        return False
+    graph.nodes = tower.given()
+    model.import_domain(OWN_DOMAIN)
+    return True
 
 
 def takes_all_products(model: bytes) -> bool:
