@@ -279,10 +279,11 @@ class InternVL(NotCopied):
 
     def close(self) -> None:
         """Cancel what `agenerate` and `astream` have under way, and end the model's threads. What
-        is asked later begins them again."""
-        self._background.close()
-        if self.answering.lane is not None:
-            self.answering.lane.close()
+        is asked later begins them again. In a forked process there are none."""
+        if self.home.here:
+            self._background.close()
+            if self.answering.lane is not None:
+                self.answering.lane.close()
 
     def chat(
         self,

@@ -15,9 +15,14 @@ class HomeProcess:
     def __init__(self) -> None:
         self._pid = os.getpid()
 
+    @property
+    def here(self) -> bool:
+        """Whether this is it."""
+        return os.getpid() == self._pid
+
     def check(self) -> None:
         """Raise ProcessError in any other process."""
-        if os.getpid() != self._pid:
+        if not self.here:
             raise ProcessError(
                 f"the model was loaded in process {self._pid}, this one ({os.getpid()}) was forked"
                 " from it; load the bundle here, or start processes by 'spawn'"

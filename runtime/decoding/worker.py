@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
+from internvl_edge.runtime.process import HomeProcess
+
 #: What is done; None ends the thread.
 Job = Callable[[], object]
 Jobs = SimpleQueue["Job | None"]
@@ -20,7 +22,8 @@ _log = logging.getLogger("internvl_edge")
 
 class Worker:
     """Does one job after the other in a thread that begins with the first, and ends with the worker
-    or by `close`. The process waits for the job under way.
+    or by `close`. The process waits for the job under way; one forked from it has no such thread,
+    and waits for none.
 
     An interrupt within `submit` of an executor leaves its semaphore locked, and its thread, and
     whoever submits next, wait for ever. Here nothing is locked in Python.
@@ -36,7 +39,8 @@ class Worker:
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._turn = threading.Lock()
         self._threads: set[int] = set()  # by their numbers: two where an interrupt came in between
-        leave = partial(_wait_for, self._jobs, self._turn)
+        self._home = HomeProcess()
+        leave = partial(_wait_for, self._jobs, self._turn, self._home)
         atexit.register(leave)
         weakref.finalize(self, _end, self._jobs, leave).atexit = False
 
@@ -54,7 +58,7 @@ class Worker:
         """Wait for what was handed in, and for the end of the thread; a job does not, which would
         wait for itself."""
         self._jobs.put(None)
-        if self._begun and threading.get_ident() not in self._threads:
+        if self._begun and self._home.here and threading.get_ident() not in self._threads:
             self._ended.get()
 
 
@@ -83,7 +87,9 @@ def _end(jobs: Jobs, leave: Job) -> None:
     atexit.unregister(leave)
 
 
-def _wait_for(jobs: Jobs, turn: threading.Lock) -> None:
+def _wait_for(jobs: Jobs, turn: threading.Lock, home: HomeProcess) -> None:
+    if not home.here:
+        return
     jobs.put(None)
     with turn:
         pass

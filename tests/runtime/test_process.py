@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from internvl_edge.runtime import InternVL, ProcessError
 
@@ -67,6 +68,28 @@ os._exit(0)
 """
 
 
+#: Forks with the model's threads there, one of them at work; the child goes as a process does.
+LEAVE = """
+import asyncio, faulthandler, os, sys, warnings
+warnings.simplefilter("ignore")
+from internvl_edge.runtime import InternVL
+
+model = InternVL.load(sys.argv[1], device="cpu", threads=1)
+model.generate_batch([{"prompt": "What?", "images": sys.argv[2], "max_new_tokens": 2}])
+
+under_way = model.astream("Hello", max_new_tokens=400)
+loop = asyncio.new_event_loop()
+loop.run_until_complete(under_way.__anext__())
+child = os.fork()
+if child:
+    left = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(left, len(model.generate("Still there?", max_new_tokens=3).token_ids))
+else:
+    faulthandler.dump_traceback_later(20, exit=True)
+    model.close()
+"""
+
+
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_neither_pickled_nor_copied(golden_model: InternVL, way: Callable[[Any], Any]) -> None:
     chat = golden_model.chat()
@@ -92,3 +115,18 @@ def test_a_forked_process_is_told(golden_bundle: Path) -> None:
     assert all("was forked from it; load the bundle here" in text for text in found.values()), found
     assert len(found) == 12
     assert int(parent) == 3
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
+def test_a_forked_process_closes_the_model_and_ends(golden_bundle: Path, tmp_path: Path) -> None:
+    """It waited for threads that it had not."""
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (60, 40), "white").save(picture)
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE, str(golden_bundle), str(picture)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["0", "3"], done.stderr
