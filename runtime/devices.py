@@ -33,6 +33,9 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 #: committed as they fill, and a chat gets the model's whole context.
 CUDA_CONTEXT = 16384
 
+#: Threads that no CPU has use for: of more, ONNX Runtime makes them for minutes, and then fails.
+MOST_THREADS = 1024
+
 #: Builds engines for a GPU: bundle, CUDA, TensorRT, what they are to be for -> engines.
 EngineBuilder: TypeAlias = "Callable[[Bundle, Cuda, Library, Wanted], Engines]"
 
@@ -85,8 +88,8 @@ def open_device(
         DeviceError: the device is unknown or not available.
         BundleError: a graph or engine does not load.
         CapacityError: there is no memory for caches of so many sequences.
-        UsageError: `threads` or `max_sequences` is not positive, engines are, or can be, for fewer
-            sequences only, or `build_engines` is no function.
+        UsageError: `threads` or `max_sequences` is outside its limits, engines are, or can be, for
+            fewer sequences only, or `build_engines` is no function.
     """
     if not isinstance(device, str) or device not in get_args(Device):
         raise DeviceError(f"unknown device {quoted(device)}; use {', '.join(get_args(Device))}")
@@ -94,6 +97,10 @@ def open_device(
     for option, value in (("threads", threads), ("max_sequences", max_sequences)):
         if value is not None and value < 1:
             raise UsageError(f"is {quoted(value)}, it must be at least 1", option=option)
+    if threads is not None and threads > MOST_THREADS:
+        raise UsageError(
+            f"is {quoted(threads)}, it must be at most {MOST_THREADS}", option="threads"
+        )
     if stream is not None and device == "cpu":
         raise DeviceError(f"a CUDA stream was given for device {quoted(device)}; use device='cuda'")
     if device == "cpu":

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from internvl_edge.bundle.errors import UsageError
 from internvl_edge.bundle.quoting import quoted
-from internvl_edge.runtime.devices import Device
+from internvl_edge.runtime.devices import MOST_THREADS, Device
 
 Value = TypeVar("Value")
 
@@ -31,20 +31,24 @@ def add_device(parser: ArgumentGroup) -> None:
 def add_threads(parser: ArgumentGroup) -> None:
     """Add `--threads`."""
     parser.add_argument(
-        "--threads", type=at_least(1, "--threads"), help="CPU threads (default: one per core)"
+        "--threads",
+        type=at_least(1, "--threads", most=MOST_THREADS),
+        help="CPU threads (default: one per core)",
     )
 
 
-def at_least(least: int, option: str) -> Callable[[str], int]:
-    """Return the type of an option that takes an integer from `least` on.
+def at_least(least: int, option: str, *, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an option that takes an integer from `least` on, to `most` where given.
 
-    The type raises UsageError for a smaller one.
+    The type raises UsageError for another one.
     """
 
     def integer(text: str) -> int:
         value = int(text)
         if value < least:
             raise UsageError(f"{option} is {quoted(value)}, it must be at least {least}")
+        if most is not None and value > most:
+            raise UsageError(f"{option} is {quoted(value)}, it must be at most {most}")
         return value
 
     return integer

@@ -109,6 +109,7 @@ def test_device_error(
 
 def test_limit_error_of_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repeat is 0, it must be at least 1" in error_line(capsys, "demo", "--repeat", "0")
+    assert "--threads is 1025, it must be at" in error_line(capsys, "demo", "--threads", "1025")
 
 
 @pytest.mark.parametrize(

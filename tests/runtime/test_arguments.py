@@ -177,6 +177,7 @@ def test_fields_of_sampling_are_numbers(name: str, value: Any) -> None:
     ("given", "said"),
     [
         ({"threads": "2"}, "threads is '2', it must be a whole number"),
+        ({"threads": 2**31}, "threads is 2147483648, it must be at most 1024"),
         ({"max_context": "2"}, "max_context is '2', it must be a whole number"),
         ({"reuse_bytes": "1"}, "reuse_bytes is '1'"),
         ({"reuse_bytes": -1}, "reuse_bytes is -1, it must be at least 0"),
