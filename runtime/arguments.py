@@ -149,6 +149,20 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(f"{name}[{index}]", one) for index, one in enumerate(found))
 
 
+def prompts(name: str, value: Any) -> Iterable[Any]:
+    """Return several prompts, not looked at yet: of one alone, of those that are iterated over.
+
+    Raises:
+        PromptError: it is neither.
+    """
+    if isinstance(value, str | Mapping):
+        return (value,)
+    value = _plain(value)
+    if not isinstance(value, Iterable) or isinstance(value, bytes | bytearray | memoryview):
+        raise PromptError(f"{name} is {quoted(value)}, it must be a prompt, or a list of them")
+    return value
+
+
 def pairs_of_texts(name: str, value: Any) -> list[tuple[str, str]]:
     """Return the turns of a conversation: questions and answers.
 

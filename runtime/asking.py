@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from internvl_edge.bundle.errors import UsageError
@@ -13,6 +14,7 @@ from internvl_edge.bundle.text_form import TextForm
 from internvl_edge.runtime.arguments import (
     flag,
     function_or_none,
+    prompts,
     texts,
     token_ids,
     whole_or,
@@ -182,17 +184,22 @@ def prompt_request(
     return request(inputs, ids, tiled, answer, started, thinking=thinking)
 
 
-def item_request(
-    inputs: Inputs, item: str | Sequence[int] | Mapping[str, Any], options: PromptOptions
-) -> Request:
-    """Return the request for one of several prompts: a text, token ids, or arguments by name.
+def item_requests(
+    inputs: Inputs, items: Any, options: PromptOptions
+) -> Iterator[Callable[[], Request]]:
+    """Return what makes the requests for several prompts; see `InternVL.generate_batch`.
 
     Args:
-        options: those that it does not have itself.
+        options: those that a prompt does not have itself.
 
     Raises:
-        ImageError, PromptError, LimitError: it cannot be answered.
+        PromptError, UsageError: at once, where there are no prompts, or an option is unknown.
     """
+    check_names(options, PromptOptions)
+    return (partial(_item_request, inputs, one, options) for one in prompts("prompts", items))
+
+
+def _item_request(inputs: Inputs, item: Any, options: PromptOptions) -> Request:
     own: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"prompt": item}
     prompt, images = own.pop("prompt", None), own.pop("images", ())
     check_names(own, PromptOptions)

@@ -17,7 +17,7 @@ from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.bundle.tokenizer import Tokenizer, load_tokenizer
 from internvl_edge.runtime.answering import Answering
 from internvl_edge.runtime.arguments import either, file_path, flag, pictures, whole_or
-from internvl_edge.runtime.asking import PromptOptions, check_names, item_request, prompt_request
+from internvl_edge.runtime.asking import PromptOptions, item_requests, prompt_request
 from internvl_edge.runtime.backends import Backend
 from internvl_edge.runtime.chat import Chat
 from internvl_edge.runtime.checked_files import CheckedFiles
@@ -230,7 +230,7 @@ class InternVL(NotCopied):
 
     def generate_batch(
         self,
-        prompts: Iterable[str | Sequence[int] | Mapping[str, Any]],
+        prompts: str | Mapping[str, Any] | Iterable[str | Sequence[int] | Mapping[str, Any]],
         *,
         return_errors: bool = False,
         **options: Unpack[PromptOptions],
@@ -238,8 +238,8 @@ class InternVL(NotCopied):
         """Answer several prompts together, each as `generate` would answer it alone.
 
         Args:
-            prompts: a text, token ids, or the arguments of `generate` by name. Each is looked at
-                when its turn comes.
+            prompts: a text, token ids, or the arguments of `generate` by name each, looked at when
+                its turn comes.
             return_errors: put the error of a prompt that could not be answered in the place of its
                 reply, instead of raising the first one after all the others were answered.
             options: of every prompt, unless it has its own; see `PromptOptions`.
@@ -248,10 +248,9 @@ class InternVL(NotCopied):
             InternVLEdgeError: an option is wrong, or a prompt could not be answered.
         """
         self.home.check()
-        check_names(options, PromptOptions)
-        made = (partial(item_request, self.inputs, one, options) for one in prompts)
-        found = Batch(self.answering).replies(made)
-        return replies(found, errors=flag("return_errors", return_errors))
+        errors = flag("return_errors", return_errors)
+        made = item_requests(self.inputs, prompts, options)
+        return replies(Batch(self.answering).replies(made), errors=errors)
 
     async def agenerate(
         self,

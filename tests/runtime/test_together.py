@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -201,3 +201,23 @@ def test_an_error_is_its_requests_own(model: InternVL, wanted: list[Reply]) -> N
     got = asyncio.run(ask())
     assert [type(one) for one in got] == [Reply, PrecisionError, PrecisionError]
     same(got[:1], wanted[1:2])
+
+
+@pytest.mark.parametrize("one", ["Hello", {"prompt": "Hello"}], ids=["text", "by name"])
+def test_one_prompt_is_a_batch_of_one(model: InternVL, one: Any) -> None:
+    """Not its letters, and not the names of its arguments."""
+    (reply,) = model.generate_batch(one, max_new_tokens=4)
+    assert reply.token_ids == model.generate("Hello", max_new_tokens=4).token_ids
+
+
+@pytest.mark.parametrize("given", [None, 5, b"Hello", np.array(3)], ids=repr)
+def test_what_is_no_batch_is_named(model: InternVL, given: Any) -> None:
+    with pytest.raises(PromptError, match="^prompts is .* it must be a prompt, or a list of them"):
+        model.generate_batch(given)
+
+
+def test_what_is_to_be_returned_is_asked_before_it_is_computed(model: InternVL) -> None:
+    taken: list[int] = []
+    with pytest.raises(UsageError, match="^return_errors is 'no', it must be True or False"):
+        model.generate_batch(map(str, map(taken.append, [1])), return_errors=cast(Any, "no"))
+    assert not taken
