@@ -153,17 +153,29 @@ def _bytes(data: bytes) -> EncodedBytes:
 def _stream(source: Any, read: Callable[[int], object]) -> EncodedBytes:
     """Read a file that is open, from its beginning where it can be gone back to."""
     try:
-        if hasattr(source, "seek"):
+        if hasattr(source, "seek") and getattr(source, "seekable", lambda: True)():
             with suppress(io.UnsupportedOperation):
                 source.seek(0)
-        data = read(MAX_BYTES + 1)
+        data = _read_all(read)
+    except UnicodeDecodeError as error:
+        raise ImageError("an open file gives text; open it with mode 'rb'") from error
     except (OSError, ValueError, TypeError) as error:  # a closed one gives a ValueError
         raise ImageError(f"cannot read image {quoted(source)}: {reason(error)}") from error
-    if not isinstance(data, bytes):
-        raise ImageError(f"an open file gives {type(data).__name__}; open it with mode 'rb'")
     if len(data) > MAX_BYTES:
         raise ImageError(f"cannot read image {quoted(source)}: it has more than {MAX_BYTES} bytes")
     return _bytes(data)
+
+
+def _read_all(read: Callable[[int], object]) -> bytes:
+    """Read up to one byte more than is taken; one that is not buffered gives what a pipe holds."""
+    parts: list[bytes] = []
+    left = MAX_BYTES + 1
+    while left > 0 and (part := read(left)) != b"":
+        if not isinstance(part, bytes):
+            raise ImageError(f"an open file gives {type(part).__name__}; open it with mode 'rb'")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def _text(text: str) -> EncodedBytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -118,6 +119,19 @@ def test_open_files(file: Path, golden_model: InternVL) -> None:
     ):
         with pytest.raises(ImageError, match=said):
             load_pixels(bad)  # type: ignore[arg-type]
+    with (
+        file.open(encoding="utf-8") as words,
+        pytest.raises(ImageError, match="gives text; open it with mode 'rb'"),
+    ):
+        load_pixels(words)  # type: ignore[arg-type]
+
+
+def test_a_pipe_that_is_not_buffered(tmp_path: Path) -> None:
+    """It gives no more at once than it holds, and cannot be gone back in."""
+    path = tmp_path / "large.bmp"
+    path.write_bytes(encoded(colours(400, 300), "BMP"))
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE, bufsize=0) as cat:
+        np.testing.assert_array_equal(load_pixels(cat.stdout), colours(400, 300))
 
 
 def test_data_uri_with_percents() -> None:

@@ -212,12 +212,12 @@ def test_one_prompt_is_a_batch_of_one(model: InternVL, one: Any) -> None:
 
 @pytest.mark.parametrize("given", [None, 5, b"Hello", np.array(3)], ids=repr)
 def test_what_is_no_batch_is_named(model: InternVL, given: Any) -> None:
-    with pytest.raises(PromptError, match="^prompts is .* it must be a prompt, or a list of them"):
+    with pytest.raises(PromptError, match=r"^prompts is .* it must be a prompt, or a list of them"):
         model.generate_batch(given)
 
 
 def test_what_is_to_be_returned_is_asked_before_it_is_computed(model: InternVL) -> None:
     taken: list[int] = []
-    with pytest.raises(UsageError, match="^return_errors is 'no', it must be True or False"):
+    with pytest.raises(UsageError, match=r"^return_errors is 'no', it must be True or False"):
         model.generate_batch(map(str, map(taken.append, [1])), return_errors=cast(Any, "no"))
     assert not taken
