@@ -100,14 +100,14 @@ class SentencePieceTokenizer:
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
         """Ids of a prompt, as of `encode`; special tokens are live in control segments alone."""
-        for segment in segments:
-            check_unicode(segment.text)
         return self._encode(segments, self._encode_guarded)
 
     def _encode(
         self, segments: Sequence[Segment], encode: Callable[[str], Sequence[int]]
     ) -> list[int]:
         """Ids of segments, with `encode` for the text between added tokens."""
+        for segment in segments:
+            check_unicode(segment.text)
         if not self._legacy:
             segments = _prefixed(segments)
         ids: list[int] = []

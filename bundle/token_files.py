@@ -136,8 +136,11 @@ def flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
     return value
 
 
-def check_unicode(text: str) -> None:
-    """Raise PromptError for text that is no Unicode: bytes of another encoding were let through."""
+def check_unicode(text: object) -> None:
+    """Raise PromptError for what is no text, or not of Unicode: bytes of another encoding were let
+    through."""
+    if not isinstance(text, str):
+        raise PromptError(f"the text is {quoted(text)}, it must be text")
     if (bad := _LONE_SURROGATE.search(text)) is not None:
         raise PromptError(
             f"the text is not valid Unicode at character {bad.start()} ({bad.group()!a});"

@@ -76,9 +76,16 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_tokenizer(QWEN)
 
 
-def test_surrogates_are_refused() -> None:
-    with pytest.raises(PromptError, match="not valid Unicode at character 1"):
-        load_tokenizer(QWEN).encode("a\udc80")
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [("a\udc80", "not valid Unicode at character 1"), (b"a", "is b'a', it must be text")],
+    ids=repr,
+)
+def test_what_is_no_text_is_refused(
+    tokenizer: tuple[Tokenizer, list[dict[str, Any]]], bad: Any, said: str
+) -> None:
+    with pytest.raises(PromptError, match=said):
+        tokenizer[0].encode(bad)
 
 
 @pytest.mark.parametrize(
