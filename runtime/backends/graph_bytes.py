@@ -32,6 +32,7 @@ _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
 _TENSOR_SHAPE, _SHAPE_SIZE, _SIZE_NUMBER, _SIZE_NAME = 2, 1, 1, 2
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _WEIGHT_SIZE, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_BYTES = 1, 2, 8, 9
+_WEIGHT_PLACE, _PLACE_KEY, _PLACE_VALUE, _FILE_KEY = 13, 1, 2, "location"
 
 
 class Node(Message):
@@ -209,6 +210,14 @@ class Graph(Message):
             )
             for one in self.messages(_GRAPH_WEIGHT, Message)
         }
+
+    def move_weights(self, file: str, to: str) -> None:
+        """Look for the weights that lie in one file, named relative to the graph, in another."""
+        for weight in self.messages(_GRAPH_WEIGHT, Message):
+            for place in weight.messages(_WEIGHT_PLACE, Message):
+                key, value = place.text(_PLACE_KEY), place.text(_PLACE_VALUE)
+                if (key, value) == (_FILE_KEY, file):
+                    place.replace(_PLACE_VALUE, text_fields(_PLACE_VALUE, [to]))
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop inputs and outputs of the graph."""

@@ -14,11 +14,10 @@ from internvl_edge.kernels.operators.library import OperatorLibrary
 from internvl_edge.runtime.backends.ort import load_onnxruntime
 from internvl_edge.runtime.backends.own_nodes import has_own_nodes
 from internvl_edge.runtime.backends.trials import open_probe, probe_options, succeeds
+from internvl_edge.runtime.backends.weight_files import give_weights
 
 #: A graph without its weights.
 GRAPH_BYTES = 1 << 30
-#: Where a graph that is given as bytes finds its weights.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def give_nodes(graph: Path, options: Any, *kernels: OwnKernel) -> str | bytes:
     if given is model:
         return str(graph)
     options.register_custom_ops_library(str(used[0].library))
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
-    return given
+    return give_weights(given, graph, options)
 
 
 @functools.cache

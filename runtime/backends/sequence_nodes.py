@@ -21,7 +21,8 @@ from internvl_edge.runtime.backends.graph_bytes import (
     Stored,
     changed_model,
 )
-from internvl_edge.runtime.backends.own_kernel import GRAPH_BYTES, WEIGHTS_FOLDER
+from internvl_edge.runtime.backends.own_kernel import GRAPH_BYTES
+from internvl_edge.runtime.backends.weight_files import give_weights
 
 #: What the names of added values begin with.
 _ADDED = f"{contract.BATCH}."
@@ -54,8 +55,7 @@ class SequenceAxis:
         changed = give_sequences(read_bytes(graph, GRAPH_BYTES))
         if changed is None:
             return str(graph)
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
-        return changed
+        return give_weights(changed, graph, options)
 
 
 def give_sequences(model: bytes) -> bytes | None:
