@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import get_args
 
 from internvl_edge.bundle.errors import ImageError, PromptError
@@ -21,7 +22,9 @@ from internvl_edge.runtime.options import ArgumentGroup, add_device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder that internvl-edge export wrote")
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder that internvl-edge export wrote"
+    )
     parser.add_argument(
         "images", nargs="*", default=[], metavar="IMAGE", help="pictures of the first question"
     )
@@ -58,7 +61,10 @@ def _add_shown(group: ArgumentGroup) -> None:
         "--upright", action="store_true", help="turn images as their EXIF orientation says"
     )
     group.add_argument(
-        "--image-folder", metavar="DIR", help="keep encoded images there for the next time"
+        "--image-folder",
+        type=Path,
+        metavar="DIR",
+        help="keep encoded images there for the next time",
     )
     group.add_argument("--system", help="system message instead of the checkpoint's")
     group.add_argument(
@@ -91,7 +97,7 @@ def _add_answers(group: ArgumentGroup) -> None:
 
 
 def _add_conversation(group: ArgumentGroup) -> None:
-    group.add_argument("--messages", metavar="FILE", help="go on with what /save wrote")
+    group.add_argument("--messages", type=Path, metavar="FILE", help="go on with what /save wrote")
     group.add_argument(
         "--drop-oldest", action="store_true", help="leave the oldest turns out of a full prompt"
     )
@@ -121,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_folder=arguments.image_folder,
     )
 
-    def begin(messages: str | None = None) -> Chat:
+    def begin(messages: Path | None = None) -> Chat:
         return model.chat(
             system_message=arguments.system,
             max_tiles=arguments.max_tiles,

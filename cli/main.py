@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from internvl_edge.bundle.disk import full_disk, is_full
 from internvl_edge.bundle.errors import InternVLEdgeError, InternVLEdgeWarning, UsageError
 from internvl_edge.bundle.extras import extra_installed
+from internvl_edge.bundle.files import at_home
 from internvl_edge.bundle.quoting import LONGEST, named, quoted, reason
 from internvl_edge.bundle.signals import signals_held
 from internvl_edge.cli.commands import BENCH, COMMANDS, PROGRAM, RENAMED, Command
@@ -172,6 +173,7 @@ def _parse(typed: Typed, module: ModuleType) -> argparse.Namespace:
         epilog=_parts(typed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.register("type", Path, _path)
     module.add_arguments(parser)
     arguments, rest = parser.parse_known_args(typed.rest)
     trailing = parser.get_default("trailing")
@@ -180,6 +182,13 @@ def _parse(typed: Typed, module: ModuleType) -> argparse.Namespace:
     if trailing is not None:
         setattr(arguments, trailing, [*getattr(arguments, trailing), *rest])
     return arguments
+
+
+def _path(text: str) -> Path:
+    """Return a path as typed; of `--output=~/x` no shell has replaced the `~`."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, it must be a path")
+    return Path(at_home(text))
 
 
 def _parts(typed: Typed) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 from internvl_edge.bundle.contract import (
@@ -16,8 +17,8 @@ from internvl_edge.bundle.contract import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("-o", "--output", required=True, metavar="BUNDLE")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--vision", choices=get_args(VisionPrecision), default="fp32")
     parser.add_argument("--language", choices=get_args(LanguagePrecision), default="fp32")
     parser.add_argument(
@@ -48,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--calibration", metavar="DIR", help="folder or .jsonl of pictures (default: generated)"
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="folder or .jsonl of pictures (default: generated)",
     )
     parser.add_argument(
         "--calibration-device",
@@ -93,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
                 symmetric=not arguments.asymmetric,
                 head_bits=4 if arguments.head == "int4" else 8,
                 naive=arguments.naive,
-                keep_fp16=tuple(word for word in arguments.keep_fp16 if not word.isdigit()),
-                keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdigit()),
+                keep_fp16=tuple(word for word in arguments.keep_fp16 if not word.isdecimal()),
+                keep_worst=sum(int(word) for word in arguments.keep_fp16 if word.isdecimal()),
             ),
             calibration=arguments.calibration,
             calibration_device=arguments.calibration_device,

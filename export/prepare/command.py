@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("--overwrite", action="store_true", help="write it again")
 
 
