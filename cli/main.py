@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()  # its reader has gone
         return 0
+    except MemoryError as error:
+        print(f"error: this machine's memory does not suffice: {reason(error)}", file=sys.stderr)
+        return USAGE_ERROR
     except OSError as error:
         _drop_output()
         place = f"{named(error.filename)}: " if isinstance(error.filename, str) else ""

@@ -160,7 +160,13 @@ def converse(
 
 
 def question(model: InternVL, tokens: int) -> str:
-    """A text of at most `tokens` tokens (one word at least), the prompt's frame not counted."""
+    """A text of at most `tokens` tokens (one word at least), the prompt's frame not counted.
+
+    Raises:
+        UsageError: there are more than the context holds.
+    """
+    if tokens > model.max_context:
+        raise UsageError(f"--prompt is {tokens}, this model ends at {model.max_context}; lower it")
     words = tokens
     while words > 1 and len(model.tokenizer.encode(WORD * words)) > tokens + 1:  # BOS
         words -= max(1, words // 50)

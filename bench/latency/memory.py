@@ -19,6 +19,7 @@ from internvl_edge.bench.common.machine import describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bundle.errors import MeasurementError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
+from internvl_edge.bundle.specs import MAX_TILES
 from internvl_edge.kernels.ops import available_cores
 from internvl_edge.runtime.backends.own_kernels import bundle_attention, mapped_graphs
 from internvl_edge.runtime.backends.prepared import is_prepared
@@ -41,7 +42,7 @@ def watch():
     while not done.wait(0.01):
         peaks[phase] = max(peaks[phase], size("RssAnon"))
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)  # an error ends the process
 watcher.start()
 begun = time.perf_counter()
 from internvl_edge.runtime import InternVL, Sampling
@@ -108,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     columns = tiles - bundle.spec.tiling.thumbnail if tiles > 1 else 1
     if tiles < 1 or (tiles > 1 and columns < 2):
         raise UsageError(f"--tiles is {tiles}; one picture has 1, or 3 and more with its thumbnail")
+    if columns > MAX_TILES:
+        raise UsageError(f"--tiles is {tiles}; one picture has at most {MAX_TILES} and a thumbnail")
     request = {
         "bundle": str(bundle.path),
         "columns": columns,

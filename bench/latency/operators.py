@@ -26,6 +26,7 @@ from internvl_edge.bundle import contract
 from internvl_edge.bundle.errors import BundleError, UsageError
 from internvl_edge.bundle.manifest import Bundle, open_bundle
 from internvl_edge.bundle.quoting import named
+from internvl_edge.bundle.specs import MAX_TILES
 from internvl_edge.export.output.marker import scratch_folder
 from internvl_edge.runtime.backends import Cache, Slice
 from internvl_edge.runtime.backends.ort import load_onnxruntime
@@ -244,15 +245,14 @@ def _tensors(event: Mapping[str, Any], side: str) -> list[tuple[str, Shape]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    for option, default, told in (
-        ("--tiles", 1, "of the vision phase"),
-        ("--prompt", 256, "tokens of a prefill"),
-        ("--repeat", 3, "measured runs of each phase"),
-        ("--top", 8, "lines of each list"),
+    for option, default, most, told in (
+        ("--tiles", 1, MAX_TILES + 1, "of the vision phase"),
+        ("--prompt", 256, None, "tokens of a prefill"),
+        ("--repeat", 3, None, "measured runs of each phase"),
+        ("--top", 8, None, "lines of each list"),
     ):
-        parser.add_argument(
-            option, type=at_least(1, option), default=default, metavar="N", help=told
-        )
+        number = at_least(1, option, most=most)
+        parser.add_argument(option, type=number, default=default, metavar="N", help=told)
     add_threads(parser)
     parser.add_argument("--json", action="store_true")
 

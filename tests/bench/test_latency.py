@@ -21,7 +21,7 @@ from internvl_edge.bench.latency.measure import (
     picture,
     question,
 )
-from internvl_edge.bundle.errors import LimitError
+from internvl_edge.bundle.errors import LimitError, UsageError
 from internvl_edge.bundle.manifest import open_bundle
 from internvl_edge.cli.main import main
 from internvl_edge.runtime import InternVL
@@ -149,6 +149,13 @@ def test_question_has_at_most_so_many_tokens(golden_model: InternVL, tokens: int
     text = question(golden_model, tokens)
     assert text == " ".join(["total"] * (text.count(" ") + 1))
     assert len(text.split()) == 1 or len(golden_model.tokenizer.encode(text)) <= tokens + 1
+
+
+def test_no_question_is_longer_than_the_context(golden_model: InternVL) -> None:
+    """Nor is it made: of 100 million tokens it was a traceback for want of memory."""
+    limit = golden_model.max_context
+    with pytest.raises(UsageError, match=f"--prompt is {limit + 1}, this model ends at {limit}"):
+        question(golden_model, limit + 1)
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,19 @@ def test_float16_is_planned_as_it_is_held(
 def test_no_picture_has_two_tiles(integer_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_line(capsys, "bench", "memory", integer_bundle, "--tiles", "2")
     assert "--tiles is 2" in line
+
+
+def test_more_tiles_than_a_picture_has(
+    integer_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_line(capsys, "bench", "memory", integer_bundle, "--tiles", "1026")
+    assert "--tiles is 1026; one picture has at most 1024" in line
+
+
+def test_what_fails_in_the_measured_process_is_told(
+    integer_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It went on for ever, waiting for a thread that waited for its end."""
+    line = error_line(capsys, "bench", "memory", integer_bundle, "--new-tokens", "0")
+    assert "the measured process failed (status 1)" in line
+    assert "max_new_tokens is 0, it must be at least 1" in line

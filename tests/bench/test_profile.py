@@ -136,6 +136,13 @@ def test_bad_options(option: str, integer_bundle: Path, capsys: pytest.CaptureFi
     assert f"{option} is 0" in line
 
 
+def test_more_tiles_than_a_picture_has(
+    integer_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_line(capsys, "bench", "latency", "profile", integer_bundle, "--tiles", 1026)
+    assert "--tiles is 1026, it must be at most 1025" in line
+
+
 def test_a_tensorrt_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config())
     bundle = export_bundle(checkpoint, tmp_path / "bundle", dialect="tensorrt")

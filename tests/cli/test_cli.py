@@ -107,6 +107,14 @@ def test_device_error(
     assert "pass --device cpu" in line
 
 
+def test_memory_that_the_system_refuses(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InternVL, "load", lambda path, **options: np.empty(1 << 60, np.uint8))
+    line = error_line(capsys, "chat", bundle, "-p", "Hi")
+    assert "this machine's memory does not suffice: Unable to allocate 1.00 EiB" in line
+
+
 def test_limit_error_of_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repeat is 0, it must be at least 1" in error_line(capsys, "demo", "--repeat", "0")
     assert "--threads is 1025, it must be at" in error_line(capsys, "demo", "--threads", "1025")
