@@ -17,6 +17,7 @@ setup(
     package_dir={f"internvl_edge.{name}": name.replace(".", "/") for name in folders},
     package_data={
         "*": ["py.typed"],
+        "internvl_edge.bench.answers": ["receipts.json"],
         "internvl_edge.bench.common": ["*.schema.json"],
         "internvl_edge.runtime.backends": ["probes/*.onnx"],
         "internvl_edge.kernels": ["*.cu", "*.cuh", "*.cpp", "*.h", "RESOURCES.md"],

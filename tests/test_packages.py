@@ -95,6 +95,7 @@ def test_the_wheel_holds_every_module_and_what_they_read(wheel: Path) -> None:
     }
     assert sources <= held
     for name in (
+        "bench/answers/receipts.json",
         "bench/common/latency.schema.json",
         "runtime/py.typed",
         f"examples/tiny_ocr/bundle/{MANIFEST}",

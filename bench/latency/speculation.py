@@ -1,11 +1,12 @@
-"""What guessing ahead gives: tiny_ocr's own answers, told by a bundle at that bundle's pace.
+"""What guessing ahead gives: a trained model's answers, told by a bundle at that bundle's pace.
 
     internvl-edge bench latency speculation BUNDLE [--answers BUNDLE] [--tokens N] [--json FILE]
 
-The answers are recorded from the trained model, without guesses. BUNDLE, whose weights may be drawn
-(`bench scale`), gets their prompts and runs its own passes; its choices are replaced by the
-recorded tokens. Each answer is told with and without guesses, in turns. Passes of 1 to 16 rows are
-timed before.
+Answers come from tiny_ocr, without guesses; those that are JSON were recorded from a copy of it
+that was taught to write it (`bench/answers/receipts.py`). BUNDLE, whose weights may be drawn
+(`bench scale`), gets their prompts and runs its own passes; its choices are replaced by these
+tokens. Each answer is told with and without guesses, in turns. Passes of 1 to 16 rows are timed
+before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.bench.answers.repeats import SLOT, Answered, answered
+from internvl_edge.bench.answers.receipts import recorded
+from internvl_edge.bench.answers.repeats import SLOT, Answered, answered, within
 from internvl_edge.bench.common.machine import busy_note, describe_machine
 from internvl_edge.bench.common.stored import check_writable, write_result
 from internvl_edge.bench.common.summaries import percentile
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     reader = InternVL.load(
         arguments.answers or example_room() / "bundle", device="cpu", threads=arguments.threads
     )
-    kinds = answered(reader, arguments.tokens)
+    kinds = every_kind(reader, arguments.tokens)
     model = InternVL.load(arguments.bundle, device="cpu", threads=arguments.threads, verify="size")
     if not model.engine.backend.takes_drafts:
         raise BundleError(f"{named(arguments.bundle)} runs on what takes no guesses")
@@ -92,6 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
         }
         write_result(result, arguments.json)
     return 0
+
+
+def every_kind(reader: InternVL, tokens: int) -> dict[str, list[Answered]]:
+    """Return answers of so many tokens a kind: the reader's own and the recorded receipts."""
+    forms = {
+        name: list(within([one.said for one in kind], tokens)) for name, kind in recorded().items()
+    }
+    return answered(reader, tokens) | forms
 
 
 def pass_seconds(model: InternVL, bundle: Path, repeat: int) -> dict[int, float]:
