@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -95,9 +96,9 @@ class VisionLane:
             encoding.waiting.remove(waiter)
 
     def close(self) -> None:
-        """End the thread after the pass under way; another begins when something is asked for."""
+        """End the thread after the pass under way; another goes on with what is still waited for,
+        or begins when something is asked for."""
         with self._lock:
-            self._queue.clear()
             thread, self._thread = self._thread, Worker("vision", give_way)
         thread.close()
 
@@ -108,21 +109,27 @@ class VisionLane:
     def _work(self) -> None:
         """Have the thread look for work; where an interrupt came in between, twice."""
         if not self._working:
-            self._thread.submit(self._until_done)
+            self._thread.submit(partial(self._until_done, self._thread))
             self._working = True
 
-    def _until_done(self) -> None:
-        while batch := self._next():
+    def _until_done(self, thread: Worker) -> None:
+        while batch := self._next(thread):
             self._pass(batch)
             for asked, _ in batch:
                 if asked.error is not None:
                     without_locals(asked.error)
                 self._tell(asked)
 
-    def _next(self) -> list[tuple[Asked, int]]:
-        """Return what the next pass takes: pictures, and how many tiles of each."""
+    def _next(self, thread: Worker) -> list[tuple[Asked, int]]:
+        """Return what the next pass takes: pictures, and how many tiles of each. A thread that was
+        closed takes none, and hands on what there is."""
         with self._lock:
             self._queue = [asked for asked in self._queue if asked.waiting]
+            if thread is not self._thread:
+                self._working = False
+                if self._queue:
+                    self._work()
+                return []
             left = self._encoder.tiles_at_once
             found: list[tuple[Asked, int]] = []
             for asked in self._ranked():
