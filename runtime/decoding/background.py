@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
 from internvl_edge.runtime.answering import Answering
+from internvl_edge.runtime.decoding.failures import Escaped, contained
 from internvl_edge.runtime.decoding.handle import Handle
 from internvl_edge.runtime.decoding.request import Event, Reply, Request
 from internvl_edge.runtime.decoding.scheduler import Scheduler
 from internvl_edge.runtime.decoding.worker import Worker
 
 #: What a request is told: text of its answer, and at last the reply or what ended it instead.
-News: TypeAlias = Event | Reply | Exception
+News: TypeAlias = Event | Reply | BaseException
 
 
 @dataclass(eq=False)
@@ -74,6 +75,8 @@ class Background:
             ProcessError: the model was loaded in another process.
         """
         self._answering.home.check()
+        if request.progress is not None:
+            request = replace(request, progress=contained(request.progress))
         ticket = Ticket(request, tell)
         with self._lock:
             self._new.append(ticket)
@@ -141,4 +144,4 @@ class Background:
     def _end(self, ticket: Ticket, news: News) -> None:
         with self._lock:
             self._all.discard(ticket)
-        ticket.inform(news)
+        ticket.inform(news.error if isinstance(news, Escaped) else news)
