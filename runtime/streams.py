@@ -17,8 +17,8 @@ from internvl_edge.runtime.process import NotCopied
 class AsyncStream(NotCopied, AsyncIterator[Piece]):
     """An answer in the making: iterate over its text pieces with `async for`, or await `finish()`.
 
-    It begins when it is first read, belongs to one event loop, and is cancelled with the task that
-    reads it, by `cancel`, and when nobody refers to it any more.
+    It begins when it is first read, belongs to one event loop and one task at a time, and is
+    cancelled with the task that reads it, by `cancel`, and when nobody refers to it any more.
 
     Args:
         background: answers.
@@ -26,6 +26,7 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
 
     Raises:
         ImageError, PromptError, LimitError, PrecisionError: where it is read.
+        UsageError: another task is reading it.
     """
 
     def __init__(self, background: Background, prepare: Callable[[], Request]) -> None:
@@ -33,7 +34,7 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         self._news: asyncio.Queue[News] | None = None
         self._ticket: Ticket | None = None
         self._give_up: weakref.finalize[[Ticket], AsyncStream] | None = None
-        self._cancelled = False
+        self._cancelled = self._read = False
         self._pieces: deque[Piece] = deque()
         self._reply: Reply | None = None
         self._ended = False
@@ -58,6 +59,9 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         return self._reply
 
     async def __anext__(self) -> Piece:
+        if self._read:  # the other would wait for what this one hears
+            raise UsageError("this answer is being read by another task; read it in one")
+        self._read = True
         try:
             while not self._ended and not self._pieces:
                 self._hear(await self._next())
@@ -66,6 +70,8 @@ class AsyncStream(NotCopied, AsyncIterator[Piece]):
         except asyncio.CancelledError:
             self.cancel()
             raise
+        finally:
+            self._read = False
         raise StopAsyncIteration
 
     async def _next(self) -> News:

@@ -22,6 +22,7 @@ from internvl_edge.runtime import (
     InternVL,
     Policy,
     PrecisionError,
+    Progress,
     Reply,
     UsageError,
 )
@@ -114,6 +115,48 @@ def test_close_ends_what_is_under_way(model: InternVL) -> None:
         return await stream.finish()
 
     assert asyncio.run(ask()).finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("pictures", [1, 6])
+def test_close_leaves_a_batch_its_pictures(
+    model: InternVL, golden_model: InternVL, pictures: int
+) -> None:
+    """None of them is of the model's own requests: it waited for ever for what was dropped."""
+    asked: list[Any] = [
+        {"prompt": "What?", "images": [PIXELS - part], "max_new_tokens": 3}
+        for part in range(pictures)
+    ]
+    got = model.generate_batch(asked, progress=lambda _: model.close())
+    same(got, [alone(golden_model, one) for one in asked])
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_what_progress_raises_ends_no_thread(model: InternVL, raised: type[BaseException]) -> None:
+    """Nothing was answered by `agenerate` ever after."""
+
+    def leave(how_far: Progress) -> None:
+        raise raised
+
+    async def ask(**options: Any) -> Reply:
+        return await asyncio.wait_for(model.agenerate("What?", [PIXELS], **options), 30)
+
+    with pytest.raises(raised):
+        asyncio.run(ask(progress=leave))
+    assert asyncio.run(ask(max_new_tokens=3)).token_ids
+
+
+def test_a_second_task_is_told_that_an_answer_is_read(model: InternVL) -> None:
+    """It waited for ever for the end, which the first had heard."""
+
+    async def ask() -> list[Reply | BaseException]:
+        stream = model.astream("Hello", max_new_tokens=3)
+        both = asyncio.gather(stream.finish(), stream.finish(), return_exceptions=True)
+        return [*await asyncio.wait_for(both, 30), await stream.finish()]
+
+    first, second, again = asyncio.run(ask())
+    assert isinstance(first, Reply)
+    assert "is being read by another task" in str(second)
+    assert again is first
 
 
 def test_an_interrupted_batch_leaves_nothing_under_way(
