@@ -121,10 +121,10 @@ def _put_grey(image: Image.Image, pixels: NDArray[np.uint8]) -> None:
     largest = max(float(np.asarray(strip).max()) for _, strip in _strips(image))
     if not np.isfinite(largest):
         raise ImageError("a picture of floats holds values that are no finite numbers")
-    bits = min(max(int(largest).bit_length(), 8), 16)
+    bits = max(int(largest).bit_length(), 8)
     unit = 1.0 if image.mode == "F" and largest <= 1 else float(2**bits - 1)
     for rows, strip in _strips(image):
-        wide = np.asarray(strip).clip(0, 65535)
+        wide = np.asarray(strip).clip(0)
         if image.mode == "F":
             grey = np.nan_to_num(wide * (255 / unit)).round().clip(0, 255)
         else:

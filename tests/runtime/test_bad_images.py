@@ -127,9 +127,10 @@ def test_16_bit_grey_is_its_high_byte(kind: str, low_byte: int) -> None:
     )
 
 
-def test_32_bit_grey_is_clipped_to_16() -> None:
+def test_32_bit_grey_is_scaled_by_what_it_holds() -> None:
+    """Clipped to 16 bits, a picture of 24 was white."""
     image = Image.fromarray(np.array([[-5, 0, 0x7FFF, 0xFFFF, 0x10000]], np.int32))
-    assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 0, 0x7F, 0xFF, 0xFF]
+    assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 0, 0x3F, 0x7F, 0x80]
 
 
 def test_16_bit_colour() -> None:

@@ -309,16 +309,27 @@ def test_wide_grey_by_what_it_holds(bits: int) -> None:
     assert found.max() == WHITE
 
 
-def test_wide_grey_in_32_bits_is_as_in_16() -> None:
-    values = np.linspace(0, 4095, 64).astype(np.int32).reshape(8, 8)
-    np.testing.assert_array_equal(load_pixels(Image.fromarray(values))[..., 0], values >> 4)
+@pytest.mark.parametrize("bits", [12, 16, 17, 24, 31])
+def test_wide_grey_in_32_bits(bits: int) -> None:
+    """As in 16; of more, nearly all came out white."""
+    values = np.linspace(0, 2**bits - 1, 64).astype(np.int32).reshape(8, 8)
+    found = load_pixels(Image.fromarray(values))[..., 0]
+    np.testing.assert_array_equal(found, values >> (bits - 8))
 
 
-@pytest.mark.parametrize("largest", [1.0, 255.0, 4095.0])
+@pytest.mark.parametrize("largest", [1.0, 255.0, 4095.0, 2.0**24 - 1])
 def test_floats(largest: float) -> None:
     values = np.linspace(0, largest, 64, dtype=np.float32).reshape(8, 8)
     found = load_pixels(encoded(Image.fromarray(values), "TIFF"))[..., 0]
-    np.testing.assert_array_equal(found, np.round(values * (255 / largest)))
+    np.testing.assert_array_equal(found, np.round(values * np.float32(255 / largest)))
+
+
+@pytest.mark.parametrize("largest", [1e9, float(np.finfo(np.float32).max)])
+def test_floats_of_any_size(largest: float) -> None:
+    """Half of the values that the bits of the largest hold is half of white."""
+    found = load_pixels(Image.fromarray(np.array([[0, largest / 4, largest]], np.float32)))[0, :, 0]
+    whole = 255 * largest / 2.0 ** (int(largest).bit_length())
+    np.testing.assert_array_equal(found, np.round([0, whole / 4, whole]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
