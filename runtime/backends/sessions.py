@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from internvl_edge.bundle import contract
-from internvl_edge.bundle.errors import BundleError, DeviceError, PreparedWarning
+from internvl_edge.bundle.errors import BundleError, CapacityError, DeviceError, PreparedWarning
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.bundle.quoting import named, reason
 from internvl_edge.bundle.remedies import Remedy
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 _OLD_BUNDLE = (
     "an older bundle needs another form of its weights on this CPU: export the checkpoint anew"
 )
+
+#: What C++ calls it, somewhere in ONNX Runtime's error of any kind.
+_NO_MEMORY = "std::bad_alloc"
 
 #: How far ONNX Runtime may rewrite a graph when it opens it.
 Optimise = Literal["all", "basic", "none"]
@@ -212,7 +215,7 @@ class CpuGraphs:
             self._prepared.check()  # what has changed is refused, not passed over
             try:
                 return self._open_parts(graphs)
-            except BundleError as error:
+            except (BundleError, CapacityError) as error:
                 self._prepared = None
                 self._sessions.clear()
                 self._warn(f"{error}; {PREPARE_AGAIN}")
@@ -276,6 +279,7 @@ def open_session(
 
     Raises:
         BundleError: the graph does not load.
+        CapacityError: there is no memory for it.
         DeviceError: the provider did not start. ONNX Runtime itself goes on with the CPU then.
     """
     ort = load_onnxruntime()
@@ -293,6 +297,8 @@ def open_session(
                 model, options, providers=list(chosen.items()), enable_fallback=catching
             )
     except Exception as error:
+        if _NO_MEMORY in str(error):
+            raise CapacityError(f"no memory to load {named(folder / graph)}") from error
         remedy = "" if provider.form == AS_STORED else f"; {_OLD_BUNDLE}"
         raise BundleError(
             f"{named(folder / graph)} does not load: {reason(error)}{remedy}"

@@ -23,6 +23,7 @@ from internvl_edge.export.bundle import export_bundle
 from internvl_edge.export.prepare.prepare import prepare_bundle
 from internvl_edge.runtime import (
     BundleError,
+    CapacityError,
     ImageError,
     InternVL,
     InternVLEdgeError,
@@ -269,6 +270,18 @@ def test_nothing_on_stdout_of_a_graph_that_does_not_load(
     with pytest.raises(BundleError, match=f"{name} does not load"):
         InternVL.load(bundle, device="cpu", threads=1, verify="size")
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError])
+def test_memory_is_not_the_bundles_fault(
+    bundle: Path, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise kind("[ONNXRuntimeError] : 6 : Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(CapacityError, match=r"^no memory to load .*\.onnx"):
+        InternVL.load(bundle, device="cpu", threads=1)
 
 
 def test_nothing_on_stdout_of_data_cut_short(
