@@ -15,13 +15,16 @@ from internvl_edge.bundle.contract import (
     LanguagePrecision,
     VisionPrecision,
     default_cache,
+    stored_name,
 )
 from internvl_edge.bundle.errors import (
     CheckpointError,
     OptionsError,
     RangeError,
 )
+from internvl_edge.bundle.quoting import quoted
 from internvl_edge.bundle.remedies import Remedy
+from internvl_edge.bundle.specs import ModelSpec
 from internvl_edge.export.budget import within_budget
 from internvl_edge.export.calibration.decisions import (
     DEFAULT_OPTIONS,
@@ -42,6 +45,7 @@ from internvl_edge.export.calibration.run import (
     load_calibration,
 )
 from internvl_edge.export.checkpoint.checkpoint import Checkpoint, ModelSource
+from internvl_edge.export.checkpoint.names import tensor_shapes
 from internvl_edge.export.checkpoint.tokens import read_tokens
 from internvl_edge.export.graphs.graph import Progress
 from internvl_edge.export.output.destination import check_apart, check_target
@@ -125,6 +129,9 @@ def export_bundle(
     tokenizer = read_tokens(source.directory, source.spec).files
     recipe = Recipe(vision, language, kv or default_cache(language, dialect), options, dialect)
     _check_cache(recipe)
+    _check_kept(source.spec, options)
+    if budget is not None and not budget > 0:
+        raise OptionsError(f"is {quoted(budget)}, it must be above 0", option="budget")
     layout = planned_layout(source, recipe)
     data, what, needed = None, "the bundle", layout.file_bytes
     if recipe.needs_calibration:
@@ -209,6 +216,18 @@ def _decide(
     if costs:
         reports[QUANTISATION_PLOT] = cost_plot(costs, kept)
     return Decided(replace(recipe, options=replace(options, keep_fp16=kept)), decisions, reports)
+
+
+def _check_kept(spec: ModelSpec, options: QuantOptions) -> None:
+    """Raise OptionsError unless each prefix is the beginning of a tensor's name, not of all."""
+    names = [*map(stored_name, tensor_shapes(spec))]
+    for prefix in options.keep_fp16:
+        if not prefix or not any(name.startswith(prefix) for name in names):
+            raise OptionsError(
+                f"has {quoted(prefix)}, which no name begins with, such as {names[0]} and"
+                f" {names[-1]}",
+                option="keep_fp16",
+            )
 
 
 def _check_cache(recipe: Recipe) -> None:

@@ -42,6 +42,8 @@ MOST_NAMES = 3
 
 _FLOATS = ("F32", "F16", "BF16")
 
+_GIVE = "give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
+
 
 class WeightSource(Protocol):
     """Where `export` takes weights from: a checkpoint directory, or anything of this shape.
@@ -249,9 +251,10 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         if _is_adapter(path.parent):
             raise CheckpointError(_adapter(path.parent)) from None
         raise CheckpointError(
-            f"{named(path.parent)} is not a checkpoint directory: it has no {path.name}; give the"
-            " folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.model)"
+            f"{named(path.parent)} is not a checkpoint directory: it has no {path.name}; {_GIVE}"
         ) from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{named(path.parent)} is no folder; {_GIVE}") from None
     except (OSError, JsonError) as error:
         raise CheckpointError(f"cannot read {named(path)}: {reason(error)}") from error
 

@@ -47,6 +47,20 @@ def test_export_error(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists; choose another output or pass --overwrite" in line
 
 
+def test_a_digit_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python calls it one: `int` does not."""
+    words = ("-o", tmp_path / "bundle", "--language", "int4", "--keep-fp16", "\u00b2")
+    assert "--keep-fp16 has '\u00b2', which no" in error_line(capsys, "export", CHECKPOINT, *words)
+
+
+def test_a_file_of_a_checkpoint_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = CHECKPOINT / "config.json"
+    line = error_line(capsys, "export", file, "-o", tmp_path / "bundle")
+    assert f"{file} is no folder; give the folder of a Hugging Face checkpoint" in line
+
+
 def test_bundle_error(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bundle / "vision.data").unlink()
     assert "vision.data is missing" in error_line(capsys, "chat", bundle, "-p", "Hi", *CHAT)

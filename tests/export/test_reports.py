@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from internvl_edge.export.checkpoint.checkpoint import Checkpoint
 from internvl_edge.export.checkpoint.names import NORM
 from internvl_edge.export.formats.plan import QuantPlan
 from internvl_edge.export.output.workspace import Workspace
-from internvl_edge.runtime import DeviceError, ExportError, InternVL
+from internvl_edge.runtime import DeviceError, ExportError, InternVL, OptionsError
 
 pytestmark = pytest.mark.slow(seconds=1)
 
@@ -328,3 +329,35 @@ def test_a_budget_keeps_as_many_units_as_it_takes(tmp_path: Path, checkpoint: Pa
     with pytest.raises(ExportError, match="cannot be met"):
         export_bundle(checkpoint, tmp_path / "none", vision="int8", language="int4", budget=1e-12)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"budget": float("nan")}, "budget is nan, it must be above 0"),
+        ({"budget": -1.0}, "budget is -1.0, it must be above 0"),
+        (
+            {"options": QuantOptions(keep_fp16=("vision.",))},
+            "keep_fp16 has 'vision.', which no name",
+        ),
+        (
+            {"options": QuantOptions(keep_fp16=("mlp1.", ""))},
+            "keep_fp16 has '', which no name begins",
+        ),
+    ],
+    ids=["no number", "negative", "a typing error", "empty"],
+)
+def test_what_keeps_nothing_is_refused_before_calibration(
+    tmp_path: Path, checkpoint: Path, asked: dict[str, Any], says: str
+) -> None:
+    """Of a large model that takes hours, and a prefix of no name kept nothing without a word."""
+    units: list[int] = []
+
+    def count(total: int) -> Callable[[int], None]:
+        return units.append
+
+    with pytest.raises(OptionsError, match=f"^{re.escape(says)}"):
+        export_bundle(
+            checkpoint, tmp_path / "none", language="int4", calibration_progress=count, **asked
+        )
+    assert units == []
