@@ -18,7 +18,7 @@ import numpy as np
 
 from internvl_edge.bundle.errors import ImageError, PromptError, UsageError
 from internvl_edge.bundle.files import at_home
-from internvl_edge.bundle.quoting import quoted
+from internvl_edge.bundle.quoting import quoted, reason
 
 T = TypeVar("T")
 
@@ -84,6 +84,12 @@ def file_path(name: str, value: Any) -> Path:
         raise UsageError(f"is {quoted(value)}, it must be a path", option=name)
     if "\0" in given:
         raise UsageError(f"is {quoted(given)}, a path has no NUL in it", option=name)
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"is {quoted(given)}, it is no path: {reason(error)}", option=name
+        ) from error
     return Path(at_home(given))
 
 

@@ -183,6 +183,8 @@ def test_fields_of_sampling_are_numbers(name: str, value: Any) -> None:
         ({"reuse_bytes": -1}, "reuse_bytes is -1, it must be at least 0"),
         ({"image_folder": 7}, "image_folder is 7, it must be a path"),
         ({"image_folder": "a\0b"}, "a path has no NUL in it"),
+        ({"image_folder": "\ud800"}, "image_folder is '\\ud800', it is no path"),
+        ({"path": "\ud800"}, "path is '\\ud800', it is no path"),
         ({"image_folder": "{}", "image_folder_bytes": "1"}, "image_folder_bytes is '1'"),
         ({"image_folder": "{}", "image_folder_days": "1"}, "image_folder_days is '1'"),
         ({"low_memory": "no"}, "low_memory is 'no', it must be True or False"),

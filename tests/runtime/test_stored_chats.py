@@ -25,6 +25,7 @@ from internvl_edge.runtime import (
     Picture,
     PromptError,
     Remedy,
+    UsageError,
 )
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (60, 80, 3), np.uint8)
@@ -164,6 +165,8 @@ def test_nothing_is_overwritten_unless_told(golden_model: InternVL, tmp_path: Pa
     for place in (tmp_path, tmp_path / "none" / "chat.json"):
         with pytest.raises(OutputError):
             chat.save(place, overwrite=True)
+    with pytest.raises(UsageError, match=r"^path is .*, it is no path: "):
+        chat.save("\ud800")
     assert os.listdir(tmp_path) == ["chat.json"]
 
 
