@@ -47,7 +47,8 @@ def answered(model: InternVL, tokens: int) -> dict[str, list[Answered]]:
         fields = [f"What is the {key}?" for key, _ in drawn.fields]
         _, *again = _about(model, drawn, [ALL_LINES, ALL_LINES])
         found["lines read again"] += again
-        *_, lines = _about(model, drawn, [*fields, ALL_LINES])
+        field, *_, lines = _about(model, drawn, [*fields, ALL_LINES])
+        found["a field, nothing before"].append(field)
         found["lines after their fields"].append(lines)
         lines, *rest = _about(model, drawn, [ALL_LINES, *fields])
         found["fields after their lines"] += rest

@@ -177,7 +177,10 @@ class Told:
         model.engine.backend = self._backend
 
     def measure(self, kind: Sequence[Answered], most: int) -> Figures:
-        """Tell each answer with guesses and without, in turns; nothing is known before."""
+        """Tell each answer with guesses and without, in turns; nothing is known before the first.
+
+        What was told without guesses is not kept for others.
+        """
         found = Figures()
         self._model.engine.experience = Experience(self._model.spec.language.vocab_size)
         for number, one in enumerate(kind):
