@@ -194,10 +194,11 @@ def interrupt() -> None:
 
 def test_a_step_that_an_interrupt_left_is_not_gone_on_with(golden_model: InternVL) -> None:
     """What it did to the tokens is not known: the answer ends as it stands."""
-    whole = golden_model.generate("Hello", max_new_tokens=9, ignore_eos=True)
+    asked = {"max_new_tokens": 9, "ignore_eos": True, "sampling": Sampling(speculate=0)}
+    whole = golden_model.generate("Hello", **asked)
     for at in range(1, 3000, 7):
         scheduler = Scheduler(golden_model.answering)
-        handle = scheduler.add(request(golden_model, "Hello", max_new_tokens=9, ignore_eos=True))
+        handle = scheduler.add(request(golden_model, "Hello", **asked))
         for _ in range(3):
             scheduler.step()
         counted = Moments(at, interrupt)
