@@ -73,7 +73,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const Weights weights(load_part<kWide>(w + c * bytes + at, bytes - at));
-        fetch_near(C > 1 ? w + (C + c) * bytes + at : w + at + kAhead);
+        fetch(C > 1 ? w + (C + c) * bytes + at : w + at + kAhead);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           sums[r][c] = _mm256_add_epi32(sums[r][c], fours(weights, x, r, at));
@@ -86,7 +86,7 @@ IVE_AVX2 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, in
       const __m256 row_scales = part_scales<kWide>(x.scales.get() + r * x.blocks + b, left);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        if (C > 1 && r == 0) fetch_near(scales + (C + c) * x.blocks + b);
+        if (C > 1 && r == 0) fetch(scales + (C + c) * x.blocks + b);
         const __m256 column_scales = part_scales<kWide>(scales + c * x.blocks + b, left);
         const __m256 both = _mm256_mul_ps(column_scales, row_scales);
         results[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][c]), both, results[r][c]);
@@ -132,7 +132,6 @@ constexpr Path kPath = {"AVX2",
                         transpose,
                         multiply_rows<kBits>,
                         round_few<kBits>,
-                        multiply_few<kBits>,
-                        kFewRows};
+                        multiply_few<kBits>};
 
 }  // namespace ive::blocks::avx2

@@ -35,11 +35,11 @@ IVE_AVX512 IVE_INLINE void multiply_small_blocks(const Product& p, const FewRows
     for (int c = 0; c < C; ++c) {
       const __m512i v = _mm512_maskz_loadu_epi32(mask, w + c * bytes + at);
       if (C > 1) {
-        fetch_near(w + (C + c) * bytes + at);
-        fetch_near(scales + (C + c) * x.blocks + b);
+        fetch(w + (C + c) * bytes + at);
+        fetch(scales + (C + c) * x.blocks + b);
       } else {
-        fetch_near(w + at + kAhead);
-        fetch_near(scales + b + (kAhead >> shift));
+        fetch(w + at + kAhead);
+        fetch(scales + b + (kAhead >> shift));
       }
       unpack<kBits>(v, parts[c]);
       w_scales[c] = chunk_scales<kBlocks>(scales + c * x.blocks + b, x.blocks - b);
@@ -111,7 +111,6 @@ constexpr Path kPath = {"AVX512-VNNI",
                         transpose,
                         multiply_rows<kBits>,
                         round_any_few<kBits>,
-                        multiply_few<kBits>,
-                        kFewRows};
+                        multiply_few<kBits>};
 
 }  // namespace ive::blocks::avx512

@@ -71,7 +71,7 @@ IVE_AVX512 IVE_INLINE float multiply_column(const Product& p, const FewRows& x, 
     for (const uint8_t* end = w + bytes; w < end; w += kChunk) {
       __m512i parts[kParts<kBits>];
       unpack<kBits>(_mm512_loadu_si512(w), parts);
-      fetch_near(w + kAhead);
+      fetch(w + kAhead);
       for (int i = 0; i < kParts<kBits>; ++i, given += kChunk) {
         dot(sums, parts[i], _mm512_loadu_si512(given));
       }
@@ -107,12 +107,12 @@ struct Columns {
     int64_t next = at + kAheadOfEach;
     if (next >= bytes) next += (kColumnsTogether - 1) * bytes;
 #pragma GCC unroll 8
-    for (int i = 0; i < kColumnsTogether; ++i) fetch_near(values[0] + i * bytes + next);
+    for (int i = 0; i < kColumnsTogether; ++i) fetch(values[0] + i * bytes + next);
   }
 
   // Fetches a share of the next columns' scales, which lie behind these.
   IVE_INLINE void fetch_scales(int64_t b) const {
-    fetch_near(scales[0] + kColumnsTogether * (blocks + b));
+    fetch(scales[0] + kColumnsTogether * (blocks + b));
   }
 
   // A chunk of four columns: a vector of each of its pieces.
@@ -220,7 +220,7 @@ IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, 
 
 template <int R, int kBits>
 IVE_AVX512 void multiply_pieces(const Product& p, const FewRows& x, int64_t from, int64_t to) {
-  if (R == 1) {
+  if constexpr (R == 1) {
     for (int64_t n = from; n < to; ++n) p.y[n] = multiply_column<kBits>(p, x, n);
   } else {
     for (int64_t n = from; n < to; n += kColumnsTogether) multiply_columns<R, kBits>(p, x, n, to);

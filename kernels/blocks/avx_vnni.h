@@ -75,8 +75,7 @@ constexpr Path kPath = {"AVX-VNNI",
                         avx2::transpose,
                         multiply_rows<kBits>,
                         avx2::round_few<kBits>,
-                        avx2::multiply_few<kBits>,
-                        3};
+                        avx2::multiply_few<kBits>};
 
 }  // namespace ive::blocks::avx_vnni
 

@@ -35,8 +35,7 @@ constexpr Path kPathsOf[] = {
     neon::kPath<kBits>,
 #endif
     // As it is defined: it has no tiles.
-    {"plain", 0, 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-     0}};
+    {"plain", 0, 0, 0, [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 struct Paths {
   const Path *first, *last;
@@ -62,7 +61,7 @@ class Multiplication {
   Multiplication(const Product& product, const Path& path)
       : p_(product), path_(path), blocks_(product.blocks()) {
     if (path.rows == 0) return;
-    few_ = product.rows <= path.few_rows;
+    few_ = product.rows <= kFewRows;
     row_tiles_ = ceil_div(p_.rows, path.rows);
   }
 

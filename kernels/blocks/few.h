@@ -16,13 +16,14 @@ constexpr int64_t kChunk = 64;
 // How far ahead of one row's weights is fetched, in bytes.
 constexpr int64_t kAhead = 6144;
 
-// Fetches the line that holds a byte to be read soon.
-IVE_INLINE void fetch_near(const void* byte) { __builtin_prefetch(byte, 0, 3); }
+// Fetches the line that holds a byte to be read soon into the nearest cache: into a farther one it
+// is fetched late, or not at all, where much is.
+IVE_INLINE void fetch(const void* byte) { __builtin_prefetch(byte, 0, 3); }
 
 // Rounded rows. Of each, for every value that a byte of the weight holds, a part of `bytes` inputs:
 // as many as a column's weight has, filled up with zeros to whole chunks. To every four bytes of
 // all parts belongs a start: minus the weight's middle times their sum. To every block belongs a
-// scale.
+// scale. A path may order values and starts in another way; it needs no more of them.
 struct FewRows {
   int64_t parts = 0, bytes = 0, blocks = 0;
   std::unique_ptr<int8_t[]> values;   // (rows, parts, bytes)

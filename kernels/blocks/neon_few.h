@@ -28,7 +28,7 @@ IVE_DOT IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         load_parts<kBits>(w + c * bytes + at, parts, c);
-        if (C > 1) fetch_near(w + (C + c) * bytes + at);
+        if (C > 1) fetch(w + (C + c) * bytes + at);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -47,7 +47,7 @@ IVE_DOT IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
         const float* scale = p.scales + (n + c) * x.blocks + b;
-        if (C > 1 && r == 0) fetch_near(scale + C * x.blocks);
+        if (C > 1 && r == 0) fetch(scale + C * x.blocks);
         const float both = *scale * x.scales[r * x.blocks + b];
         results[r][c] = vfmaq_n_f32(results[r][c], vcvtq_f32_s32(sums[r][c]), both);
       }
@@ -82,7 +82,6 @@ constexpr Path kPath = {"NEON dot products",
                         transpose,
                         multiply_rows<kBits>,
                         round_few<kBits>,
-                        multiply_few<kBits>,
-                        kFewRows};
+                        multiply_few<kBits>};
 
 }  // namespace ive::blocks::neon

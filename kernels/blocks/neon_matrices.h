@@ -103,8 +103,7 @@ constexpr Path kPath = {"NEON matrix products",
                         neon::transpose<kColumns>,
                         multiply_rows<kBits>,
                         neon::round_few<kBits>,
-                        neon::multiply_few<kBits>,
-                        kFewRows};
+                        neon::multiply_few<kBits>};
 
 }  // namespace ive::blocks::neon_matrices
 

@@ -57,10 +57,9 @@ struct Path {
   // Adds to `rows` rows of y, `apart` floats apart.
   void (*multiply)(int rows, const Inputs& inputs, const Panel& panel, const Span& span, float* y,
                    int64_t apart);
-  // A product of few rows: one of them rounded, and its columns `from` to `to`.
+  // A product of at most kFewRows rows: one of them rounded, and its columns `from` to `to`.
   void (*round_few)(const Product& product, const FewRows& x, int64_t row);
   void (*multiply_few)(const Product& product, const FewRows& x, int64_t from, int64_t to);
-  int few_rows;  // at most so many, and at most `kFewRows`
 };
 
 // Rounds a row for tiles of kRows. Sums start at minus the weight's middle times that of the
@@ -86,9 +85,6 @@ IVE_INLINE void round_row(const float* x, int64_t inputs, int64_t block, int8_t*
     starts += kRows;
   }
 }
-
-// Fetches the line that holds a byte to be read later.
-IVE_INLINE void fetch(const void* byte) { __builtin_prefetch(byte, 0, 2); }
 
 IVE_INLINE int32_t four(const int8_t* bytes) {
   int32_t value;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from block_cases import BITS, KINDS, Case, case, cases, check, integers
+from block_cases import BITS, FEW_ROWS, KINDS, Case, case, cases, check, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +62,21 @@ def test_more_inputs_and_columns_than_one_task_takes(
 ) -> None:
     given = case(rows, inputs, columns, 128, seed=1, bits=bits)
     check(results(library, given), given)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("columns", [1, 7, 45])
+def test_a_row_among_a_few_is_as_it_is_alone(
+    library: BlockLibrary, columns: int, block: int, bits: int
+) -> None:
+    """To the last bit, which takes the same order of adding blocks."""
+    given = case(FEW_ROWS, 19 * block - 1, columns, block, seed=columns, bits=bits)
+    alone = [results(library, replace(given, x=given.x[row : row + 1])) for row in range(FEW_ROWS)]
+    for rows in range(2, FEW_ROWS + 1):
+        together = results(library, replace(given, x=given.x[:rows]))
+        for path, y in enumerate(together):
+            np.testing.assert_array_equal(y, [one[path][0] for one in alone[:rows]])
 
 
 @pytest.mark.parametrize("bits", BITS)
