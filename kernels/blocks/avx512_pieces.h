@@ -102,12 +102,11 @@ struct Columns {
     }
   }
 
-  // Fetches what follows a chunk: at the ends of these columns, the beginnings of the next.
-  IVE_INLINE void fetch_after(int64_t at) const {
-    int64_t next = at + kAheadOfEach;
-    if (next >= bytes) next += (kColumnsTogether - 1) * bytes;
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumnsTogether; ++i) fetch(values[0] + i * bytes + next);
+  // What is fetched with a chunk, of the first column: at its end, of the first of the next
+  // columns.
+  IVE_INLINE const uint8_t* ahead(int64_t at) const {
+    const int64_t next = at + kAheadOfEach;
+    return values[0] + (next < bytes ? next : next + (kColumnsTogether - 1) * bytes);
   }
 
   // Fetches a share of the next columns' scales, which lie behind these.
@@ -144,11 +143,14 @@ IVE_AVX512 IVE_INLINE void add_chunk(const Columns& w, int64_t at, const int8_t*
                                      __m512i (&sums)[R][kVectorsTogether]) {
   __m512i pieces[kVectorsTogether][kPieces];
   for (int v = 0; v < kVectorsTogether; ++v) w.load(v, at, pieces[v]);
-  w.fetch_after(at);
+  const uint8_t* ahead = w.ahead(at);
 #pragma GCC unroll 4
   for (int j = 0; j < kPieces; ++j) {
     __m512i parts[kVectorsTogether][kParts<kBits>];
-    for (int v = 0; v < kVectorsTogether; ++v) unpack<kBits>(pieces[v][j], parts[v]);
+    for (int v = 0; v < kVectorsTogether; ++v, ahead += w.bytes) {
+      fetch(ahead);
+      unpack<kBits>(pieces[v][j], parts[v]);
+    }
     for (int i = 0; i < kParts<kBits>; ++i) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
