@@ -4,6 +4,8 @@
 // same integers: a row's results are the same bits in any number of rows.
 #pragma once
 
+#include <algorithm>
+
 #include "avx512.h"
 #include "few.h"
 
@@ -11,10 +13,10 @@ namespace ive::blocks::avx512 {
 
 constexpr int64_t kPiece = 16;  // bytes
 constexpr int kPieces = kChunk / kPiece;
-// Vectors of four columns that share what is loaded of several rows.
-constexpr int kVectorsTogether = 2, kColumnsTogether = kPieces * kVectorsTogether;
-// How far ahead each of these columns is fetched, in bytes.
-constexpr int64_t kAheadOfEach = 1024;
+// Vectors of four columns that share what is loaded of R rows: memory gives four columns faster
+// than eight, which pay where there is much arithmetic.
+template <int R, int kBits>
+constexpr int kTogether = R > 2 && kBits == 4 ? 2 : 1;
 
 // Rounds a row. Of every chunk of a column all rows' values lie together, so that they are read in
 // one direction: (bytes / kChunk, rows, parts, kChunk). Starts are four to a block, one to every
@@ -87,31 +89,22 @@ IVE_AVX512 IVE_INLINE float multiply_column(const Product& p, const FewRows& x, 
   return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
 }
 
-// Columns from `n` on that are multiplied together; of fewer the last stands for the others.
+// Columns that are multiplied together; where there are fewer, the last stands for the others. What
+// follows them is fetched in the order in which it lies.
+template <int V>
 struct Columns {
-  int64_t bytes, blocks;
-  const uint8_t* values[kColumnsTogether];
-  const float* scales[kColumnsTogether];
+  static constexpr int kCount = V * kPieces;
+  int64_t ahead, blocks_ahead;  // bytes and blocks to what is fetched
+  const uint8_t* values[kCount];
+  const float* scales[kCount];
 
   IVE_INLINE Columns(const Product& p, int64_t n, int64_t to)
-      : bytes(p.column_bytes()), blocks(p.blocks()) {
-    for (int i = 0; i < kColumnsTogether; ++i) {
+      : ahead(std::max(kCount * p.column_bytes(), kAhead)), blocks_ahead(ahead / p.block_bytes()) {
+    for (int i = 0; i < kCount; ++i) {
       const int64_t column = n + i < to ? n + i : to - 1;
-      values[i] = p.values + column * bytes;
-      scales[i] = p.scales + column * blocks;
+      values[i] = p.values + column * p.column_bytes();
+      scales[i] = p.scales + column * p.blocks();
     }
-  }
-
-  // What is fetched with a chunk, of the first column: at its end, of the first of the next
-  // columns.
-  IVE_INLINE const uint8_t* ahead(int64_t at) const {
-    const int64_t next = at + kAheadOfEach;
-    return values[0] + (next < bytes ? next : next + (kColumnsTogether - 1) * bytes);
-  }
-
-  // Fetches a share of the next columns' scales, which lie behind these.
-  IVE_INLINE void fetch_scales(int64_t b) const {
-    fetch(scales[0] + kColumnsTogether * (blocks + b));
   }
 
   // A chunk of four columns: a vector of each of its pieces.
@@ -138,16 +131,16 @@ struct Columns {
 };
 
 // Adds the products of a chunk with the rows' values, which follow each other.
-template <int R, int kBits>
-IVE_AVX512 IVE_INLINE void add_chunk(const Columns& w, int64_t at, const int8_t* given,
-                                     __m512i (&sums)[R][kVectorsTogether]) {
-  __m512i pieces[kVectorsTogether][kPieces];
-  for (int v = 0; v < kVectorsTogether; ++v) w.load(v, at, pieces[v]);
-  const uint8_t* ahead = w.ahead(at);
+template <int R, int V, int kBits>
+IVE_AVX512 IVE_INLINE void add_chunk(const Columns<V>& w, int64_t at, const int8_t* given,
+                                     __m512i (&sums)[R][V]) {
+  __m512i pieces[V][kPieces];
+  for (int v = 0; v < V; ++v) w.load(v, at, pieces[v]);
+  const uint8_t* ahead = w.values[0] + w.ahead + w.kCount * at;
 #pragma GCC unroll 4
   for (int j = 0; j < kPieces; ++j) {
-    __m512i parts[kVectorsTogether][kParts<kBits>];
-    for (int v = 0; v < kVectorsTogether; ++v, ahead += w.bytes) {
+    __m512i parts[V][kParts<kBits>];
+    for (int v = 0; v < V; ++v, ahead += kChunk) {
       fetch(ahead);
       unpack<kBits>(pieces[v][j], parts[v]);
     }
@@ -156,18 +149,18 @@ IVE_AVX512 IVE_INLINE void add_chunk(const Columns& w, int64_t at, const int8_t*
       for (int r = 0; r < R; ++r) {
         const int8_t* from = given + (r * kParts<kBits> + i) * kChunk + j * kPiece;
         const __m512i piece = _mm512_broadcast_i32x4(load_piece(from));
-        for (int v = 0; v < kVectorsTogether; ++v) dot(sums[r][v], parts[v][i], piece);
+        for (int v = 0; v < V; ++v) dot(sums[r][v], parts[v][i], piece);
       }
     }
   }
 }
 
 // Adds a block's sums to the results.
-template <int R>
-IVE_AVX512 IVE_INLINE void add_block(const Columns& w, const FewRows& x, int64_t b,
-                                     const __m512i (&sums)[R][kVectorsTogether],
-                                     __m512 (&results)[R][kVectorsTogether]) {
-  for (int v = 0; v < kVectorsTogether; ++v) {
+template <int R, int V>
+IVE_AVX512 IVE_INLINE void add_block(const Columns<V>& w, const FewRows& x, int64_t b,
+                                     const __m512i (&sums)[R][V], __m512 (&results)[R][V]) {
+  fetch(w.scales[0] + w.blocks_ahead + w.kCount * b);
+  for (int v = 0; v < V; ++v) {
     const __m512 scales = w.load_scales(v, b);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -190,31 +183,31 @@ IVE_AVX512 IVE_INLINE void store_columns(float* y, __m512 results, int64_t count
 template <int R, int kBits>
 IVE_AVX512 IVE_INLINE void multiply_columns(const Product& p, const FewRows& x, int64_t n,
                                             int64_t to) {
-  const Columns w(p, n, to);
+  constexpr int V = kTogether<R, kBits>;
+  const Columns<V> w(p, n, to);
   const int64_t bytes = p.block_bytes();
   const int8_t* given = x.values.get();
   const int32_t* starts = x.starts.get();
-  __m512 results[R][kVectorsTogether];
+  __m512 results[R][V];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectorsTogether; ++v) results[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) results[r][v] = _mm512_setzero_ps();
   }
   for (int64_t b = 0; b < x.blocks; ++b) {
-    __m512i sums[R][kVectorsTogether];
+    __m512i sums[R][V];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r, starts += kPieces) {
       const __m512i start = _mm512_broadcast_i32x4(load_piece(starts));
-      for (int v = 0; v < kVectorsTogether; ++v) sums[r][v] = start;
+      for (int v = 0; v < V; ++v) sums[r][v] = start;
     }
-    w.fetch_scales(b);
     for (int64_t at = b * bytes; at < (b + 1) * bytes; at += kChunk) {
-      add_chunk<R, kBits>(w, at, given, sums);
+      add_chunk<R, V, kBits>(w, at, given, sums);
       given += R * kParts<kBits> * kChunk;
     }
-    add_block<R>(w, x, b, sums, results);
+    add_block<R, V>(w, x, b, sums, results);
   }
   for (int r = 0; r < R; ++r) {
     float* y = p.y + r * p.columns + n;
-    for (int v = 0; v < kVectorsTogether; ++v) {
+    for (int v = 0; v < V; ++v) {
       store_columns(y + v * kPieces, results[r][v], to - n - v * kPieces);
     }
   }
@@ -225,7 +218,8 @@ IVE_AVX512 void multiply_pieces(const Product& p, const FewRows& x, int64_t from
   if constexpr (R == 1) {
     for (int64_t n = from; n < to; ++n) p.y[n] = multiply_column<kBits>(p, x, n);
   } else {
-    for (int64_t n = from; n < to; n += kColumnsTogether) multiply_columns<R, kBits>(p, x, n, to);
+    constexpr int64_t kCount = Columns<kTogether<R, kBits>>::kCount;
+    for (int64_t n = from; n < to; n += kCount) multiply_columns<R, kBits>(p, x, n, to);
   }
 }
 
