@@ -57,7 +57,8 @@ class RecentAnswers:
 
     def before(self, ids: Sequence[int], slot: int) -> Recalled:
         """Return these answers as what a sequence that begins with `ids` may repeat."""
-        return Recalled(self._kept.ids, self._kept.after, ids, slot, self._vocab)
+        kept = self._kept  # another thread may put a new one there
+        return Recalled(kept.ids, kept.after, ids, slot, self._vocab)
 
 
 class Recalled:
