@@ -24,15 +24,17 @@ class Text(Protocol):
     """Tokens that a growing sequence may repeat.
 
     Attributes:
-        ids: of these tokens.
         matched: what speaks for a place: the length of an n-gram, or what counts as much; 0 for
             nothing.
         place: of the token that may come next in the sequence; only where something speaks for it.
     """
 
-    ids: list[int]
     matched: int
     place: int
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Of these tokens."""
 
     def append(self, token: int) -> None:
         """Take the sequence's next token."""
@@ -61,7 +63,7 @@ class NgramIndex:
         self.ids: list[int] = array.tolist()
         self._slot, self._vocab = slot, vocab
         #: By length and key of an n-gram, the place after it.
-        self._after = [places(array[:-1], length, vocab) for length in range(1, LONGEST + 1)]
+        self._after = [_places(array[:-1], length, vocab) for length in range(1, LONGEST + 1)]
         self.matched, self.place = 0, 0
         self._match()
 
@@ -126,7 +128,7 @@ class Drafter:
             return []
         ids = self._text.ids
         period = len(ids) - self._place
-        found = ids[self._place : self._place + most]
+        found = list(ids[self._place : self._place + most])
         while len(found) < most:
             found.append(found[-period])
         return found[: found.index(SLOT)] if SLOT in found else found
@@ -144,7 +146,7 @@ class Drafter:
         return None
 
 
-def places(ids: NDArray[np.int64], length: int, vocab: int) -> dict[int, int]:
+def _places(ids: NDArray[np.int64], length: int, vocab: int) -> dict[int, int]:
     """Return the place after each n-gram of a length, by its key; images' slots are in none."""
     count = len(ids) - length + 1
     if count < 1:

@@ -71,6 +71,11 @@ class PassCosts:
             return own.seconds
         return self._between(rows, hopeful=own is None)
 
+    def worst(self, rows: int) -> float:
+        """Return what a pass of `rows` may take: as long as ever it is known to, however long ago."""
+        own = self._measured.get(rows)
+        return max(self.seconds(rows), 0.0 if own is None else own.seconds)
+
     def _between(self, rows: int, *, hopeful: bool) -> float:
         known = sorted(self._measured)
         below = self._nearest(other for other in reversed(known) if other < rows)

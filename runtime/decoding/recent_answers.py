@@ -6,37 +6,38 @@ the punctuation of a JSON object, which the prompt need not spell out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from internvl_edge.runtime.decoding.ngrams import LONGEST, SLOT, places
+from internvl_edge.runtime.decoding.ngrams import LONGEST, SLOT
 
-#: Most tokens kept; when there are more, the later half stays.
+#: Most tokens kept; the oldest are written over.
 KEPT = 16_384
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Answers with `SLOT` around each, and the place behind the latest of each n-gram, by key."""
-
-    ids: list[int] = field(default_factory=lambda: [SLOT])
-    after: dict[int, int] = field(default_factory=dict)
+#: Places that are found again: a prime, so that n-grams spread over them.
+_PLACES = 65_521
 
 
 class RecentAnswers:
-    """Keeps a model's last answers.
+    """Keeps a model's last answers, in memory that neither grows nor comes and goes.
 
     Several threads may add to one; where they meet, a later guess may be worse.
 
     Args:
         vocab: more than any token id.
+
+    Attributes:
+        ids: of their tokens, with `SLOT` behind each answer.
     """
 
     def __init__(self, vocab: int) -> None:
-        self._vocab = vocab
-        self._kept = _Kept()
+        self.ids = array("q", [SLOT]) * KEPT
+        self._end = 0
+        self._radix = np.array([vocab**power for power in reversed(range(LONGEST))], np.int64)
+        #: Behind the latest n-gram of those with the same hash; 0 for none.
+        self._places = np.zeros(_PLACES, np.int32)
 
     def add(self, prompt: Sequence[int], answer: Sequence[int], slot: int) -> None:
         """Keep an answer, behind the prompt's last tokens.
@@ -45,42 +46,36 @@ class RecentAnswers:
             prompt, answer: token ids.
             slot: token id of image slots.
         """
-        kept, given = self._kept, np.array([*prompt[-LONGEST:], *answer], np.int64)
+        given = np.array([*prompt[-LONGEST:], *answer][1 - KEPT :], np.int64)
         given[given == slot] = SLOT
-        start = len(kept.ids)
-        kept.ids.extend([*given.tolist(), SLOT])
-        found = places(given, LONGEST, self._vocab)
-        kept.after.update({key: start + place for key, place in found.items()})
-        if len(kept.ids) > KEPT:
-            ids = kept.ids[kept.ids.index(SLOT, -KEPT // 2) :]
-            self._kept = _Kept(ids, places(np.array(ids, np.int64), LONGEST, self._vocab))
+        start = self._end if self._end + len(given) < KEPT else 0
+        self._end = start + len(given) + 1
+        self.ids[start : self._end] = array("q", [*given.tolist(), SLOT])
+        if len(given) >= LONGEST:
+            hashes = sliding_window_view(given, LONGEST) @ self._radix % _PLACES
+            self._places[hashes] = np.arange(start + LONGEST, self._end)
 
-    def before(self, ids: Sequence[int], slot: int) -> Recalled:
+    def place(self, last: tuple[int, ...]) -> int:
+        """Return the place behind these `LONGEST` tokens, where they are found; else 0."""
+        place = int(self._places[int(self._radix @ last) % _PLACES])
+        return place if tuple(self.ids[place - LONGEST : place]) == last else 0
+
+    def before(self, ids: Sequence[int]) -> Recalled:
         """Return these answers as what a sequence that begins with `ids` may repeat."""
-        kept = self._kept  # another thread may put a new one there
-        return Recalled(kept.ids, kept.after, ids, slot, self._vocab)
+        return Recalled(self, ids)
 
 
 class Recalled:
     """Where in answers the last `LONGEST` tokens of a growing sequence occurred; see `Text`.
 
     Args:
-        answers: token ids, `SLOT` around each answer.
-        after: the place behind each n-gram, by its key.
+        answers: given lately.
         ids: of the sequence so far.
-        slot, vocab: see `NgramIndex`.
     """
 
-    def __init__(
-        self,
-        answers: list[int],
-        after: Mapping[int, int],
-        ids: Sequence[int],
-        slot: int,
-        vocab: int,
-    ) -> None:
-        self.ids = answers
-        self._after, self._slot, self._vocab = after, slot, vocab
+    def __init__(self, answers: RecentAnswers, ids: Sequence[int]) -> None:
+        self.ids = answers.ids
+        self._answers = answers
         self._last = tuple(ids[-LONGEST:])
         self._match()
 
@@ -91,12 +86,5 @@ class Recalled:
 
     def _match(self) -> None:
         """Look the last tokens up. They count as one: another answer is another picture's."""
-        self.matched, self.place = 0, 0
-        if len(self._last) < LONGEST or self._slot in self._last:
-            return
-        key = 0
-        for token in self._last:
-            key = key * self._vocab + token
-        place = self._after.get(key)
-        if place is not None and self.ids[place] != SLOT:
-            self.matched, self.place = 1, place
+        self.place = self._answers.place(self._last) if len(self._last) == LONGEST else 0
+        self.matched = int(self.place > 0 and self.ids[self.place] != SLOT)

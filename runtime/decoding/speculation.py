@@ -188,7 +188,8 @@ class Speculator:
         best, chosen, promised = _LEAST_GAIN * (others.tokens + 1) / one, 0, 1.0
         for count, expected in self._expected(grounds):
             seconds = self._costs.seconds(others.rows + 1 + count)
-            staked = (seconds - one) * (others.answers + 1)
+            worst = self._costs.worst(others.rows + 1 + count)
+            staked = (worst - one) * (others.answers + 1)
             if count > room or staked > may_lose:
                 break
             if others.tokens + expected > best * seconds:
@@ -204,7 +205,7 @@ class Speculator:
             prompt, slot, experience = self._prompt, self._slot, self._experience
             self._drafters = {
                 False: Drafter(NgramIndex(prompt, slot, experience.vocab)),
-                True: Drafter(experience.answers.before(prompt, slot)),
+                True: Drafter(experience.answers.before(prompt)),
             }
             self._grounds = self._found()
         for token in ids[self._known :]:

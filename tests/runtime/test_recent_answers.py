@@ -42,7 +42,7 @@ def test_they_are_found_as_a_search_finds_them(
     for prompt, answer in answers:
         recent.add(prompt, answer, SLOT)
         texts.append([*prompt[-LONGEST:], *answer])
-    found = recent.before(ids, SLOT)
+    found = recent.before(ids)
     for end in range(len(more) + 1):
         expected = searched(texts, [*ids, *more[:end]][-LONGEST:])
         cut = expected.index(SLOT) if SLOT in expected else len(expected)
@@ -55,8 +55,8 @@ def test_no_guess_leads_from_one_answer_into_another() -> None:
     recent = RecentAnswers(VOCAB)
     recent.add([], [0, 1, 2], SLOT)
     recent.add([], [3, 3, 3], SLOT)
-    assert recent.before([0, 1, 2], SLOT).matched == 0
-    assert recent.before([1, 2, 3], SLOT).matched == 0
+    assert recent.before([0, 1, 2]).matched == 0
+    assert recent.before([1, 2, 3]).matched == 0
 
 
 def test_the_later_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,22 +66,28 @@ def test_the_later_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(60):
         texts.append([draw.randrange(vocab - 1) for _ in range(9)])
         recent.add([], texts[-1], vocab - 1)
-        kept = recent.before([], vocab - 1)
-        assert len(kept.ids) <= 100
-    known = [recent.before(text[:3], vocab - 1).matched for text in texts]
+        assert len(recent.ids) == 100
+    known = [recent.before(text[:3]).matched for text in texts]
     assert known == sorted(known)
-    assert 4 <= sum(known) <= 10
+    assert sum(known) == 10
 
 
-def test_what_is_followed_stays_where_others_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent_answers, "KEPT", 100)
-    recent = RecentAnswers(VOCAB)
-    recent.add([], [0, 1, 2, 3, 0], SLOT)
-    found = recent.before([0, 1, 2], SLOT)
-    for _ in range(40):
-        recent.add([], [5, 5, 5, 5, 5], SLOT)
-    assert said(found) == [3, 0]
-    assert said(recent.before([0, 1, 2], SLOT)) == []
+@given(answers=GIVEN, ids=IDS, most=st.integers(1, 9), kept=st.integers(LONGEST + 2, 30))
+def test_what_is_followed_may_be_written_over(
+    answers: list[tuple[list[int], list[int]]], ids: list[int], most: int, kept: int
+) -> None:
+    """Guesses are then what stands there now: tokens, and no more than were asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recent_answers, "KEPT", kept)
+        recent = RecentAnswers(VOCAB)
+        drafter = Drafter(recent.before([]))
+        for (prompt, answer), token in zip(answers, ids, strict=False):
+            recent.add(prompt, answer, SLOT)
+            drafter.append(token)
+            guesses = drafter.draft(most)
+            assert len(guesses) <= most
+            assert all(0 <= guess < VOCAB and guess != SLOT for guess in guesses)
+            assert len(recent.ids) == kept
 
 
 def test_keys_of_the_largest_vocabulary_are_told_apart() -> None:
@@ -89,4 +95,4 @@ def test_keys_of_the_largest_vocabulary_are_told_apart() -> None:
     recent = RecentAnswers(vocab)
     recent.add([vocab - 3], [vocab - 2, vocab - 1, 7], vocab)
     recent.add([vocab - 3], [vocab - 1, vocab - 2, 8], vocab)
-    assert said(recent.before([vocab - 3, vocab - 2, vocab - 1], vocab)) == [7]
+    assert said(recent.before([vocab - 3, vocab - 2, vocab - 1])) == [7]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from internvl_edge.runtime.decoding.pass_costs import PassCosts
@@ -73,6 +73,7 @@ def unguessable(count: int) -> list[int]:
     costs=st.lists(st.floats(0.9, 6), min_size=8, max_size=8),
     most=st.integers(1, 7),
 )
+@example(ids=[0] * 160, earlier=[], costs=[1.0, 4.0, *[1.0] * 6], most=1)  # measured long ago
 def test_it_never_loses_more_than_was_allowed(
     ids: list[int], earlier: list[list[int]], costs: list[float], most: int
 ) -> None:
