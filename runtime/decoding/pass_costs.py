@@ -72,7 +72,7 @@ class PassCosts:
         return self._between(rows, hopeful=own is None)
 
     def worst(self, rows: int) -> float:
-        """Return what a pass of `rows` may take: as long as ever it is known to, however long ago."""
+        """Return what a pass of `rows` may take: as it did at last, however long ago that is."""
         own = self._measured.get(rows)
         return max(self.seconds(rows), 0.0 if own is None else own.seconds)
 
