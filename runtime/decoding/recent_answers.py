@@ -34,8 +34,7 @@ class RecentAnswers:
 
     def __init__(self, vocab: int) -> None:
         self.ids = array("q", [SLOT]) * KEPT
-        self._end = 0
-        self._radix = np.array([vocab**power for power in reversed(range(LONGEST))], np.int64)
+        self._end, self._vocab = 0, vocab
         #: Behind the latest n-gram of those with the same hash; 0 for none.
         self._places = np.zeros(_PLACES, np.int32)
 
@@ -52,12 +51,16 @@ class RecentAnswers:
         self._end = start + len(given) + 1
         self.ids[start : self._end] = array("q", [*given.tolist(), SLOT])
         if len(given) >= LONGEST:
-            hashes = sliding_window_view(given, LONGEST) @ self._radix % _PLACES
+            radix = [self._vocab**power for power in reversed(range(LONGEST))]
+            hashes = sliding_window_view(given, LONGEST) @ np.array(radix, np.int64) % _PLACES
             self._places[hashes] = np.arange(start + LONGEST, self._end)
 
     def place(self, last: tuple[int, ...]) -> int:
         """Return the place behind these `LONGEST` tokens, where they are found; else 0."""
-        place = int(self._places[int(self._radix @ last) % _PLACES])
+        key = 0
+        for token in last:
+            key = key * self._vocab + token
+        place = int(self._places[key % _PLACES])
         return place if tuple(self.ids[place - LONGEST : place]) == last else 0
 
     def before(self, ids: Sequence[int]) -> Recalled:
