@@ -145,6 +145,7 @@ def test_it_builds_for_every_gpu(exported: Export) -> None:
     ]
 
 
+@pytest.mark.slow(seconds=2)
 @needs_newest
 def test_a_causal_flag_without_mask_fails_the_decode_step(
     tmp_path: Path, checkpoint: Path, exported: Export, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +214,7 @@ def test_other_dialects_and_references_are_refused(
         check_bundle(portable, reference=portable)
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_command_prints_and_tells_by_its_status(
     exported: Export, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

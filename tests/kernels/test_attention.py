@@ -27,6 +27,7 @@ def attend(library: AttentionLibrary, before: Case, path: str) -> tuple[np.ndarr
     return library.attend(after.rows, after.sequences, path=path), after
 
 
+@pytest.mark.slow(seconds=2)
 @settings(max_examples=100, deadline=None)
 @given(drawn=cases())
 def test_every_path_attends_as_numpy(library: AttentionLibrary, drawn: Case) -> None:

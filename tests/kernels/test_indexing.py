@@ -225,6 +225,7 @@ def picture(width: int, height: int, pixel_format: str) -> Any:
 SANITIZED = Path(__file__).with_name("sanitized.py")
 
 
+@pytest.mark.slow(seconds=2)
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "g++").split()[0]
     try:

@@ -72,6 +72,7 @@ def test_another_tiling_is_another_image(
     assert second.timings.cached_tokens <= len(start)  # nothing of the image
 
 
+@pytest.mark.slow(seconds=3)
 def test_answers_after_another_tiling_are_those_of_a_fresh_model(tmp_path: Path) -> None:
     """A trained model, whose answers depend on what it sees."""
     bundle = export_bundle(example_room() / "checkpoint", tmp_path / "bundle")

@@ -222,6 +222,7 @@ print(json.dumps([wrong, exact_form(("w8a8", "int8", "int4")).name]))
 """
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.skipif(
     shutil.which("qemu-x86_64-static") is None or platform.machine() != "x86_64",
     reason="qemu-x86_64-static is not installed, or this is no x86-64",
